@@ -1,0 +1,99 @@
+# `make` alone lists the targets. Every target that needs Python makes .venv first where it is missing or stale.
+
+RECIPE = quickstart
+PROFILE =
+ACCELERATE =
+ARGS =
+PYTHON ?=
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LOG := build/install.log
+MOST_LINES := 4000
+
+# Stale: no Python that runs, or a folder that was moved (console scripts and the editable install hold its path).
+ifneq ($(shell $(BIN)/python -S -c 0 2>/dev/null && cat $(STAMP) 2>/dev/null),$(shell pwd -P))
+STALE := stale
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-all lint typecheck bench recipes clean stale
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo '  make train RECIPE=hh-rlhf-lora PROFILE=gpu ARGS="--beta 0.3 --max_steps 100"'
+
+install: $(STAMP) ## make .venv with pinned versions (PYTHON=python3.12 chooses the Python)
+
+train: $(STAMP) ## train RECIPE (quickstart); PROFILE=cpu|local|gpu, ACCELERATE=cpu2|fsdp2|..., ARGS="--beta 0.3"
+	@exec $(BIN)/dpo-recipes train $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) \
+	  $(if $(ACCELERATE),--accelerate $(ACCELERATE)) $(ARGS)
+
+# One thread for each of the WORKERS: two that fight for a core are many times slower.
+test test-all: export OMP_NUM_THREADS = 1
+test test-all bench: export HF_HUB_OFFLINE = 1
+test test-all bench: export HF_HUB_DISABLE_TELEMETRY = 1
+test test-all bench: export WANDB_MODE = offline
+
+test: $(STAMP) ## the tests that need neither GPU nor network nor minutes; ARGS="-k launch" narrows them
+	@exec $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+
+test-all: $(STAMP) ## those and the slow ones, which train for minutes
+	@exec $(BIN)/python -m pytest -q -n $(WORKERS) -m "not gpu and not network" $(ARGS)
+
+lint: $(STAMP) ## ruff, spelling, and the package's length
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	@find dpo_recipes -name '*.py' -exec cat {} + | awk 'END {if (NR >= $(MOST_LINES)) {print \
+	  "dpo_recipes has " NR " lines, and must stay under $(MOST_LINES): the layer is thin."; exit 1}}'
+
+typecheck: $(STAMP) ## mypy, strict
+	$(BIN)/mypy
+
+bench: $(STAMP) ## speed and memory, side by side with what they are compared with
+	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" $(ARGS); done
+
+recipes: $(STAMP) ## the recipes there are
+	@exec $(BIN)/dpo-recipes list
+
+clean: ## remove .venv and caches; outputs/ stays
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The build backend comes from the constraints too: it is installed first, and no isolated build fetches another.
+$(STAMP): pyproject.toml constraints.txt $(STALE)
+	@mkdir -p build; : >$(LOG); \
+	say() { echo "$$*" >&2; exit 1; }; \
+	python=; seen=; lacks=; \
+	if [ -n "$(PYTHON)" ]; then set -- "$(PYTHON)"; else set -- python3.13 python3.12 python3.11 python3; fi; \
+	for candidate; do \
+	  version=$$("$$candidate" -c 'import platform; print(platform.python_version())' 2>/dev/null) || continue; \
+	  if ! "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    seen="$$candidate is $$version"; \
+	  elif ! "$$candidate" -c 'import ensurepip, venv' 2>/dev/null; then \
+	    lacks="$$candidate"; \
+	  else python="$$candidate"; break; fi; \
+	done; \
+	if [ -z "$$python" ] && [ -n "$$lacks" ]; then \
+	  say "$$lacks lacks the venv module: install it (Debian, Ubuntu: apt install $$lacks-venv) or name another" \
+	    "Python, 3.11 or newer: make PYTHON=/path/to/python3"; \
+	elif [ -z "$$python" ]; then \
+	  say "dpo-recipes needs Python 3.11 or newer ($${seen:-$(or $(PYTHON),python3) was not found}): install one, or" \
+	    "name it: make PYTHON=/path/to/python3"; \
+	fi; \
+	fail() { \
+	  reason=$$(grep -E '^([0-9T:,-]+ )?ERROR: ' $(LOG) | head -n 1 | sed -E 's/^[0-9T:,-]* ?ERROR: //'); \
+	  if grep -q 'WARNING: Retrying' $(LOG); then reason="the package index cannot be reached"; fi; \
+	  say "Installing into $(VENV) failed ($${reason:-$$1}); the log is $(LOG). Mend the cause and call make again."; \
+	}; \
+	echo "Installing pinned versions into $(VENV) with $$python $$version: a few minutes, once; log: $(LOG)"; \
+	if [ -n "$(STALE)" ]; then rm -rf $(VENV); "$$python" -m venv $(VENV) >>$(LOG) 2>&1 || fail "no venv"; fi; \
+	rm -f $(STAMP); \
+	pip="$(BIN)/python -m pip --disable-pip-version-check --log $(LOG) install -c constraints.txt"; \
+	$$pip hatchling editables 2>>$(LOG) || fail "no build backend"; \
+	$$pip --no-build-isolation -e '.[dev]' 2>>$(LOG) || fail "pip gave no reason"; \
+	pwd -P >$(STAMP)
