@@ -1,0 +1,273 @@
+"""Loads raw rows from the hub, a file or a folder, and splits pairs so that no prompt is on both sides."""
+
+import errno
+import glob
+import gzip
+import hashlib
+import json
+import logging
+import random
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+
+from dpo_recipes.dataset_adapters import map_rows
+from dpo_recipes.errors import RecipeError
+from dpo_recipes.ledger import current_ledger
+
+logger = logging.getLogger(__name__)
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_SPLIT_WORDS = {"train": ("train", "training"), "test": ("test",), "validation": ("validation", "valid", "val", "dev")}
+_TEST_SHARE = 0.05  # of the prompts, where the dataset has no test split of its own
+_WAY_OUT = "name a local file or folder (--dataset_name pairs.jsonl), or try `make train`, which needs no dataset"
+_UNREADABLE = (OSError, ValueError, EOFError, StopIteration, DatasetsError)  # those of pyarrow are ValueErrors
+
+
+def load_rows(script_args: Any) -> DatasetDict:
+    """Raw rows as `train` and, if the dataset has one, `test`.
+
+    `dataset_name` is a hub name, a file (.jsonl, .json, .csv, also with .gz, or .parquet), a folder of such files told
+    apart by their names, or a folder written by `save_to_disk`. `NAME:50000` draws 50,000 training rows, by seed 0, in
+    their order; a path with a colon that exists wins. `dataset_config` is the configuration of a hub dataset or a
+    subfolder. `dataset_test_split` left at "test" falls back to the validation split, else there is no `test`.
+
+    Raises:
+        RecipeError: If the rows cannot be had, or a split is missing that was asked for.
+    """
+    if not script_args.dataset_name:
+        raise RecipeError(f"No dataset: dataset_name is empty. To go on, {_WAY_OUT}.")
+    if script_args.dataset_streaming:
+        raise RecipeError(
+            "dataset_streaming is true, but every row is counted before training, which needs them all. Leave it out; "
+            f"a part of a large dataset is {script_args.dataset_name}:50000."
+        )
+    name, sample = _name_and_sample(script_args.dataset_name)
+    splits = _pick_splits(_load(name, config=script_args.dataset_config), script_args, name=name)
+    for split, rows in splits.items():
+        if not len(rows):
+            raise RecipeError(f"The {split} split of {name} has no rows. To go on, {_WAY_OUT}.")
+    if sample is not None:
+        splits["train"] = _draw(splits["train"], sample, name=name)
+    # Dataset adapters count rows under the name of their split.
+    return DatasetDict({split: concatenate_datasets([rows], split=split) for split, rows in splits.items()})
+
+
+def split_pairs(pairs: Mapping[str, Dataset]) -> DatasetDict:
+    """`train` and `test` pairs that share no prompt.
+
+    With a test split of its own, training pairs whose prompt is in it are dropped and counted. Without one, 5 % of the
+    prompts, and at least one, are held out: by a hash of the prompt alone, so that a prompt stays on its side whatever
+    is added, reordered or drawn.
+
+    Raises:
+        RecipeError: If there is no `train`, or a split besides `train` and `test`.
+    """
+    if not {"train"} <= set(pairs) <= {"train", "test"}:
+        raise RecipeError(f"split_pairs needs the splits train and, if there is one, test, got {sorted(pairs)}.")
+    train = pairs["train"]
+    if "test" in pairs:
+        return drop_prompts_in_test(DatasetDict(pairs), stage="split_pairs")
+    hashes = prompt_hashes(train)
+    held_out = _held_out(set(hashes))
+    in_test = [row for row, key in enumerate(hashes) if key in held_out]
+    in_train = [row for row, key in enumerate(hashes) if key not in held_out]
+    ledger = current_ledger()
+    ledger.record("split_pairs", "train", came=len(train), kept=len(in_train), moved=-len(in_test))
+    ledger.record("split_pairs", "test", came=0, kept=len(in_test), moved=len(in_test))
+    return DatasetDict(train=train.select(in_train), test=train.select(in_test))
+
+
+def drop_prompts_in_test(pairs: DatasetDict, *, stage: str) -> DatasetDict:
+    """The splits without the training pairs whose prompt is also a test prompt; these are counted."""
+    train, test = pairs["train"], pairs["test"]
+    test_hashes = set(prompt_hashes(test))
+    leaked = [row for row, key in enumerate(prompt_hashes(train)) if key in test_hashes]
+    kept = sorted(set(range(len(train))).difference(leaked))
+    ledger = current_ledger()
+    ledger.record(stage, "train", came=len(train), kept=len(kept), dropped={"prompt_in_test": leaked} if leaked else {})
+    ledger.record(stage, "test", came=len(test), kept=len(test))
+    return DatasetDict(train=train.select(kept) if leaked else train, test=test)
+
+
+def prompt_hashes(pairs: Dataset) -> list[str]:
+    """One hash a pair, equal where the prompts are, on every machine and in every version of Python."""
+    features = Features({"prompt_hash": Value("string")})
+    hashed = map_rows(pairs.select_columns("prompt"), _hash_prompts, features=features, desc="hashing prompts")
+    return list(hashed["prompt_hash"][:])
+
+
+def _hash_prompts(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
+    texts = (json.dumps(prompt, sort_keys=True) for prompt in batch["prompt"])
+    return {"prompt_hash": [hashlib.sha256(text.encode()).hexdigest() for text in texts]}
+
+
+def _held_out(hashes: set[str]) -> set[str]:
+    """The hashes below 5 % of their range: at least one, but never all."""
+    limit = f"{int(_TEST_SHARE * 2**64):016x}"
+    ranked = sorted(hashes)
+    count = max(1, sum(key[:16] < limit for key in ranked))
+    return set(ranked[: min(count, len(ranked) - 1)])
+
+
+def _name_and_sample(name: str) -> tuple[str, int | None]:
+    match = re.fullmatch(r"(.+):(\d+)", name)
+    if match is None or Path(name).expanduser().exists():
+        return name, None
+    if int(match[2]) < 1:
+        raise RecipeError(f"{name} asks for {match[2]} rows. Ask for one or more: {match[1]}:50000.")
+    return match[1], int(match[2])
+
+
+def _draw(rows: Dataset, size: int, *, name: str) -> Dataset:
+    if size >= len(rows):
+        logger.warning("%s has %d training rows: all are taken, not %d.", name, len(rows), size)
+        return rows
+    left_out = len(rows) - size
+    current_ledger().record("load_rows", "train", came=left_out, kept=0, not_sampled=left_out, new=True)
+    return rows.select(sorted(random.Random(0).sample(range(len(rows)), size)))
+
+
+def _pick_splits(splits: Mapping[str, Dataset], script_args: Any, *, name: str) -> dict[str, Dataset]:
+    train, test = script_args.dataset_train_split, script_args.dataset_test_split
+    if train not in splits:
+        raise RecipeError(f"{name} has no split {train}, only {sorted(splits)}. Name one with --dataset_train_split.")
+    if test == train:
+        raise RecipeError(f"--dataset_test_split and --dataset_train_split are both {test}. Name two splits.")
+    if test not in splits and test != "test":
+        raise RecipeError(
+            f"{name} has no split {test}, only {sorted(splits)}. Name one with --dataset_test_split, or leave "
+            "it out and 5 % of the prompts are held out."
+        )
+    candidates = [split for split in (test, *_SPLIT_WORDS["validation"]) if split in splits and split != train]
+    return {"train": splits[train]} | ({"test": splits[candidates[0]]} if candidates else {})
+
+
+def _load(name: str, *, config: str | None) -> Mapping[str, Dataset]:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _load_folder(path, config=config)
+    if path.is_file():
+        if config:
+            raise RecipeError(f"{name} is one file and has no configuration {config}. Leave out --dataset_config.")
+        return {"train": _load_files([path])}
+    if _suffix(path) in _BUILDERS or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise RecipeError(f"There is no file or folder {name} (looked in {Path.cwd()}). Check the path, or {_WAY_OUT}.")
+    return _load_from_hub(name, config=config)
+
+
+def _load_from_hub(name: str, *, config: str | None) -> Mapping[str, Dataset]:
+    try:
+        try:
+            loaded = load_dataset(name, config)
+        except ValueError as error:
+            if config is None or "BuilderConfig" not in str(error):
+                raise
+            loaded = load_dataset(name, data_dir=config)  # hh-rlhf keeps its parts in folders
+    except _UNREADABLE as error:
+        _reraise_full_disk(error)
+        of = f" (configuration {config})" if config else ""
+        raise RecipeError(
+            f"Cannot load {name}{of} from the hub, and there is no such file here: {_first_line(error)}. Check the "
+            f"name and the connection, or {_WAY_OUT}."
+        ) from error
+    return dict(loaded)
+
+
+def _load_folder(folder: Path, *, config: str | None) -> Mapping[str, Dataset]:
+    if config:
+        if not (folder / config).is_dir():
+            parts = sorted(part.name for part in folder.iterdir() if part.is_dir())
+            raise RecipeError(f"{folder} has no subfolder {config}, only {parts}. Name one with --dataset_config.")
+        folder /= config
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        try:
+            saved = load_from_disk(str(folder))
+        except (*_UNREADABLE, LookupError) as error:
+            raise RecipeError(f"Cannot read {folder}, a saved dataset: {_first_line(error)}. Save it again.") from error
+        return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
+    return {split: _load_files(files) for split, files in _files_by_split(folder).items()}
+
+
+def _files_by_split(folder: Path) -> dict[str, list[Path]]:
+    """The data files below the folder, by the split that the name of the file or of the nearest folder holds."""
+    by_split: dict[str, list[Path]] = {}
+    unnamed: list[Path] = []
+    for file in sorted(folder.rglob("*")):
+        parts = file.relative_to(folder).parts
+        hidden = any(part.startswith(".") for part in parts) or file.name.startswith("dataset_info")
+        if hidden or not file.is_file() or _suffix(file) not in _BUILDERS:
+            continue
+        split = next((split for part in reversed(parts) if (split := _split_of(part))), None)
+        (by_split.setdefault(split, []) if split else unnamed).append(file)
+    if unnamed and by_split:
+        raise RecipeError(
+            f"Cannot tell which split {[file.name for file in unnamed]} in {folder} belong to: the other files have "
+            "train, test or validation in their names. Rename them, move them away, or name a single file."
+        )
+    if not unnamed and not by_split:
+        raise RecipeError(f"{folder} holds no data: no {', '.join(_BUILDERS)} (.gz) file and no saved dataset.")
+    return by_split or {"train": unnamed}
+
+
+def _split_of(name: str) -> str | None:
+    words = re.findall(r"[a-z]+", name.lower())
+    return next((split for split, names in _SPLIT_WORDS.items() if set(words) & set(names)), None)
+
+
+def _load_files(files: list[Path]) -> Dataset:
+    builders = {_BUILDERS.get(_suffix(file), "") for file in files}
+    if len(builders) > 1 or "" in builders:
+        raise RecipeError(
+            f"Cannot read {[file.name for file in files]}: needs files of one kind, of {list(_BUILDERS)}."
+        )
+    try:
+        paths = [glob.escape(str(file.resolve())) for file in files]
+        rows = load_dataset(builders.pop(), data_files=paths, split="train")
+        rows.data.validate(full=True)  # datasets lets invalid UTF-8 pass, to fail at some later access
+    except _UNREADABLE as error:
+        _reraise_full_disk(error)
+        raise RecipeError(f"Cannot read {_culprit(files)}: {_first_line(error)}. Mend it or name another.") from error
+    return rows
+
+
+def _culprit(files: list[Path]) -> str:
+    """The first line of a JSON Lines file that cannot be read, or the files' names."""
+    for file in files:
+        if _suffix(file) != ".jsonl":
+            continue
+        number = 0
+        try:
+            with _open(file) as lines:
+                for line in lines:
+                    number += 1
+                    if line.strip():
+                        json.loads(line)
+        except (ValueError, EOFError, OSError):  # not JSON, not UTF-8, cut short
+            return f"{file}, line {max(1, number)}"
+    return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+
+
+def _open(file: Path) -> IO[bytes]:
+    return gzip.open(file) if file.suffix == ".gz" else file.open("rb")  # type: ignore[return-value]
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, StopIteration):
+        return "it holds no rows"
+    cause = error.__cause__ or error  # datasets wraps what went wrong in "An error occurred while generating ..."
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
+
+
+def _reraise_full_disk(error: BaseException) -> None:
+    for cause in (error, error.__cause__):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise cause

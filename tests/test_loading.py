@@ -1,0 +1,367 @@
+"""Rows come from files, folders and the hub, or an error says what to do; no prompt is on both sides of a split."""
+
+import errno
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+from datasets import Dataset, DatasetDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trl import ScriptArguments
+
+from dpo_recipes import loading
+from dpo_recipes.dataset_adapters import hh_rlhf
+from dpo_recipes.errors import RecipeError
+from dpo_recipes.ledger import Ledger
+from dpo_recipes.loading import load_rows, split_pairs
+
+DATA = os.environ.get("DPO_RECIPES_DATA")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets-cache"))
+
+
+def arguments(name, **others):
+    return ScriptArguments(dataset_name=str(name), **others)
+
+
+def rows(count, *, start=0):
+    return [{"text": f"row {number}"} for number in range(start, start + count)]
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in content).encode()
+    path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    return path
+
+
+def loaded(name, **others):
+    return {split: part["text"][:] for split, part in load_rows(arguments(name, **others)).items()}
+
+
+def refusal(name, **others):
+    with pytest.raises(RecipeError) as error:
+        load_rows(arguments(name, **others))
+    return str(error.value)
+
+
+# Files and folders
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "json", "csv", "parquet"])
+def test_a_file_of_any_kind_is_the_training_split(tmp_path, suffix):
+    name = "pairs" if suffix.endswith("gz") else "pairs [1]"  # brackets would be a pattern to datasets
+    path = tmp_path / f"{name}.{suffix}"
+    if suffix == "csv":
+        Dataset.from_list(rows(3)).to_csv(path)
+    elif suffix == "parquet":
+        Dataset.from_list(rows(3)).to_parquet(path)
+    elif suffix == "json":
+        path.write_text(json.dumps(rows(3)))
+    else:
+        write(path, rows(3))
+    assert loaded(path) == {"train": ["row 0", "row 1", "row 2"]}
+
+
+def test_a_folder_is_split_by_the_names_of_its_files(tmp_path):
+    write(tmp_path / "train-00000.jsonl", rows(2))
+    write(tmp_path / "train-00001.jsonl", rows(2, start=2))
+    write(tmp_path / "test.jsonl", rows(1, start=9))
+    assert loaded(tmp_path) == {"train": ["row 0", "row 1", "row 2", "row 3"], "test": ["row 9"]}
+
+
+def test_nested_folders_are_read_together_or_one_by_its_name(tmp_path):
+    write(tmp_path / "harmless-base" / "train.jsonl.gz", rows(2))
+    write(tmp_path / "helpful-base" / "train.jsonl.gz", rows(1, start=2))
+    write(tmp_path / "helpful-base" / "test.jsonl.gz", rows(1, start=9))
+    assert loaded(tmp_path) == {"train": ["row 0", "row 1", "row 2"], "test": ["row 9"]}
+    assert loaded(tmp_path, dataset_config="helpful-base") == {"train": ["row 2"], "test": ["row 9"]}
+    assert "has no subfolder helpful, only ['harmless-base', 'helpful-base']" in refusal(
+        tmp_path, dataset_config="helpful"
+    )
+
+
+def test_folders_may_be_named_after_the_splits(tmp_path):
+    write(tmp_path / "train" / "a.jsonl", rows(1))
+    write(tmp_path / "validation" / "a.jsonl", rows(1, start=9))
+    assert loaded(tmp_path) == {"train": ["row 0"], "test": ["row 9"]}
+
+
+def test_files_without_a_split_in_their_names_are_for_training(tmp_path):
+    write(tmp_path / "a.jsonl", rows(1))
+    write(tmp_path / "latest.jsonl", rows(1, start=1))
+    (tmp_path / ".hidden.jsonl").write_text("{")
+    (tmp_path / "dataset_infos.json").write_text("{}")  # what the hub wrote beside the data in its first years
+    (tmp_path / "notes.txt").write_text("not data")
+    assert loaded(tmp_path) == {"train": ["row 0", "row 1"]}
+
+
+def test_a_saved_dataset_is_read_back(tmp_path):
+    Dataset.from_list(rows(2)).save_to_disk(tmp_path / "one")
+    DatasetDict(train=Dataset.from_list(rows(2)), test=Dataset.from_list(rows(1))).save_to_disk(tmp_path / "two")
+    assert loaded(tmp_path / "one") == {"train": ["row 0", "row 1"]}
+    assert loaded(tmp_path / "two") == {"train": ["row 0", "row 1"], "test": ["row 0"]}
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    path = write(tmp_path / "pairs.jsonl", rows(2))
+    assert len(loaded(path)["train"]) == 2
+    write(path, rows(3))
+    os.utime(path, (1, 1))
+    assert len(loaded(path)["train"]) == 3
+
+
+# Splits and samples
+
+
+def test_rows_know_their_split_whatever_it_was_called(tmp_path):
+    write(tmp_path / "train.jsonl", rows(3))
+    write(tmp_path / "dev.jsonl", rows(1))
+    assert {split: str(part.split) for split, part in load_rows(arguments(tmp_path)).items()} == {
+        "train": "train",
+        "test": "test",
+    }
+
+
+def test_the_test_split_goes_before_the_validation_split(tmp_path):
+    for number, split in enumerate(["train", "validation", "test"]):
+        write(tmp_path / f"{split}.jsonl", rows(1, start=number))
+    assert loaded(tmp_path) == {"train": ["row 0"], "test": ["row 2"]}
+    assert loaded(tmp_path, dataset_test_split="validation") == {"train": ["row 0"], "test": ["row 1"]}
+
+
+def test_a_split_that_was_asked_for_and_is_missing_is_refused(tmp_path):
+    write(tmp_path / "train.jsonl", rows(1))
+    assert "has no split held_out, only ['train']" in refusal(tmp_path, dataset_test_split="held_out")
+    assert "has no split sft, only ['train']. Name one with --dataset_train_split" in refusal(
+        tmp_path, dataset_train_split="sft"
+    )
+    assert "are both train" in refusal(tmp_path, dataset_test_split="train")
+
+
+def test_a_sample_is_drawn_by_seed_in_order_and_accounted_for(tmp_path):
+    path = write(tmp_path / "pairs.jsonl", rows(100))
+    with Ledger() as ledger:
+        taken = loaded(f"{path}:10")["train"]
+    assert taken == loaded(f"{path}:10")["train"]
+    assert len(taken) == 10
+    assert taken == sorted(taken, key=lambda text: int(text.split()[1]))
+    assert taken != [row["text"] for row in rows(10)]
+    assert (ledger.total().rows, ledger.total().not_sampled, ledger.total().kept) == (90, 90, 0)  # 10 are yet to come
+
+
+def test_a_sample_leaves_the_test_split_alone(tmp_path):
+    write(tmp_path / "train.jsonl", rows(9))
+    write(tmp_path / "test.jsonl", rows(9))
+    assert {split: len(part) for split, part in loaded(f"{tmp_path}:2").items()} == {"train": 2, "test": 9}
+
+
+def test_a_sample_larger_than_the_dataset_takes_all_and_says_so(tmp_path, caplog):
+    path = write(tmp_path / "pairs.jsonl", rows(3))
+    assert len(loaded(f"{path}:50")["train"]) == 3
+    assert "has 3 training rows: all are taken, not 50" in caplog.text
+
+
+def test_a_path_with_a_colon_wins_over_a_sample(tmp_path):
+    path = write(tmp_path / "pairs.jsonl:2", rows(3)).rename(tmp_path / "pairs:2")
+    write(path.with_name("folder:2") / "a.jsonl", rows(3))
+    assert len(loaded(path.with_name("folder:2"))["train"]) == 3
+
+
+# Refusals
+
+
+def test_streaming_is_refused(tmp_path):
+    message = refusal(write(tmp_path / "a.jsonl", rows(1)), dataset_streaming=True)
+    assert "dataset_streaming is true" in message
+    assert "a.jsonl:50000" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("", "dataset_name is empty"),
+        ("missing.jsonl", "There is no file or folder missing.jsonl"),
+        ("./missing", "There is no file or folder ./missing"),
+        ("some/deep/folder", "There is no file or folder some/deep/folder"),
+        ("pairs:0", "asks for 0 rows"),
+    ],
+)
+def test_a_name_that_is_nothing_is_refused(name, part):
+    assert part in refusal(name)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "part"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "a.jsonl, line 2"),
+        ("a.jsonl", b"", "it holds no rows"),
+        ("a.jsonl.gz", gzip.compress(b""), "it holds no rows"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-9], "Compressed file ended"),
+        ("a.jsonl.gz", b"no gzip", "Not a gzipped file"),
+        ("a.json", b"[{]", "Cannot read"),
+        ("a.csv", b"", "No columns to parse"),
+        ("a.parquet", b"no parquet", "not a parquet file"),
+        ("a.txt", b"text", "needs files of one kind, of ['.jsonl', '.json', '.parquet', '.csv']"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, file, content, part):
+    (tmp_path / file).write_bytes(content)
+    message = refusal(tmp_path / file)
+    assert part in message
+    assert file in message
+
+
+def test_a_folder_that_cannot_be_told_apart_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "holds no data" in refusal(tmp_path / "empty")
+    write(tmp_path / "mixed" / "train.jsonl", rows(1))
+    write(tmp_path / "mixed" / "more.jsonl", rows(1))
+    assert "Cannot tell which split ['more.jsonl']" in refusal(tmp_path / "mixed")
+    write(tmp_path / "kinds" / "a.jsonl", rows(1))
+    (tmp_path / "kinds" / "b.csv").write_text("text\nb\n")
+    assert "needs files of one kind" in refusal(tmp_path / "kinds")
+    write(tmp_path / "broken" / "state.json", [])
+    assert "a saved dataset" in refusal(tmp_path / "broken")
+    write(tmp_path / "test-only" / "test.jsonl", rows(1))
+    assert "has no split train, only ['test']" in refusal(tmp_path / "test-only")
+    DatasetDict(train=Dataset.from_list(rows(1)), test=Dataset.from_list([])).save_to_disk(tmp_path / "no-rows")
+    assert "a saved dataset" in refusal(tmp_path / "no-rows")
+
+
+def test_a_file_has_no_configuration(tmp_path):
+    assert "Leave out --dataset_config" in refusal(write(tmp_path / "a.jsonl", rows(1)), dataset_config="default")
+
+
+def test_the_hub_offline_is_one_clear_error():
+    message = refusal("Anthropic/hh-rlhf", dataset_config="default")
+    assert message.startswith("Cannot load Anthropic/hh-rlhf (configuration default) from the hub")
+    assert "make train" in message
+
+
+@pytest.mark.slow
+def test_a_refused_connection_is_one_clear_error_within_a_minute(tmp_path):
+    program = """
+from trl import ScriptArguments
+from dpo_recipes.errors import RecipeError
+from dpo_recipes.loading import load_rows
+try:
+    load_rows(ScriptArguments(dataset_name="Anthropic/hh-rlhf"))
+except RecipeError as error:
+    print(error)
+"""
+    nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **nowhere},
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=True,
+    )
+    assert done.stdout.startswith("Cannot load Anthropic/hh-rlhf from the hub")
+
+
+def test_a_hub_dataset_that_keeps_its_parts_in_folders_is_read_by_folder(tmp_path, monkeypatch):
+    # A local folder is to load_dataset what a hub dataset of plain files is.
+    write(tmp_path / "helpful-base" / "train.jsonl", rows(1))
+    write(tmp_path / "harmless-base" / "train.jsonl", rows(1, start=1))
+    load_dataset = datasets.load_dataset
+    monkeypatch.setattr(loading, "load_dataset", lambda name, *rest, **more: load_dataset(str(tmp_path), *rest, **more))
+    assert loaded("Anthropic/hh-rlhf", dataset_config="helpful-base") == {"train": ["row 0"]}
+    assert "(configuration nope)" in refusal("Anthropic/hh-rlhf", dataset_config="nope")
+
+
+def test_a_full_disk_is_not_taken_for_an_unreadable_file(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise datasets.exceptions.DatasetGenerationError from OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(loading, "load_dataset", full)
+    with pytest.raises(OSError, match="No space left"):
+        load_rows(arguments(write(tmp_path / "a.jsonl", rows(1))))
+
+
+# Splitting
+
+
+def pairs_of(prompts):
+    turn = [{"role": "assistant", "content": "a"}]
+    made = [
+        {"prompt": [{"role": "user", "content": text}], "chosen": turn, "rejected": turn, "id": str(number)}
+        for number, text in enumerate(prompts)
+    ]
+    return Dataset.from_list(made)
+
+
+def prompts_of(pairs):
+    return [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in pairs["prompt"]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.text(max_size=3), min_size=1, max_size=60))
+def test_no_prompt_is_on_both_sides_and_no_pair_is_lost(prompts):
+    pairs = pairs_of(prompts)
+    with Ledger() as ledger:
+        split = split_pairs({"train": pairs})
+    train, test = set(prompts_of(split["train"])), set(prompts_of(split["test"]))
+    assert not train & test
+    assert train
+    assert bool(test) == (len(set(prompts)) > 1)
+    assert sorted([*split["train"]["id"], *split["test"]["id"]], key=int) == list(pairs["id"])
+    assert ledger.total().kept == ledger.total().rows == len(prompts)
+    assert ledger.accounts["train"].moved == -len(split["test"])
+
+
+def test_about_five_percent_are_held_out_the_same_whatever_is_added_or_reordered():
+    prompts = [f"question {number}" for number in range(2000)]
+    held_out = set(prompts_of(split_pairs({"train": pairs_of(prompts)})["test"]))
+    assert 60 <= len(held_out) <= 140
+    assert set(prompts_of(split_pairs({"train": pairs_of(prompts[::-1])})["test"])) == held_out
+    more = prompts + [f"new question {number}" for number in range(500)]
+    assert held_out <= set(prompts_of(split_pairs({"train": pairs_of(more)})["test"]))
+    # Known numbers: the split is the same on every machine and in every version.
+    assert sorted(held_out)[:3] == ["question 1018", "question 1036", "question 1061"]
+
+
+def test_training_pairs_whose_prompt_is_a_test_prompt_are_dropped_and_counted():
+    with Ledger() as ledger:
+        split = split_pairs({"train": pairs_of(["a", "b", "a", "c"]), "test": pairs_of(["a", "d"])})
+    assert prompts_of(split["train"]) == ["b", "c"]
+    assert prompts_of(split["test"]) == ["a", "d"]
+    assert ledger.accounts["train"].dropped["prompt_in_test"].count == 2
+    assert ledger.accounts["train"].dropped["prompt_in_test"].first == [0, 2]
+    assert ledger.total().rows == ledger.total().kept + 2
+
+
+def test_plain_text_prompts_are_split_as_well():
+    pairs = Dataset.from_list([{"prompt": f"p{n}", "chosen": "a", "rejected": "b"} for n in range(40)])
+    split = split_pairs({"train": pairs})
+    assert not set(split["train"]["prompt"]) & set(split["test"]["prompt"])
+
+
+@pytest.mark.parametrize("splits", [{}, {"test"}, {"train", "validation"}])
+def test_other_splits_are_refused(splits):
+    with pytest.raises(RecipeError, match="split_pairs needs the splits train"):
+        split_pairs(dict.fromkeys(splits, pairs_of(["a"])))
+
+
+@pytest.mark.skipif(DATA is None, reason="DPO_RECIPES_DATA names no folder of real data")
+def test_real_hh_rlhf_rows_are_split_without_a_shared_prompt():
+    with Ledger() as ledger:
+        raw = load_rows(arguments(Path(DATA or "", "hh-rlhf")))
+        pairs = split_pairs({split: hh_rlhf(part) for split, part in raw.items()})
+    assert {split: account.rows for split, account in ledger.accounts.items()} == {"train": 5499, "test": 1308}
+    assert {split: account.kept for split, account in ledger.accounts.items()} == {
+        split: len(part) for split, part in pairs.items()
+    }
+    assert not set(loading.prompt_hashes(pairs["train"])) & set(loading.prompt_hashes(pairs["test"]))
