@@ -1,0 +1,108 @@
+"""Finds recipes, profiles and accelerate files, and reads their settings without running anything."""
+
+import ast
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_recipes.errors import RecipeError
+
+
+def recipe_folders() -> list[Path]:
+    """Where recipes live: ./recipes of the current folder first, then the ones that came with the package."""
+    package = Path(__file__).parent
+    packaged = package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+    return [folder for folder in (Path("recipes"), packaged) if folder.is_dir()]
+
+
+def list_recipes() -> dict[str, str]:
+    """Each recipe's name as typed on the command line, with the first line of its docstring."""
+    files = {path.stem: path for folder in reversed(recipe_folders()) for path in folder.glob("[!_]*.py")}
+    return {name.replace("_", "-"): _first_line(files[name]) for name in sorted(files)}
+
+
+def find_recipe(name: str, *, beside: Path | None = None) -> Path:
+    """The recipe's file: `name` itself if it is a path, else NAME.py in `beside` or one of the recipe folders.
+
+    Raises:
+        RecipeError: If there is none; the message lists what there is.
+    """
+    if name.endswith(".py") or os.sep in name:
+        if Path(name).is_file():
+            return Path(name)
+        raise RecipeError(f"There is no file {name}. Give the path of a recipe, or a name from `dpo-recipes list`.")
+    for folder in ([beside] if beside else []) + recipe_folders():
+        if (path := folder / f"{name.replace('-', '_')}.py").is_file():
+            return path
+    known = list_recipes()
+    close = difflib.get_close_matches(name.replace("_", "-"), known)
+    meant = f" Did you mean {' or '.join(close)}?" if close else ""
+    raise RecipeError(f"There is no recipe {name}.{meant} There are:\n{as_table(known)}")
+
+
+def find_settings(kind: str, name: str, *, recipe: Path) -> Path:
+    """The YAML file `name`: a path, or NAME.yaml in the folder `kind` beside the recipe or in a recipe folder.
+
+    Raises:
+        RecipeError: If there is none; the message lists what there is.
+    """
+    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
+        return Path(name)
+    folders = [folder / kind for folder in (recipe.parent, *recipe_folders())]
+    for folder in folders:
+        if (path := folder / f"{name}.yaml").is_file():
+            return path
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    raise RecipeError(f"recipes/{kind} has no {name}. Give the path of a YAML file, or one of: {', '.join(known)}.")
+
+
+def recipe_setting(recipe: Path, key: str) -> str | None:
+    """The string that `RECIPE = dict(...)` gives to `key`; None where it has none or computes it."""
+    for statement in _parse(recipe).body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id="RECIPE")], value=ast.Call(keywords=keywords)):
+                for keyword in keywords:
+                    match keyword:
+                        case ast.keyword(arg=arg, value=ast.Constant(value=str(value))) if arg == key:
+                            return value
+    return None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a profile or an accelerate file.
+
+    Raises:
+        RecipeError: If the file is not a YAML mapping.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise RecipeError(f"{path} holds a {type(settings).__name__}, where `name: value` lines are needed.")
+    return settings
+
+
+def as_table(rows: dict[str, str]) -> str:
+    """Names and what they mean, one to a line."""
+    width = max(map(len, rows), default=0)
+    return "\n".join(f"  {name:<{width}}  {meaning}".rstrip() for name, meaning in rows.items())
+
+
+def _parse(recipe: Path) -> ast.Module:
+    try:
+        return ast.parse(recipe.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{recipe} cannot be read as Python: {error}.") from error
+
+
+def _first_line(recipe: Path) -> str:
+    try:
+        return (ast.get_docstring(_parse(recipe)) or "").partition("\n")[0]
+    except RecipeError as error:
+        return str(error)

@@ -1,0 +1,196 @@
+"""`dpo-recipes train`: decides what to run and with how much of the machine; `processes` runs it."""
+
+import hashlib
+import json
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo_recipes.catalog import find_recipe, find_settings, read_yaml, recipe_setting
+from dpo_recipes.errors import RecipeError
+from dpo_recipes.processes import supervise
+from dpo_recipes.terminal import say
+
+HOW_NOT_WHAT = ("overwrite", "resume_from_checkpoint")  # flags that change the way to a result, not the result
+LOCAL_CARD = 30_000  # MiB; below it the profile for one 24 GB card, above it the one for 80 GB
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's share: microseconds of CPU time in a period, or "max"
+MOST_THREADS = 8  # a model small enough to train on a CPU gains little beyond
+
+
+def train(name: str, *, profile: str | None = None, accelerate: str | None = None, flags: Sequence[str] = ()) -> int:
+    """Trains a recipe, and before it the stage it starts from where that is missing or was asked for differently.
+
+    Args:
+        name: A recipe's name or path.
+        profile: Name or path of the machine's settings; by default what the machine has.
+        accelerate: Name or path of accelerate's settings; by default what the profile needs.
+        flags: TRL arguments, which beat the profile and the recipe.
+
+    Returns:
+        The training process's exit status, or 128 + n if signal n ended it.
+
+    Raises:
+        RecipeError: If the recipe, the profile or the accelerate file cannot be found or read.
+    """
+    if any(word.partition("=")[0] == "--config" for word in flags):
+        raise RecipeError("Got --config, which the launcher passes itself. Name your own file with --profile FILE.")
+    recipe = find_recipe(name)
+    cards = gpu_memory()
+    default_profile = "cpu" if not cards else "local" if min(cards) < LOCAL_CARD else "gpu"
+    profile_file = find_settings("profiles", profile or default_profile, recipe=recipe)
+    on_cpu = read_yaml(profile_file).get("use_cpu") or not cards
+    default_devices = "cpu" if on_cpu else "single_gpu" if len(cards) == 1 else "multi_gpu"
+    accelerate_file = find_settings("accelerate", accelerate or default_devices, recipe=recipe)
+    return Launch(recipe, profile_file, accelerate_file, flags=tuple(flags)).run()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A recipe with the profile, the accelerate file and the flags it is to run with."""
+
+    recipe: Path
+    profile: Path
+    accelerate: Path
+    flags: tuple[str, ...]
+
+    def run(self) -> int:
+        """Trains the stage before if need be, then this recipe; returns the exit status of the first that fails."""
+        before = self._stage_before()
+        if before and (reason := self._why_retrain(before)):
+            say(f"{self.recipe.stem} starts from {before.recipe.stem}, which is trained first: {reason}.")
+            if status := self._check() or before.run():
+                return status
+        command = self._arguments()
+        say(shlex.join(["accelerate", "launch", *command]))
+        return supervise(command, self._environment())
+
+    def _check(self) -> int:
+        """2 if the recipe would refuse its settings, 0 if not: better known before a stage trains for minutes."""
+        check = [sys.executable, "-P", "-m", "dpo_recipes.launch", str(self.recipe), "--config", str(self.profile)]
+        return subprocess.run([*check, *self.flags]).returncode
+
+    def request(self) -> str:
+        """A hash of what is asked for: recipe, profile, flags, local dataset, this package, and the stage before."""
+        root = Path(__file__).parent
+        package = [path for path in root.rglob("*.py") if "recipes" not in path.relative_to(root).parts]
+        data = Path(re.sub(r":\d+$", "", self._setting("dataset_name") or os.devnull))
+        data_files = [data] if data.is_file() else [path for path in data.rglob("*") if path.is_file()]
+        files = [self.recipe, self.profile, *sorted(package), *sorted(data_files)]
+        flags = [group for group in _grouped(self.flags) if group[0] not in HOW_NOT_WHAT]
+        before = self._stage_before()
+        asked = f"{flags} {before.request() if before else ''}"
+        parts = [asked.encode(), *(path.read_bytes() for path in files)]
+        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+    def _setting(self, key: str) -> str | None:
+        """A setting that is a string, from the flags, else the profile, else the recipe."""
+        given = [" ".join(values) for name, values in _grouped(self.flags) if name == key]
+        return given[-1] if given else read_yaml(self.profile).get(key) or recipe_setting(self.recipe, key)
+
+    def _stage_before(self) -> "Launch | None":
+        """The launch whose output this one starts from: `outputs/NAME`, where NAME is another recipe."""
+        named = re.fullmatch(r"(?:\./)?outputs/([\w-]+)/?", self._setting("model_name_or_path") or "")
+        if named is None or named[1].replace("-", "_") == self.recipe.stem:
+            return None
+        with suppress(RecipeError):
+            recipe = find_recipe(named[1], beside=self.recipe.parent)
+            return Launch(recipe, self.profile, self.accelerate, flags=("--overwrite", "true"))
+        return None
+
+    def _why_retrain(self, stage: "Launch") -> str | None:
+        """Why the finished stage, if there is one, will not do; None if it will."""
+        model = Path(self._setting("model_name_or_path") or "")
+        try:
+            done = json.loads((model / "done.json").read_text(encoding="utf-8")).get("request")
+        except OSError:
+            return f"{model / 'done.json'} is missing"
+        except (ValueError, AttributeError):
+            return f"{model / 'done.json'} cannot be read"
+        if "model_name_or_path" in dict(_grouped(self.flags)) or done == stage.request():
+            return None  # a model named by a flag is taken as it stands
+        return f"it was made from another recipe, profile, flags, data or code (--model_name_or_path {model} keeps it)"
+
+    def _processes(self) -> int:
+        return int(read_yaml(self.accelerate).get("num_processes") or max(1, len(gpu_memory())))
+
+    def _arguments(self) -> list[str]:
+        """What follows `accelerate launch` when the line is typed by hand."""
+        on_all_cards = "num_processes" not in read_yaml(self.accelerate)
+        processes = ["--num_processes", str(self._processes())] if on_all_cards else []
+        files = ["--config_file", str(self.accelerate), *processes, str(self.recipe), "--config", str(self.profile)]
+        return [*files, *self.flags]
+
+    def _environment(self) -> dict[str, str]:
+        """The user's environment, with defaults for what it does not set."""
+        defaults = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}  # its threads survive no fork
+        if "OMP_NUM_THREADS" not in os.environ:
+            defaults["OMP_NUM_THREADS"] = str(free_threads(self._processes()))
+        return defaults | os.environ | {"DPO_RECIPES_REQUEST": self.request()}
+
+
+def gpu_memory() -> list[int]:
+    """MiB of memory of each NVIDIA card that CUDA_VISIBLE_DEVICES leaves visible."""
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    cards = [int(line) for line in answer.split() if line.isdigit()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return cards if visible is None else cards[: sum(card.strip() not in ("", "-1") for card in visible.split(","))]
+
+
+def free_threads(processes: int) -> int:
+    """CPU threads for each of `processes` that nobody else uses at the moment; at least 1.
+
+    Too many cost more than they bring: two threads beside one busy core were over ten times slower than one.
+    """
+    import psutil
+
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    busy = psutil.cpu_percent(interval=0.5, percpu=True)
+    free = sum(1 - busy[core] / 100 for core in cores if core < len(busy))
+    free = min(free, psutil.cpu_count(logical=False) or free)
+    with suppress(OSError, ValueError):
+        quota, period = CPU_QUOTA.read_text().split()
+        free = min(free, int(quota) / int(period))
+    return max(1, min(MOST_THREADS, int(free / processes + 0.2)))  # a core that is 20 % busy counts as free
+
+
+def _grouped(flags: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each flag's name without dashes, with its values: `--a 1 --b=2` -> [("a", ["1"]), ("b", ["2"])]."""
+    groups: list[tuple[str, list[str]]] = []
+    for word in flags:
+        name, joined, value = word.partition("=")
+        if word.startswith("--"):
+            groups.append((name[2:].replace("-", "_"), [value] if joined else []))
+        elif groups:
+            groups[-1][1].append(word)
+    return groups
+
+
+def check_settings() -> None:
+    """Reads the recipe in sys.argv[1] with the flags that follow, as the recipe itself would, and trains nothing."""
+    from transformers import TrainingArguments
+    from trl import ModelConfig
+
+    from dpo_recipes.recipe import RecipeArguments, parse_recipe
+
+    recipe = runpy.run_path(sys.argv.pop(1))
+    classes = [value for value in recipe.values() if isinstance(value, type)]
+    parts = [part for part in classes if issubclass(part, (TrainingArguments, RecipeArguments, ModelConfig))]
+    if "RECIPE" in recipe and RecipeArguments in parts:
+        parse_recipe(recipe["RECIPE"], parts)
+
+
+if __name__ == "__main__":
+    from dpo_recipes.recipe import run
+
+    run(check_settings)

@@ -1,0 +1,122 @@
+"""Runs `accelerate launch` so that signals reach the training and its exit status comes back.
+
+accelerate turns the status of the training process into a CalledProcessError, and leaves that process behind when it is
+stopped itself. Here `supervise` starts `_inside` in a session of its own, hands it every signal once, and ends what is
+left of the session afterwards; `_inside` calls accelerate, passes the signals on to the training processes and exits
+with their status.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def supervise(arguments: Sequence[str], environment: dict[str, str]) -> int:
+    """Runs `accelerate launch` with the arguments; returns the training's exit status, 128 + n if signal n ended it.
+
+    Ctrl-C, SIGTERM and a closed terminal reach every training process once; the third Ctrl-C kills them. No process of
+    the run outlives this call, nor this process by more than a few seconds if it is killed itself.
+    """
+    received: list[int] = []
+    heeded = [number for number in FORWARDED if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in heeded}
+    lifeline, held = os.pipe()  # the other end closes with this process, however it ends
+    inside = [sys.executable, "-P", "-m", "dpo_recipes.processes", str(lifeline), *arguments]
+    process = subprocess.Popen(inside, env=environment, start_new_session=True, pass_fds=[lifeline])
+    try:
+        handled = 0
+        while process.poll() is None:
+            for number in received[handled:]:
+                handled += 1
+                third = number == signal.SIGINT and received[:handled].count(signal.SIGINT) >= 3
+                if third:
+                    os.killpg(process.pid, signal.SIGKILL)
+                else:
+                    process.send_signal(number)
+            time.sleep(0.05)
+        end_session(process.pid)
+    finally:
+        os.close(lifeline)
+        os.close(held)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return _status(process.returncode)
+
+
+def end_session(leader: int, *, grace: float = 10.0) -> None:
+    """Ends what is left of a session after its leader: SIGTERM, and SIGKILL to what is there `grace` seconds later."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + grace
+        for process in _members(leader):
+            with suppress(ProcessLookupError):
+                os.kill(process, number)
+        while _members(leader) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def _members(session: int) -> list[int]:
+    import psutil
+
+    members = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process.pid)
+    return members
+
+
+def _inside(lifeline: int, arguments: list[str]) -> int:
+    """Calls accelerate in this process, the leader of the session, and returns the training's exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is started yet: Ctrl-C may simply end this process
+    threading.Thread(target=_stop_with_parent, args=(lifeline,), daemon=True).start()
+    os.environ |= {"PET_SIGNALS_TO_HANDLE": "SIGUSR2", "PET_SHUTDOWN_TIMEOUT": "120"}  # torch elastic: leave ours alone
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    for number in FORWARDED:
+        signal.signal(number, _pass_on)
+    try:
+        launch_command(launch_command_parser().parse_args(arguments))
+    except subprocess.CalledProcessError as failure:
+        return failure.returncode
+    except ChildFailedError as failure:
+        return int(failure.get_first_failure()[1].exitcode)
+    except (ValueError, ImportError) as error:  # raised before a process is started
+        sys.stderr.write(f"accelerate cannot launch with {arguments[1]}: {error}\n")
+        return 2
+    return 0
+
+
+def _pass_on(number: int, _: object) -> None:
+    """Signal handler: to the training processes alone, as a data loader's workers would die and fail the training."""
+    import psutil
+
+    if not (children := psutil.Process().children()):
+        raise SystemExit(128 + number)
+    for child in children:
+        with suppress(psutil.Error):
+            child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+
+
+def _stop_with_parent(lifeline: int) -> None:
+    """Stops this session when the process that holds the other end of the pipe is gone."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+    os.read(lifeline, 1)
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+    time.sleep(60)  # to save a checkpoint
+    os.killpg(0, signal.SIGKILL)
+
+
+def _status(returncode: int) -> int:
+    return 128 - returncode if returncode < 0 else returncode
+
+
+if __name__ == "__main__":
+    sys.exit(_status(_inside(int(sys.argv[1]), sys.argv[2:])))

@@ -1,0 +1,186 @@
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import venv
+from pathlib import Path
+
+import pytest
+
+from dpo_recipes import __version__, catalog
+from dpo_recipes.cli import main
+
+REPOSITORY = Path(__file__).parent.parent
+RECIPES = sorted(path.stem.replace("_", "-") for path in (REPOSITORY / "recipes").glob("[!_]*.py"))
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: an empty one."""
+    folder = tmp_path / "empty folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_alone_it_prints_the_help(capsys: pytest.CaptureFixture) -> None:
+    assert main([]) == 0
+    output = capsys.readouterr().out
+    assert all(command in output for command in ("list", "copy", "train"))
+
+
+def test_version(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.split() == ["dpo-recipes", __version__]
+
+
+def test_list_gives_each_recipe_with_the_first_line_of_its_docstring(capsys: pytest.CaptureFixture) -> None:
+    assert main(["list"]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert RECIPES
+    assert [name for name, _ in lines] == RECIPES
+    assert dict(lines)["hh-rlhf-lora"].startswith("DPO with a LoRA adapter")
+
+
+def test_recipes_of_the_current_folder_come_first(capsys: pytest.CaptureFixture) -> None:
+    Path("recipes").mkdir()
+    Path("recipes/hh_rlhf_lora.py").write_text('"""My own."""\n')
+    Path("recipes/broken.py").write_text("def\n")
+    assert catalog.find_recipe("hh-rlhf-lora") == Path("recipes/hh_rlhf_lora.py")
+    assert main(["list"]) == 0
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert listed["hh-rlhf-lora"] == "My own."
+    assert "cannot be read" in listed["broken"], "one broken file does not hide the others"
+
+
+@pytest.mark.parametrize("name", ["hh-rlhf-lora", "hh_rlhf_lora"])
+def test_hyphens_and_underscores_name_the_same_recipe(name: str) -> None:
+    assert catalog.find_recipe(name).samefile(REPOSITORY / "recipes" / "hh_rlhf_lora.py")
+
+
+def test_copy_puts_the_recipe_here_and_says_what_to_run(capsys: pytest.CaptureFixture) -> None:
+    assert main(["copy", "hh-rlhf-lora"]) == 0
+    assert Path("hh_rlhf_lora.py").read_text() == (REPOSITORY / "recipes" / "hh_rlhf_lora.py").read_text()
+    assert "dpo-recipes train hh_rlhf_lora.py" in capsys.readouterr().out
+
+
+def test_copy_refuses_to_replace_a_file(capsys: pytest.CaptureFixture) -> None:
+    Path("hh_rlhf_lora.py").write_text("mine")
+    assert main(["copy", "hh-rlhf-lora"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert Path("hh_rlhf_lora.py").read_text() == "mine"
+
+
+def test_copy_to_another_name_or_folder() -> None:
+    Path("sub").mkdir()
+    assert main(["copy", "hh-rlhf-lora", "mine.py"]) == 0
+    assert main(["copy", "hh-rlhf-lora", "sub"]) == 0
+    assert Path("mine.py").is_file()
+    assert Path("sub/hh_rlhf_lora.py").is_file()
+
+
+@pytest.mark.parametrize("destination", ["no/such/folder/mine.py", "mine.txt"])
+def test_copy_to_where_it_cannot_be_is_refused(destination: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["copy", "hh-rlhf-lora", destination]) == 2
+    assert destination in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "copy"])
+def test_an_unknown_recipe_lists_what_there_is(command: str, capsys: pytest.CaptureFixture) -> None:
+    assert main([command, "hh-rlhf-lara"]) == 2
+    message = capsys.readouterr().err
+    assert "Did you mean hh-rlhf-lora" in message
+    assert all(f"\n  {name} " in message for name in RECIPES)
+    assert "DPO with a LoRA adapter" in message
+
+
+def test_a_path_that_is_not_there_is_refused(capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", "mine.py"]) == 2
+    assert "no file mine.py" in capsys.readouterr().err
+
+
+def test_an_unknown_flag_of_list_is_refused(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["list", "--beta", "0.3"])
+    assert "--beta" in capsys.readouterr().err
+
+
+def test_train_passes_on_every_flag_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple] = []
+    monkeypatch.setattr("dpo_recipes.cli.train", lambda *names, **settings: calls.append((names, settings)) or 7)
+    flags = ["--beta", "0.3", "--pro", "x", "--learning_rate", "-1e-6", "--loss_type", "sigmoid", "sft", "--lora_r=4"]
+    assert main(["train", "quickstart", *flags, "--profile", "cpu"]) == 7
+    assert calls == [(("quickstart",), {"profile": "cpu", "accelerate": None, "flags": flags})]
+
+
+def test_ctrl_c_between_two_stages_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*names: str, **settings: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dpo_recipes.cli.train", interrupted)
+    assert main(["train", "quickstart"]) == 130
+
+
+def test_settings_are_read_without_running_the_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.py"
+    recipe.write_text("import no_such_module\nRECIPE = dict(a='b', **LORA, c=1, d=str(2))\n")
+    assert catalog.recipe_setting(recipe, "a") == "b"
+    assert [catalog.recipe_setting(recipe, key) for key in ("c", "d", "e")] == [None, None, None]
+
+
+def test_the_command_starts_without_torch_and_at_once(dpo_recipes: Path) -> None:
+    started = time.monotonic()
+    subprocess.run([dpo_recipes, "list"], check=True, capture_output=True)
+    assert time.monotonic() - started < 2, "0.1 s on an idle machine"
+    code = "import sys, dpo_recipes.cli; print({'torch', 'trl', 'transformers', 'psutil'} & set(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert loaded.strip() == "set()"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command, from a wheel in an environment that sees the libraries but not this checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    for name in ("dpo_recipes", "recipes"):
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    pip = ["-m", "pip", "--disable-pip-version-check", "-q"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source]
+    subprocess.run([sys.executable, *build], check=True)
+    shutil.rmtree(source)
+
+    environment = folder / "environment"
+    venv.create(environment, with_pip=False)
+    [packages] = environment.glob("lib/python*/site-packages")
+    (packages / "libraries.pth").write_text(sysconfig.get_path("purelib"))
+    [wheel] = folder.glob("*.whl")
+    install = [*pip, "install", "--no-deps", "--no-index", "--ignore-installed", wheel]
+    subprocess.run([environment / "bin" / "python", *install], check=True)
+    return environment / "bin" / "dpo-recipes"
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_lists_copies_and_trains_in_an_empty_folder(
+    installed: Path, empty_folder: Path, tiny_model: Path, hh_rows: Path
+) -> None:
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run([installed, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+    listed = run("list")
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == RECIPES
+    assert run("copy", "hh-rlhf-lora").returncode == 0
+    assert [path.name for path in empty_folder.iterdir()] == ["hh_rlhf_lora.py"]
+    trained = run(
+        *("train", "hh_rlhf_lora.py", "--profile", "cpu", "--max_steps", "2", "--max_length", "256"),
+        *("--model_name_or_path", tiny_model, "--dataset_name", hh_rows, "--pairs_per_update", "4"),
+    )
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert str(installed.parent.parent) in trained.stdout.splitlines()[0], "the profile comes from the wheel"
+    assert (empty_folder / "outputs" / "hh_rlhf_lora" / "done.json").is_file()
