@@ -1,0 +1,116 @@
+"""Checkpoints that can be trusted: the latest complete one, a merged LoRA adapter, and the proof that it was saved."""
+
+import json
+import logging
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"  # transformers writes it last
+
+
+def incomplete_reason(checkpoint: str | Path) -> str | None:
+    """Why the checkpoint cannot be resumed from, or None where it is complete.
+
+    transformers writes `trainer_state.json` last on the main process, so a readable one means that the main process
+    got to the end; every weight, optimizer and random-state file is opened as well, because a full disk or another
+    rank may have left one short.
+    """
+    folder = Path(checkpoint)
+    try:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"{STATE_FILE} is missing"
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return f"{STATE_FILE} is cut short"
+    if f"checkpoint-{state.get('global_step')}" != folder.name:
+        return f"{STATE_FILE} is of step {state.get('global_step')}"
+    sharded = any(folder.glob("pytorch_model_fsdp*")) or any(folder.glob("global_step*"))  # FSDP, DeepSpeed
+    needed = ["rng_state*.pth"] if sharded else ["*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth"]
+    for pattern in needed:
+        if not any(folder.glob(pattern)):
+            return f"{pattern} is missing"
+    for file in sorted(folder.rglob("*")):
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    tensors.keys()
+            except (SafetensorError, OSError):
+                return f"{file.name} is cut short"
+        elif file.suffix in {".pt", ".pth"} and not zipfile.is_zipfile(file):  # torch.save writes a zip archive
+            return f"{file.name} is cut short"
+    return None
+
+
+def latest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The highest-numbered complete checkpoint of a run, or None. Half-written ones are skipped with a warning."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for folder in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        reason = incomplete_reason(folder)
+        if reason is None:
+            return folder
+        logger.warning(f"{folder} is half-written ({reason}) and is skipped.")
+    return None
+
+
+def trained_weights(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
+    """The weights that `save_pretrained` is to write: the LoRA adapter's for a PeftModel, else all of them."""
+    state: Mapping[str, Any] = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
+    return dict(state)
+
+
+def check_saved(folder: str | Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Compare what lies in a folder with the weights that were trained, bit for bit.
+
+    Args:
+        folder: Where `save_pretrained` wrote safetensors files.
+        weights: Name to tensor, as `trained_weights` returns them.
+
+    Raises:
+        RuntimeError: If a tensor is missing or differs. Tied weights that safetensors leaves out are not missing.
+    """
+    saved: dict[str, torch.Tensor] = {}
+    for file in Path(folder).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            saved.update({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118 (not a mapping)
+    kept_storage = {weights[name].data_ptr() for name in saved if name in weights}
+    for name, tensor in weights.items():
+        if name not in saved:
+            if tensor.data_ptr() in kept_storage:
+                continue
+            raise RuntimeError(f"{folder} lacks {name}: what was saved is not what was trained.")
+        if not torch.equal(saved[name].to(tensor.dtype), tensor.detach().cpu()):
+            raise RuntimeError(
+                f"{name} in {folder} differs from the trained weight: what was saved is not what it was."
+            )
+
+
+@torch.no_grad()
+def merge_adapter(model: PeftModel, probe: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+    """The base model with the LoRA adapter added into its weights, proven on a probe.
+
+    Args:
+        model: The trained PeftModel; it is used up. Its base is not quantised.
+        probe: A batch of `input_ids` and `attention_mask`. Shape (batch, tokens).
+
+    Raises:
+        RuntimeError: If the merged model answers the probe differently, beyond the rounding of its dtype.
+    """
+    model.eval()
+    before = model(**probe).logits.float()
+    merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+    after = merged(**probe).logits.float()
+    error = ((after - before).abs().max() / before.abs().max()).item()
+    if not error <= (1e-4 if merged.dtype == torch.float32 else 5e-2):  # NaN is refused too
+        raise RuntimeError(f"Merging the LoRA adapter moved the logits by {error:.1e} of their largest: not saved.")
+    return merged

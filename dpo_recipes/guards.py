@@ -1,0 +1,166 @@
+"""Guards on a DPO run: the reference is the start, what is trained is float32, an interrupt saves before it ends."""
+
+import logging
+import math
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import DPOTrainer
+
+logger = logging.getLogger(__name__)
+
+FIRST_LOSS_TOLERANCE = {"float32": 1e-4, "16 bits": 2e-2}
+"""How far the first loss may be from ln 2: what rounding moves beta times a sum of some hundred log-probs."""
+
+
+class WrongReferenceError(RuntimeError):
+    """The policy does not start at the reference model."""
+
+
+def add_guards(trainer: Trainer, *, reference_is_start: bool = True) -> None:
+    """Make a built trainer safe to run: call it between building the trainer and `trainer.train`.
+
+    - Trained weights become float32. TRL casts the LoRA adapter of a 4-bit base to bfloat16, where a learning rate of
+      5e-6 moves 3 % of its weights; full fine-tuning of 16-bit weights loses small updates in the same way.
+    - With full fine-tuning DPOTrainer loads the reference model from disk. Where the policy was changed in memory
+      since (a merged LoRA adapter, say), the reference gets the policy's weights.
+    - 4-bit layers on a CPU keep their layout. On one with AVX512-BF16, bitsandbytes 0.50.2 repacks them for good in the
+      first evaluation, after which no gradient passes through them.
+    - The first batch must show policy and reference to be equal, before the first update.
+    - SIGTERM and Ctrl-C save a checkpoint at the end of the step and end the run.
+
+    Args:
+        trainer: Any transformers Trainer; the guards on the reference are for DPOTrainer.
+        reference_is_start: False where DPOTrainer was given another reference model on purpose: it is then neither
+            replaced nor checked.
+    """
+    if isinstance(trainer, DPOTrainer) and reference_is_start:
+        start_reference_at_policy(trainer)
+        trainer.add_callback(FirstLossGuard(trainer))
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+    for module in trainer.model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    trainer.add_callback(InterruptCallback())
+
+
+def start_reference_at_policy(trainer: DPOTrainer) -> bool:
+    """Copy the policy's weights into the reference model where they differ; whether it was necessary.
+
+    LoRA needs none of it (the reference is the base in memory), sharded models cannot be compared here.
+    """
+    reference = trainer.ref_model
+    if reference is None or isinstance(trainer.model, PeftModel) or trainer.is_deepspeed_enabled:
+        return False
+    if trainer.is_fsdp_enabled:
+        return False
+    reference = trainer.accelerator.unwrap_model(reference)
+    start = trainer.model.state_dict()
+    if all(torch.equal(start[name].to(value), value) for name, value in reference.state_dict().items()):
+        return False
+    reference.load_state_dict(start)
+    logger.warning(
+        "The policy was changed after it was loaded, so the reference model that DPOTrainer read from disk was another "
+        "model. It now has the policy's weights. Pass ref_model=copy.deepcopy(model) to silence this; if another "
+        "reference is meant, add_guards(trainer, reference_is_start=False)."
+    )
+    return True
+
+
+class FirstLossGuard(TrainerCallback):
+    """Ends the run before its first update if the policy does not start at the reference model.
+
+    At step 0 the log-ratios of both completions are 0, so the sigmoid loss is ln 2 = 0.6931 (Rafailov et al. 2023,
+    eq. 7). A wrong reference shows in the rewards of either completion, so they are checked, not their difference.
+    """
+
+    def __init__(self, trainer: DPOTrainer) -> None:
+        self.trainer = trainer
+        self.checked = False
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the micro-batches of the first update; a resumed run has no first update."""
+        if self.checked or state.global_step > 0 or not self.trainer.args.disable_dropout:
+            return
+        self.checked = True
+        metrics = self.trainer._metrics["train"]
+        chosen, rejected = (max(map(abs, metrics[f"rewards/{side}"])) for side in ("chosen", "rejected"))
+        off = (chosen + rejected) / 2  # a margin of m moves the sigmoid loss from ln 2 by m / 2
+        exact = self.trainer.model.dtype == torch.float32 and not (args.bf16 or args.fp16)
+        exact = exact and not self.trainer.precompute_ref_logps  # batched otherwise, hence rounded otherwise
+        if not off <= FIRST_LOSS_TOLERANCE["float32" if exact else "16 bits"]:  # NaN is refused too
+            raise WrongReferenceError(
+                f"The first loss should be ln 2 = {math.log(2):.4f} but is off by up to {off:.4f}: the policy does "
+                f"not start at the reference model (implicit reward of chosen {chosen:.4f}, of rejected "
+                f"{rejected:.4f}). Let TRL make the reference (ref_model=None), or pass the model that the policy "
+                "starts from."
+            )
+
+
+class InterruptCallback(TrainerCallback):
+    """Turns the first SIGTERM or Ctrl-C into a checkpoint at the end of the step, and then exits with 143 or 130.
+
+    transformers' `enable_jit_checkpoint` waits three seconds, ignores Ctrl-C and may save within a step, where the
+    random state is no longer that of a step's beginning; saving at a step's end is what makes a resume bit-identical.
+    A second signal ends the run at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.previous: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise SystemExit(128 + number)
+        self.signal = number
+        logger.warning("Interrupted: saving a checkpoint at the end of this step (once more: stop at once).")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the two signals over."""
+        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a checkpoint and the end. All processes stop at the same step, whichever got the signal first."""
+        stop = self.signal
+        if args.world_size > 1:
+            stop = max(_gathered(stop or 0)) or None
+        if stop is not None:
+            self.signal = stop
+            control.should_save = True
+            control.should_evaluate = False
+            control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the signals back; leave with the shell's status for the signal if there was one.
+
+        The processes leave together: torch's launcher ends the others as soon as one has left, maybe while it saves.
+        """
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        if self.signal is not None and state.global_step < state.max_steps:
+            logger.warning(
+                f"Saved {args.output_dir}/checkpoint-{state.global_step}. Continue with --resume_from_checkpoint true."
+            )
+            raise SystemExit(128 + self.signal)
+
+
+def _gathered(number: int) -> list[int]:
+    """The number that each process holds."""
+    numbers: list[int] = [0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(numbers, number)
+    return numbers

@@ -1,0 +1,167 @@
+import copy
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from trl import DPOConfig, DPOTrainer
+
+from dpo_recipes.guards import WrongReferenceError, add_guards, start_reference_at_policy
+
+
+def say(role, content):
+    return [{"role": role, "content": content}]
+
+
+@pytest.fixture
+def pairs():
+    return Dataset.from_list(
+        [
+            {
+                "prompt": say("user", f"Question {index}?"),
+                "chosen": say("assistant", f"A good answer, number {index}."),
+                "rejected": say("assistant", "No."),
+            }
+            for index in range(8)
+        ]
+    )
+
+
+@pytest.fixture
+def build(tiny_model, tmp_path, pairs):
+    def build(model=None, ref_model=None, peft_config=None, **settings):
+        args = DPOConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=4,
+            max_steps=1,
+            learning_rate=1e-3,
+            logging_steps=1,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            activation_checkpointing=False,
+            disable_tqdm=True,
+            **settings,
+        )
+        return DPOTrainer(
+            model=model if model is not None else str(tiny_model),
+            ref_model=ref_model,
+            args=args,
+            train_dataset=pairs,
+            processing_class=AutoTokenizer.from_pretrained(tiny_model),
+            peft_config=peft_config,
+        )
+
+    return build
+
+
+def changed_in_memory(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        model.lm_head.weight.add_(torch.randn(model.lm_head.weight.shape, generator=torch.manual_seed(0)))
+    return model
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")])
+def test_first_loss_is_log_two(build, peft_config):
+    trainer = build(peft_config=peft_config)
+    add_guards(trainer)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_plain_trl_starts_elsewhere_when_the_policy_was_changed_in_memory(build, tiny_model):
+    trainer = build(model=changed_in_memory(tiny_model))
+    trainer.train()
+    assert abs(trainer.state.log_history[0]["loss"] - math.log(2)) > 0.01
+
+
+def test_reference_follows_a_policy_changed_in_memory(build, tiny_model, caplog):
+    policy = changed_in_memory(tiny_model)
+    start = copy.deepcopy(policy.state_dict())
+    trainer = build(model=policy)
+    add_guards(trainer)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert "The policy was changed after it was loaded" in caplog.text
+    reference = trainer.accelerator.unwrap_model(trainer.ref_model).state_dict()
+    assert all(torch.equal(reference[name], value) for name, value in start.items())
+    weight = "lm_head.weight"
+    assert not torch.equal(trainer.model.state_dict()[weight], start[weight])
+
+
+def test_reference_is_left_alone_when_it_is_the_start(build):
+    assert start_reference_at_policy(build()) is False
+
+
+@pytest.mark.parametrize("loss_type", [["sigmoid"], ["ipo"], ["sigmoid", "sft"]])
+def test_a_wrong_reference_ends_the_run_before_the_first_update(build, tiny_model, loss_type):
+    trainer = build(ref_model=changed_in_memory(tiny_model), loss_type=loss_type)
+    start = copy.deepcopy(trainer.model.state_dict())
+    add_guards(trainer)
+    trainer.ref_model.load_state_dict(changed_in_memory(tiny_model).state_dict())  # behind the guard's back
+    with pytest.raises(WrongReferenceError, match="does not start at the reference model"):
+        trainer.train()
+    assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in start.items())
+
+
+def test_a_reference_given_on_purpose_is_left_alone(build, tiny_model):
+    trainer = build(ref_model=changed_in_memory(tiny_model))
+    add_guards(trainer, reference_is_start=False)
+    trainer.train()
+    assert abs(trainer.state.log_history[0]["loss"] - math.log(2)) > 0.01
+
+
+def test_trained_weights_become_float32(build, tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    trainer = build(model=model)
+    add_guards(trainer)
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
+@pytest.fixture
+def quantised(tiny_model):
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        tiny_model, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
+
+
+def test_lora_weights_on_a_4_bit_base_are_trained_in_float32(quantised, build):
+    trainer = build(model=quantised, peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    assert {weight.dtype for weight in trained.values()} == {torch.bfloat16}  # TRL's cast; the guard is needed
+    add_guards(trainer)
+    before = {name: weight.detach().clone() for name, weight in trained.items()}
+    assert {weight.dtype for weight in before.values()} == {torch.float32}
+    trainer.train()
+    moved = {name for name, weight in trained.items() if not torch.equal(weight, before[name])}
+    assert moved == {name for name in trained if "lora_B" in name}  # A has no gradient while B is zero
+
+
+def test_gradients_pass_a_4_bit_base_after_an_evaluation(quantised, build):
+    trainer = build(model=quantised, peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    add_guards(trainer)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+
+    def gradients():
+        trainer.model.train()
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, batch).backward()
+        return {name: weight.grad.clone() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+
+    before = gradients()
+    trainer.model.eval()
+    with torch.no_grad():
+        trainer.compute_loss(trainer.model, batch)
+    after = gradients()
+    assert any(gradient.abs().sum() > 0 for name, gradient in before.items() if "layers.0" in name)
+    assert all(torch.equal(before[name], after[name]) for name in before)
