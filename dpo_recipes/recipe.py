@@ -1,0 +1,271 @@
+"""What every recipe shares: its settings, its tokenizer, and how it ends when something is wrong."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+from trl import ModelConfig, ScriptArguments, TrlParser
+
+from dpo_recipes.checkpoints import incomplete_reason, latest_checkpoint
+from dpo_recipes.errors import RecipeError
+from dpo_recipes.terminal import say
+
+SETTINGS_FILE = "settings.json"
+DONE_FILE = "done.json"
+
+BOOKKEEPING = ("output_dir", "overwrite", "resume_from_checkpoint", "run_name", "report_to", "project")
+BOOKKEEPING_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "disable_tqdm", "dataloader_num_")
+"""Settings that do not change what is trained: two runs that differ in these alone are the same run."""
+
+
+@dataclass
+class RecipeArguments(ScriptArguments):
+    """The few settings that no TRL dataclass has a field for."""
+
+    pairs_per_update: int = field(
+        default=64,
+        metadata={"help": "Pairs per optimizer step over all processes. Gradient accumulation follows from it."},
+    )
+    eval_pairs: int = field(
+        default=512,
+        metadata={"help": "Held-out pairs to evaluate on, drawn by seed where the test split has more."},
+    )
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "Replace the run that the output folder holds."},
+    )
+    settings: dict[str, Any] = field(init=False, default_factory=dict)
+    """All settings in force, set by `parse_recipe`; not a flag."""
+
+
+def parse_recipe(recipe: Mapping[str, Any], dataclass_types: Sequence[type]) -> tuple[Any, ...]:
+    """An instance of each dataclass, from RECIPE < `--config profile.yaml` < flags.
+
+    Sets what follows from other settings: gradient accumulation from `pairs_per_update`, `model_init_kwargs` from
+    ModelConfig, and the checkpoint to resume from. Nothing is written and no model is loaded.
+
+    Args:
+        recipe: The RECIPE of a recipe file.
+        dataclass_types: RecipeArguments, a TRL config and, where a model is loaded by name, ModelConfig.
+
+    Raises:
+        RecipeError: If a key is unknown anywhere, a value is refused, the pairs per update cannot be met, or the
+            output folder holds another run.
+    """
+    parser = TrlParser(dataclass_types)
+    if unknown := parser.set_defaults_with_config(**recipe):
+        raise RecipeError(f"RECIPE has keys that TRL does not know: {' '.join(unknown)}. Correct or remove them.")
+    try:
+        parsed: tuple[Any, ...] = parser.parse_args_and_config()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        hint = " On a machine without a GPU, use the cpu profile." if "bf16" in str(error) else ""
+        raise RecipeError(f"{error}{hint} The settings of a recipe are listed by --help.") from error
+    script_args = next(args for args in parsed if isinstance(args, RecipeArguments))
+    training_args = next(args for args in parsed if isinstance(args, TrainingArguments))
+    model_args = next((args for args in parsed if isinstance(args, ModelConfig)), None)
+
+    _set_accumulation(script_args, training_args)
+    if model_args is not None:
+        if model_args.model_name_or_path is None:
+            raise RecipeError("No model is named. Give a folder or a Hub name with --model_name_or_path.")
+        training_args.model_init_kwargs = {
+            "revision": model_args.model_revision,
+            "attn_implementation": model_args.attn_implementation,
+            "dtype": model_args.dtype,
+            **(training_args.model_init_kwargs or {}),
+        }
+    script_args.settings = _effective_settings(parsed)
+    training_args.resume_from_checkpoint = _checkpoint_to_resume(training_args)
+    _refuse_another_run(script_args, training_args)
+    return parsed
+
+
+def _set_accumulation(script_args: RecipeArguments, training_args: TrainingArguments) -> None:
+    if training_args.gradient_accumulation_steps != 1 or training_args.auto_find_batch_size:
+        raise RecipeError(
+            "gradient_accumulation_steps and auto_find_batch_size follow from pairs_per_update here. Set "
+            "--pairs_per_update and --per_device_train_batch_size instead."
+        )
+    pairs, batch = script_args.pairs_per_update, training_args.per_device_train_batch_size
+    steps, rest = divmod(pairs, batch * training_args.world_size)
+    if rest or steps < 1:
+        raise RecipeError(
+            f"pairs_per_update={pairs} is not a multiple of per_device_train_batch_size={batch} times "
+            f"{training_args.world_size} process(es). Change one of them."
+        )
+    training_args.gradient_accumulation_steps = steps
+
+
+def _effective_settings(parsed: Sequence[Any]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for args in parsed:
+        values = args.to_dict() if isinstance(args, TrainingArguments) else asdict(args)
+        settings |= {entry.name: values[entry.name] for entry in fields(args) if entry.init and entry.name in values}
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return plain
+
+
+def settings_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The settings in which two runs differ, as `name: one -> other`; bookkeeping does not count."""
+    return [
+        f"{name}: {one.get(name)} -> {other.get(name)}"
+        for name in sorted({*one, *other})
+        if one.get(name) != other.get(name) and name not in BOOKKEEPING and not name.startswith(BOOKKEEPING_PREFIXES)
+    ]
+
+
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """A hash of what determines the result; bookkeeping does not count."""
+    kept = [
+        f"{name}={settings[name]!r}" for name in sorted(settings) if settings_differences({}, {name: settings[name]})
+    ]
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:16]
+
+
+def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
+    wanted = training_args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() != "true":
+        if not Path(wanted).is_dir():
+            raise RecipeError(f"There is no checkpoint {wanted}. --resume_from_checkpoint true finds the latest one.")
+        if reason := incomplete_reason(wanted):
+            raise RecipeError(f"{wanted} is half-written: {reason}. --resume_from_checkpoint true skips such ones.")
+        return str(wanted)
+    found = latest_checkpoint(training_args.output_dir)
+    if found is None:
+        say(f"There is no complete checkpoint in {training_args.output_dir}: starting at step 0.")
+        return None
+    say(f"Resuming from {found}.")
+    return str(found)
+
+
+def _refuse_another_run(script_args: RecipeArguments, training_args: TrainingArguments) -> None:
+    folder = Path(training_args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"{folder} is a file. Name a folder with --output_dir.")
+    checkpoints = sorted(folder.glob("checkpoint-*"))
+    if script_args.overwrite or not (checkpoints or (folder / SETTINGS_FILE).exists()):
+        return
+    ways_out = "Choose another --output_dir, or replace it with --overwrite true."
+    try:
+        held = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        raise RecipeError(f"{folder} holds checkpoints of a run that is not known here. {ways_out}") from None
+    differences = settings_differences(held, script_args.settings)
+    if training_args.resume_from_checkpoint is not None:
+        if differences:
+            say("The resumed run had other settings: " + "; ".join(differences))
+        return
+    if differences:
+        raise RecipeError(f"{folder} holds another run, which differs in {'; '.join(differences)}. {ways_out}")
+    if checkpoints and not (folder / DONE_FILE).exists():
+        raise RecipeError(
+            f"{folder} holds this run, unfinished. Continue it with --resume_from_checkpoint true, or start again "
+            "with --overwrite true."
+        )
+
+
+def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model that a recipe starts from, with SFTConfig's `chat_template_path` put in.
+
+    Args:
+        model_args: Names the model: a folder or a Hub name.
+        training_args: A TRL config.
+
+    Raises:
+        RecipeError: If there is no such model, the Hub cannot be reached, the folder holds a LoRA adapter alone, or
+            the tokenizer has no end-of-sequence token.
+    """
+    name = str(model_args.model_name_or_path)
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        what = "a LoRA adapter alone" if (folder / "adapter_config.json").exists() else "no config.json"
+        raise RecipeError(f"{name} holds {what}; a full model is needed. SFT recipes leave one, merged.")
+    if not folder.exists() and (folder.is_absolute() or folder.parts[0] in (".", "..", "outputs")):
+        raise RecipeError(
+            f"There is no model in {name}. If a recipe makes it, train that one first: make train "
+            f"RECIPE={folder.name.replace('_', '-')}."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+        )
+        chat_template_path = getattr(training_args, "chat_template_path", None)  # DPOConfig has none
+        if chat_template_path is not None:
+            source = Path(chat_template_path)
+            tokenizer.chat_template = (
+                source.read_text(encoding="utf-8")
+                if source.is_file()
+                else AutoTokenizer.from_pretrained(chat_template_path).chat_template
+            )
+    except (OSError, ValueError) as error:
+        raise RecipeError(_unreachable(name, error)) from error
+    if tokenizer.eos_token is None:
+        raise RecipeError(
+            f"The tokenizer of {name} has no end-of-sequence token, so answers would never end. Set eos_token in its "
+            "tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def _unreachable(name: str, error: Exception) -> str:
+    return (
+        f"Cannot load {name}: {str(error).splitlines()[0]} Without the Hub, give a local folder with "
+        "--model_name_or_path, or run the quickstart, which needs no network: make train."
+    )
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a recipe's `main` and end with the exit status that a script can rely on.
+
+    0 done; 1 the work failed; 2 the call or the data was wrong and nothing was started; 130 or 143 interrupted.
+    """
+    # trl 1.16 and peft 0.21 read the old names of what transformers 5.23 calls activation checkpointing.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    try:
+        main()
+    except RecipeError as error:
+        _leave(2, str(error))
+    except KeyboardInterrupt:
+        _leave(130, "Interrupted before the first step; nothing was saved.")
+    except Exception as error:
+        text = str(error)
+        if _is_disk_full(error):
+            _leave(
+                1,
+                f"The disk is full ({shutil.disk_usage(Path.cwd()).free // 2**20} MiB free here). Complete checkpoints "
+                "are kept: free some space and continue with --resume_from_checkpoint true, or lower "
+                "--save_total_limit.",
+            )
+        if isinstance(error, OSError) and "huggingface.co" in text:
+            _leave(2, _unreachable("the model or dataset", error))
+        if type(error).__name__ == "OutOfMemoryError":
+            _leave(
+                1,
+                f"Out of memory: {text.splitlines()[0]} Halve --per_device_train_batch_size (the pairs per update stay "
+                "the same), lower --max_length, or use a 4-bit recipe.",
+            )
+        raise
+
+
+def _is_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    # torch.save and safetensors raise errors of their own.
+    return "No space left on device" in str(error) or "PytorchStreamWriter failed writing" in str(error)
+
+
+def _leave(status: int, message: str) -> NoReturn:
+    if int(os.environ.get("RANK", "0")) == 0:
+        sys.stderr.write(f"{message}\n")
+    raise SystemExit(status)

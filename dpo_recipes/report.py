@@ -1,0 +1,85 @@
+"""Shows what a run did: the curves as a PNG, a table before and after, answers side by side."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+PANELS: dict[str, tuple[str, ...]] = {
+    "Loss": ("loss", "eval_loss"),
+    "Reward accuracy": ("rewards/accuracies", "eval_rewards/accuracies"),
+    "Implicit reward": ("rewards/chosen", "rewards/rejected"),
+    "Log-prob of a completion (nats)": ("logps/chosen", "logps/rejected"),
+    "Token accuracy": ("mean_token_accuracy", "eval_mean_token_accuracy"),
+    "Gradient norm": ("grad_norm",),
+}
+
+
+def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path, *, title: str) -> Path:
+    """The path of a PNG with a panel for each group of metrics that the trainer logged.
+
+    Args:
+        log_history: `trainer.state.log_history`.
+        path: Where the PNG goes, written whole.
+        title: Stands above the panels.
+    """
+    curves = {
+        panel: lines
+        for panel, names in PANELS.items()
+        if (lines := {name: points for name in names if (points := _points(log_history, name))})
+    }
+    rows = -(-len(curves) // 3)
+    figure = Figure(figsize=(12, 3.4 * rows + 0.4), layout="constrained")
+    figure.suptitle(title)
+    for index, (panel, lines) in enumerate(curves.items(), start=1):
+        axes = figure.add_subplot(rows, min(3, len(curves)), index)
+        for name, points in lines.items():
+            label = "held out" if name.startswith("eval_") else name.rpartition("/")[2]
+            axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 6 else None, markersize=3)
+        axes.set_title(panel, fontsize=10)
+        axes.set_xlabel("update", fontsize=9)
+        axes.grid(alpha=0.3)
+        if len(lines) > 1:
+            axes.legend(fontsize=8)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=110)
+    temporary.replace(path)
+    return path
+
+
+def _points(log_history: Sequence[Mapping[str, float]], name: str) -> list[tuple[float, float]]:
+    return [(entry["step"], entry[name]) for entry in log_history if name in entry]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Text in columns, the first to the left and the others to the right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in cells
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def side_by_side(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Prompts with the answer before and after, wrapped for a terminal.
+
+    Args:
+        samples: Each has `prompt`, `before` and `after`, all text.
+    """
+    blocks = []
+    for sample in samples:
+        parts = [("Prompt", sample["prompt"]), ("Before", sample["before"]), ("After", sample["after"])]
+        blocks.append(
+            "\n".join(
+                textwrap.fill(str(text), width=100, initial_indent=f"{name:<8}", subsequent_indent=" " * 8)
+                for name, text in parts
+            )
+        )
+    return "\n\n".join(blocks)

@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_recipes.evaluation import PreferenceLogps, generate, mean_with_interval, wilson
+
+
+@pytest.mark.parametrize(("wins", "n"), [(0, 10), (7, 10), (10, 10), (512, 1000)])
+def test_wilson_agrees_with_scipy(wins, n):
+    estimate = wilson(wins, n)
+    interval = binomtest(wins, n).proportion_ci(method="wilson")
+    assert (estimate.mean, estimate.low, estimate.high) == pytest.approx(
+        (wins / n, interval.low, interval.high), abs=1e-6
+    )
+
+
+def test_ties_count_one_half():
+    logps = PreferenceLogps(*np.array([[-1.0, -2.0, -3.0], [-2.0, -2.0, -1.0], [1, 1, 1], [1, 1, 1]]))
+    assert logps.accuracy().mean == pytest.approx(1.5 / 3)
+
+
+def test_accuracy_per_token_divides_by_the_length():
+    logps = PreferenceLogps(*np.array([[-10.0], [-6.0], [10.0], [2.0]]))
+    assert (logps.accuracy().mean, logps.accuracy(per_token=True).mean) == (0.0, 1.0)
+
+
+def test_implicit_reward_accuracy_is_against_the_start():
+    start = PreferenceLogps(*np.array([[-5.0, -5.0], [-1.0, -1.0], [1, 1], [1, 1]]))
+    tuned = PreferenceLogps(*np.array([[-4.0, -6.0], [-2.0, -1.0], [1, 1], [1, 1]]))
+    assert tuned.accuracy().mean == 0.0
+    assert tuned.accuracy_against(start).mean == 0.5
+
+
+def test_the_bootstrap_interval_holds_the_mean():
+    values = np.random.default_rng(1).normal(0.3, 1.0, 400)
+    estimate = mean_with_interval(values)
+    assert estimate.low < values.mean() < estimate.high
+    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 / 20, rel=0.15)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+PROMPTS = [[{"role": "user", "content": "word " * length}] for length in (9, 1, 4, 2, 7)]
+
+
+def test_batched_greedy_answers_are_those_of_one_at_a_time(model, tokenizer):
+    alone = [generate(model, tokenizer, [prompt], max_new_tokens=12)[0] for prompt in PROMPTS]
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=3) == alone
+
+
+def test_the_seed_decides_the_sample_and_nothing_else_is_disturbed(model, tokenizer):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = generate(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=1.0, seed=1)
+    assert torch.equal(torch.rand(3), expected)
+    assert first == generate(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=1.0, seed=1)
+    assert first != generate(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=1.0, seed=2)
+
+
+def test_an_answer_ends_at_its_end_token(model, tokenizer):
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] *= 0
+    answers = generate(model, tokenizer, PROMPTS, max_new_tokens=40, temperature=1.5)
+    assert any(answer["ended"] for answer in answers)
+    for answer in answers:
+        assert answer["tokens"] < 40 if answer["ended"] else answer["tokens"] == 40
+        assert "<eos>" not in answer["text"]

@@ -1,0 +1,218 @@
+import errno
+import json
+import sys
+
+import pytest
+from conftest import CHAT_TEMPLATE
+from transformers import AutoTokenizer
+from trl import DPOConfig, ModelConfig, SFTConfig
+
+from dpo_recipes.errors import RecipeError
+from dpo_recipes.presets import LORA, QLORA
+from dpo_recipes.recipe import RecipeArguments, load_tokenizer, parse_recipe, run, settings_hash
+
+TYPES = (RecipeArguments, DPOConfig, ModelConfig)
+
+
+@pytest.fixture
+def parse(monkeypatch, tmp_path):
+    """Parses a small recipe with a profile and flags, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    recipe = dict(
+        model_name_or_path="some/model",
+        output_dir="outputs/x",
+        beta=0.1,
+        learning_rate=1e-3,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        bf16=False,
+        activation_checkpointing=False,
+        report_to="none",
+    )
+
+    def parse(*flags, profile="", **settings):
+        (tmp_path / "profile.yaml").write_text(profile or "seed: 42")
+        monkeypatch.setattr(sys, "argv", ["recipe.py", "--config", "profile.yaml", *flags])
+        return parse_recipe(recipe | settings, TYPES)
+
+    return parse
+
+
+def test_flags_beat_the_profile_and_the_profile_beats_the_recipe(parse):
+    _, args, _ = parse("--beta", "0.3", profile="beta: 0.2\nlearning_rate: 2e-3", weight_decay=0.5)
+    assert (args.beta, args.learning_rate, args.weight_decay) == (0.3, 2e-3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "profile", "settings"),
+    [(["--betta", "1"], "", {}), ([], "betta: 1", {}), ([], "", {"betta": 1})],
+    ids=["flag", "profile", "RECIPE"],
+)
+def test_an_unknown_key_anywhere_is_refused_by_name(parse, flags, profile, settings):
+    with pytest.raises(RecipeError, match="betta"):
+        parse(*flags, profile=profile, **settings)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--loss_type", "sigmoid", "--loss_weights", "1", "2"], "loss_weights"),
+        (["--gradient_accumulation_steps", "2"], "follow from pairs_per_update"),
+        (["--pairs_per_update", "62"], "not a multiple of per_device_train_batch_size=4"),
+        (["--pairs_per_update", "0"], "not a multiple"),
+        (["--load_in_4bit", "true", "--load_in_8bit", "true"], "8 bit and 4 bit"),
+        (["--resume_from_checkpoint", "nowhere"], "no checkpoint nowhere"),
+        (["--bf16", "true", "--use_cpu", "false"], "cpu profile"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_before_a_model_is_loaded(parse, flags, message):
+    with pytest.raises(RecipeError, match=message):
+        parse(*flags)
+
+
+def test_a_missing_profile_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--config", "nowhere.yaml"])
+    with pytest.raises(RecipeError, match=r"nowhere\.yaml"):
+        parse_recipe({}, TYPES)
+
+
+@pytest.mark.parametrize(("pairs", "batch", "expected"), [(64, 4, 16), (64, 64, 1), (8, 2, 4)])
+def test_gradient_accumulation_follows_from_pairs_per_update(parse, pairs, batch, expected):
+    _, args, _ = parse("--pairs_per_update", str(pairs), "--per_device_train_batch_size", str(batch))
+    assert args.gradient_accumulation_steps == expected
+
+
+def test_model_settings_reach_the_trainer(parse):
+    _, args, _ = parse("--dtype", "bfloat16", "--model_revision", "v2")
+    assert args.model_init_kwargs == {"revision": "v2", "attn_implementation": None, "dtype": "bfloat16"}
+
+
+def test_presets_are_fields_of_model_config():
+    assert ModelConfig(**LORA).lora_target_modules == "all-linear"
+    quantised = ModelConfig(**QLORA)
+    assert (quantised.load_in_4bit, quantised.bnb_4bit_quant_type, quantised.use_bnb_nested_quant) == (
+        True,
+        "nf4",
+        True,
+    )
+    assert quantised.dtype == "bfloat16"
+
+
+def test_settings_are_those_in_force_and_hold_no_secret(parse):
+    script_args, _, _ = parse("--beta", "0.3", "--hub_token", "secret")
+    assert script_args.settings["beta"] == 0.3
+    assert "secret" not in json.dumps(script_args.settings)
+
+
+def test_the_settings_hash_ignores_bookkeeping_and_sees_the_rest(parse):
+    base = settings_hash(parse()[0].settings)
+    assert settings_hash(parse("--output_dir", "elsewhere", "--logging_steps", "3")[0].settings) == base
+    assert settings_hash(parse("--beta", "0.2")[0].settings) != base
+    assert settings_hash(parse("--seed", "1")[0].settings) != base
+
+
+def test_an_output_folder_that_holds_another_run_is_refused(parse, tmp_path):
+    folder = tmp_path / "outputs" / "x"
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text(json.dumps(parse()[0].settings))
+    (folder / "done.json").write_text("{}")
+    parse()  # the same run again
+    with pytest.raises(RecipeError, match=r"another run, which differs in beta: 0\.1 -> 0\.3.*--overwrite true"):
+        parse("--beta", "0.3")
+    parse("--beta", "0.3", "--overwrite", "true")
+
+
+def test_an_unfinished_run_is_continued_or_replaced_never_mixed(parse, tmp_path):
+    folder = tmp_path / "outputs" / "x"
+    (folder / "checkpoint-10").mkdir(parents=True)
+    (folder / "settings.json").write_text(json.dumps(parse("--overwrite", "true")[0].settings))
+    with pytest.raises(RecipeError, match=r"unfinished.*--resume_from_checkpoint true"):
+        parse()
+    parse("--overwrite", "true")
+
+
+def test_checkpoints_of_an_unknown_run_are_refused(parse, tmp_path):
+    (tmp_path / "outputs" / "x" / "checkpoint-10").mkdir(parents=True)
+    with pytest.raises(RecipeError, match="holds checkpoints of a run that is not known here"):
+        parse()
+
+
+def test_an_output_path_that_is_a_file_is_refused(parse, tmp_path):
+    (tmp_path / "outputs").write_text("")
+    with pytest.raises(RecipeError, match="is a file"):
+        parse("--output_dir", "outputs")
+
+
+def test_resuming_without_a_checkpoint_starts_at_step_0(parse, capsys):
+    _, args, _ = parse("--resume_from_checkpoint", "true")
+    assert args.resume_from_checkpoint is None
+    assert "starting at step 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("outputs/quickstart_sft", "make train RECIPE=quickstart-sft"),
+        ("some/model", "--model_name_or_path, or run the quickstart"),
+        (".", "holds no config.json"),
+    ],
+)
+def test_a_model_that_is_not_there_names_the_way_out(name, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        load_tokenizer(ModelConfig(model_name_or_path=name), SFTConfig(use_cpu=True, bf16=False, **NO_WARNING))
+    assert message in str(caught.value)
+
+
+NO_WARNING = {"activation_checkpointing": False}
+
+
+def test_a_lora_adapter_alone_is_no_start(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(RecipeError, match="holds a LoRA adapter alone"):
+        load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path)), SFTConfig(use_cpu=True, bf16=False, **NO_WARNING))
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tiny_model, tmp_path):
+    for file in tiny_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="no end-of-sequence token"):
+        load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path)), SFTConfig(use_cpu=True, bf16=False, **NO_WARNING))
+
+
+def test_sft_takes_its_chat_template_from_a_file(tiny_model, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text(CHAT_TEMPLATE.replace("Bot", "Robot"))
+    args = SFTConfig(use_cpu=True, bf16=False, chat_template_path=str(template), **NO_WARNING)
+    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(tiny_model)), args)
+    assert "Robot" in tokenizer.chat_template
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (RecipeError("got this, needs that, do so"), 2, "got this"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "The disk is full"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0"), 1, "The disk is full"),
+        (KeyboardInterrupt(), 130, "Interrupted"),
+    ],
+)
+def test_a_run_ends_with_one_message_and_its_status(error, status, message, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == status
+    assert message in capsys.readouterr().err
+
+
+def test_any_other_error_keeps_its_traceback():
+    def main():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(main)
