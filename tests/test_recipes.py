@@ -1,0 +1,261 @@
+"""Every recipe is trained by the command that a user types, and what it leaves is looked at."""
+
+import ast
+import difflib
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RECIPES, REPOSITORY, run_command
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from trl import DPOConfig, ModelConfig, SFTConfig, TrlParser, get_quantization_config
+
+from dpo_recipes.loading import load_rows
+from dpo_recipes.recipe import RecipeArguments
+
+NAMES = sorted(path.stem for path in RECIPES.glob("*.py"))
+PROFILES = sorted(path.stem for path in (RECIPES / "profiles").glob("*.yaml"))
+HH_RLHF = ["hh_rlhf_full", "hh_rlhf_lora", "hh_rlhf_qlora", "hh_rlhf_sft"]
+
+
+def test_there_are_recipes_and_profiles():
+    assert {"quickstart", "quickstart_sft", *HH_RLHF} <= set(NAMES)
+    assert {"cpu", "local", "gpu"} <= set(PROFILES)
+
+
+def config_of(name):
+    return SFTConfig if "SFTConfig" in (RECIPES / f"{name}.py").read_text() else DPOConfig
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_parses_under_every_profile(name, profile, monkeypatch):
+    recipe = runpy.run_path(str(RECIPES / f"{name}.py"))
+    assert {"RECIPE", "load_pairs", "main"} <= set(recipe)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    parser = TrlParser((RecipeArguments, config_of(name), ModelConfig))
+    assert parser.set_defaults_with_config(**recipe["RECIPE"]) == []
+    flags = ["--config", str(RECIPES / "profiles" / f"{profile}.yaml"), "--use_cpu", "true"]
+    script_args, training_args, model_args = parser.parse_args_and_config(flags)
+    # A profile changes only what the machine dictates.
+    for key in ("beta", "learning_rate", "num_train_epochs", "max_steps"):
+        if key in recipe["RECIPE"]:
+            assert getattr(training_args, key) == recipe["RECIPE"][key]
+    assert script_args.pairs_per_update == recipe["RECIPE"]["pairs_per_update"]
+    assert script_args.pairs_per_update % training_args.per_device_train_batch_size == 0
+    if model_args.load_in_4bit:
+        assert model_args.dtype == "bfloat16"
+    if profile == "cpu":
+        assert not training_args.bf16
+        assert model_args.dtype == ("bfloat16" if model_args.load_in_4bit else "float32")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if config_of(name) is DPOConfig])
+def test_dpo_recipes_share_their_optimiser_and_bookkeeping(name, tmp_path):
+    recipe = runpy.run_path(str(RECIPES / f"{name}.py"))["RECIPE"]
+    parser = TrlParser((RecipeArguments, DPOConfig, ModelConfig))
+    parser.set_defaults_with_config(**recipe)
+    flags = ["--use_cpu", "true", "--bf16", "false", "--activation_checkpointing", "false"]
+    _, args, _ = parser.parse_args_and_config([*flags, "--output_dir", str(tmp_path)])
+    optimizer = Trainer(model=torch.nn.Linear(2, 2), args=args, eval_dataset=[0]).create_optimizer()
+    for group in optimizer.param_groups:
+        assert group["betas"] == (0.9, 0.95)
+        assert group["weight_decay"] == 0.0
+        assert group["lr"] == recipe["learning_rate"]
+    assert args.lr_scheduler_type == "cosine"
+    assert args.save_total_limit == 3
+    assert args.eval_steps == args.save_steps
+    assert args.eval_strategy == "steps"
+    assert args.report_to == []
+
+
+def test_recipes_differ_only_where_they_must():
+    """The code of two recipes on the same data differs in names and settings, line for line."""
+    reference = (RECIPES / "hh_rlhf_lora.py").read_text().splitlines()
+    for name in HH_RLHF:
+        other = (RECIPES / f"{name}.py").read_text().splitlines()
+        start = [
+            lines.index("def load_pairs(script_args: RecipeArguments) -> DatasetDict:") for lines in (reference, other)
+        ]
+        changed = [
+            line
+            for line in difflib.ndiff(reference[start[0] :], other[start[1] :])
+            if line[0] in "+-" and not any(word in line for word in ("DPO", "SFT", "answers", 'pairs["', "merge=True"))
+        ]
+        assert changed in ([], ["-     finish_run(trainer, script_args)"]), name
+
+
+def test_no_recipe_imports_another_and_nothing_imports_a_recipe():
+    files = [*RECIPES.glob("*.py"), *(REPOSITORY / "dpo_recipes").rglob("*.py")]
+    assert len(files) > len(NAMES)
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [module or ""]
+            for imported in names:
+                assert imported.split(".")[0] not in {"recipes", *NAMES}, file
+                if RECIPES not in file.parents and imported.startswith("dpo_recipes."):
+                    room = file.relative_to(REPOSITORY / "dpo_recipes").parts[0].removesuffix(".py")
+                    other = imported.split(".")[1]
+                    assert room == other or RANK[room] > RANK[other], f"{file} imports {imported}"
+
+
+RANK = {  # imports point from high to low
+    name: rank
+    for rank, names in enumerate(
+        [
+            {"errors", "files", "ledger", "presets", "processes", "terminal", "__init__"},
+            {"dataset_adapters", "checkpoints", "report", "catalog"},
+            {"loading", "evaluation", "playground"},
+            {"preflight", "guards", "recipe"},
+            {"runs", "launch"},
+            {"cli"},
+        ]
+    )
+    for name in names
+}
+
+
+@pytest.mark.parametrize("name", HH_RLHF)
+def test_recipe_trains_and_what_it_saved_is_what_it_trained(name, tmp_path, tiny_model, hh_rows, dpo_recipes):
+    result = run_command(
+        dpo_recipes,
+        *("train", name.replace("_", "-"), "--profile", "cpu"),
+        *("--dataset_name", hh_rows, "--model_name_or_path", tiny_model, "--output_dir", "run", "--max_steps", "5"),
+        *("--pairs_per_update", "4", "--eval_pairs", "4", "--logging_steps", "1", "--warmup_steps", "0"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Data account" in result.stdout
+    run = tmp_path / "run"
+    files = {path.name for path in run.iterdir()}
+    assert {"preflight.json", "metrics.json", "settings.json", "environment.txt", "curves.png", "README.md"} <= files
+    done = json.loads((run / "done.json").read_text())
+    assert done["updates"] == 5
+    assert all(done[key] for key in ("settings_hash", "data_hash", "start_hash", "request", "versions", "hardware"))
+
+    history = json.loads((run / "checkpoint-5" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert len(losses) == 5
+    assert all(map(math.isfinite, losses))
+    if name != "hh_rlhf_sft":
+        assert losses[0] == pytest.approx(math.log(2), abs=2e-2 if name == "hh_rlhf_qlora" else 1e-4)
+
+    start = load_file(tiny_model / "model.safetensors")
+    linear = {key for key in start if "_proj." in key}
+    if name in ("hh_rlhf_lora", "hh_rlhf_qlora"):
+        weights = load_file(run / "adapter_model.safetensors")
+        assert len(weights) == 2 * len(linear)
+        assert {weight.dtype for weight in weights.values()} == {torch.float32}
+        assert all(weight.abs().sum() > 0 for weight in weights.values())  # B starts at 0
+        assert "model.safetensors" not in files
+    else:
+        weights = load_file(run / "model.safetensors")
+        moved = {key for key in start if not torch.equal(start[key], weights[key])}
+        assert moved == (set(start) if name == "hh_rlhf_full" else linear)
+        assert "adapter_config.json" not in files
+    if name == "hh_rlhf_sft":
+        starts_dpo(run, tmp_path, hh_rows, dpo_recipes)
+    else:
+        reloads_to_the_same_logps(name, run, hh_rows)
+
+
+def reloads_to_the_same_logps(name, run, hh_rows):
+    """What lies in the folder, loaded by plain transformers and peft, gives the log-probs that the run measured."""
+    settings = json.loads((run / "settings.json").read_text())
+    kwargs = {}
+    if name == "hh_rlhf_qlora":
+        fields = {
+            key: settings[key] for key in ("load_in_4bit", "use_bnb_nested_quant", "dtype", "bnb_4bit_quant_type")
+        }
+        kwargs = {"quantization_config": get_quantization_config(ModelConfig(**fields)), "device_map": {"": "cpu"}}
+    loader = AutoModelForCausalLM if name == "hh_rlhf_full" else AutoPeftModelForCausalLM
+    model = loader.from_pretrained(run, dtype=getattr(torch, settings["dtype"]), **kwargs).eval()
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    measured = json.loads((run / "metrics.json").read_text())["preference_accuracy"]["chosen_logps"]
+    held_out = {str(json.loads(line)["prompt"]) for line in (run / "samples.jsonl").read_text().splitlines()}
+    pairs = runpy.run_path(str(RECIPES / f"{name}.py"))["load_pairs"](RecipeArguments(dataset_name=str(hh_rows)))
+    logps = []
+    for pair in pairs["test"]:
+        if str(pair["prompt"]) in held_out:
+            prompt = tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, return_dict=False)
+            both = tokenizer.apply_chat_template(pair["prompt"] + pair["chosen"], return_dict=False)
+            with torch.no_grad():
+                logits = model(torch.tensor([both])).logits[0, :-1].float()
+            token_logps = logits.log_softmax(-1).gather(1, torch.tensor(both[1:])[:, None])[:, 0]
+            logps.append(token_logps[len(prompt) - 1 :].sum().item())
+    assert len(logps) == 4
+    tolerance = 2e-2 if name == "hh_rlhf_qlora" else 1e-5  # bfloat16 products, batched otherwise
+    assert sum(logps) / 4 == pytest.approx(measured["after"], rel=tolerance)
+    assert measured["after"] != measured["before"]
+
+
+def starts_dpo(run, folder, hh_rows, dpo_recipes):
+    """A DPO recipe takes what SFT left."""
+    result = run_command(
+        dpo_recipes,
+        *("train", "hh-rlhf-lora", "--profile", "cpu", "--dataset_name", hh_rows, "--model_name_or_path", run),
+        *("--max_steps", "1", "--pairs_per_update", "4", "--eval_pairs", "2", "--logging_steps", "1"),
+        cwd=folder,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    done = json.loads((folder / "outputs" / "hh_rlhf_lora" / "done.json").read_text())
+    assert done["start_hash"] != json.loads((run / "done.json").read_text())["start_hash"]
+
+
+def test_a_copied_recipe_runs_from_another_folder_by_plain_python(tmp_path, tiny_model, hh_rows, dpo_recipes):
+    copied = run_command(dpo_recipes, "copy", "hh-rlhf-lora", cwd=tmp_path)
+    assert copied.returncode == 0, copied.stderr
+    recipe = tmp_path / "hh_rlhf_lora.py"
+    recipe.write_text(recipe.read_text().replace("beta=0.1", "beta=0.5"))
+    result = run_command(
+        *(sys.executable, recipe, "--use_cpu", "true", "--bf16", "false", "--dataset_name", hh_rows),
+        *("--model_name_or_path", tiny_model, "--max_steps", "1", "--pairs_per_update", "4", "--eval_pairs", "2"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads((tmp_path / "outputs" / "hh_rlhf_lora" / "settings.json").read_text())["beta"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--betta", "0.3"], "betta"),
+        (["--dataset_name", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--model_name_or_path", "outputs/nothing"], "There is no model in outputs/nothing"),
+    ],
+)
+def test_a_wrong_call_ends_with_status_2_and_no_traceback(flags, message, tmp_path, tiny_model, hh_rows, dpo_recipes):
+    result = run_command(
+        *(dpo_recipes, "train", "hh-rlhf-lora", "--profile", "cpu", "--dataset_name", hh_rows),
+        *("--model_name_or_path", tiny_model, *flags),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_rows_of_another_schema_end_with_status_2(tmp_path, tiny_model, dpo_recipes):
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 3)
+    result = run_command(
+        *(dpo_recipes, "train", "hh-rlhf-lora", "--profile", "cpu", "--dataset_name", "rows.jsonl"),
+        *("--model_name_or_path", tiny_model),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 2
+    assert "hh_rlhf needs the columns" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_fixture_is_read_whole(hh_rows):
+    assert len(load_rows(RecipeArguments(dataset_name=str(hh_rows)))["train"]) == len(
+        Path(hh_rows).read_text().splitlines()
+    )

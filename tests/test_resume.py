@@ -1,0 +1,139 @@
+"""Interrupted runs, with real processes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import RECIPES, run_command
+from safetensors.torch import load_file
+
+FLAGS = ["--max_steps", "12", "--save_steps", "3", "--eval_steps", "3", "--logging_steps", "1", "--eval_pairs", "2"]
+FLAGS += ["--pairs_per_update", "4", "--per_device_train_batch_size", "2", "--learning_rate", "1e-3"]
+PROFILE = ["--config", str(RECIPES / "profiles" / "cpu.yaml")]
+
+
+@pytest.fixture
+def command(tiny_model, hh_rows):
+    """The recipe by plain Python, on the test's own model and rows."""
+
+    def command(name, *flags):
+        data = ["--dataset_name", str(hh_rows), "--model_name_or_path", str(tiny_model)]
+        return [sys.executable, str(RECIPES / f"{name}.py"), *PROFILE, *data, *FLAGS, *flags]
+
+    return command
+
+
+def history(folder):
+    """Loss and gradient norm of each step, from the last checkpoint."""
+    state = json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())
+    return [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in state["log_history"] if "loss" in entry]
+
+
+def same_weights(one, other):
+    files = [[*folder.glob("*.safetensors")] for folder in (one, other)]
+    assert all(len(group) == 1 for group in files)
+    left, right = (load_file(group[0]) for group in files)
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def wait_for(process, log, text, seconds=120):
+    """Until the process has printed the text."""
+    deadline = time.monotonic() + seconds
+    while text not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+
+
+def start(command, cwd, log):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with log.open("w") as stream:
+        return subprocess.Popen(command, cwd=cwd, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hh_rlhf_lora",
+        pytest.param("hh_rlhf_full", marks=pytest.mark.slow),
+        pytest.param("hh_rlhf_qlora", marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_run_resumes_bit_identically(name, command, tmp_path):
+    whole = run_command(*command(name, "--output_dir", "whole"), cwd=tmp_path)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+
+    step = random.Random(os.getpid()).randint(4, 10)
+    log = tmp_path / "log"
+    process = start(command(name, "--output_dir", "killed"), tmp_path, log)
+    wait_for(process, log, f"\n  {step:>5}  loss")
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "done.json").exists()
+
+    again = run_command(*command(name, "--output_dir", "killed", "--resume_from_checkpoint", "true"), cwd=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "Resuming from killed/checkpoint-" in again.stdout
+    assert history(tmp_path / "killed") == history(tmp_path / "whole"), f"killed after step {step}"
+    assert same_weights(tmp_path / "killed", tmp_path / "whole")
+
+    # A newer checkpoint that is half-written is skipped, and the run that continues is again the same.
+    shutil.rmtree(tmp_path / "killed" / "checkpoint-12")
+    (tmp_path / "killed" / "checkpoint-12").mkdir()
+    (tmp_path / "killed" / "checkpoint-12" / "adapter_model.safetensors").write_bytes(b"half")
+    (tmp_path / "killed" / "done.json").unlink()
+    third = run_command(*command(name, "--output_dir", "killed", "--resume_from_checkpoint", "true"), cwd=tmp_path)
+    assert third.returncode == 0, third.stdout + third.stderr
+    assert "checkpoint-12 is half-written" in third.stderr
+    assert history(tmp_path / "killed") == history(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupt_saves_and_exits_with_its_status(number, status, tmp_path, tiny_model, hh_rows, dpo_recipes):
+    command = [dpo_recipes, "train", "hh-rlhf-lora", "--profile", "cpu", "--dataset_name", hh_rows]
+    flags = ["--model_name_or_path", tiny_model, *FLAGS, "--max_steps", "2000", "--output_dir", "run"]
+    log = tmp_path / "log"
+    process = start([str(part) for part in command + flags], tmp_path, log)
+    wait_for(process, log, "\n      4  loss")
+    children = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False).stdout
+    process.send_signal(number)
+    assert process.wait(timeout=60) == status, log.read_text()
+    saved = sorted((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[-1]
+    assert int(saved.name.split("-")[1]) >= 4
+    assert f"Saved run/{saved.name}" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert not (tmp_path / "run" / "done.json").exists()
+    for child in children.split():
+        assert not os.path.exists(f"/proc/{child}"), f"{child} is an orphan"
+
+    refused = run_command(*command, *flags, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "--resume_from_checkpoint true" in refused.stderr
+
+
+def test_two_processes_match_one_of_the_same_global_batch(tmp_path, tiny_model, hh_rows, dpo_recipes):
+    """Each update sees the same four pairs; the sum is taken in another order."""
+    for accelerate, batch in (("cpu", "4"), ("cpu2", "2")):
+        result = run_command(
+            *(dpo_recipes, "train", "hh-rlhf-lora", "--profile", "cpu", "--accelerate", accelerate),
+            *("--dataset_name", hh_rows, "--model_name_or_path", tiny_model, *FLAGS),
+            *("--per_device_train_batch_size", batch, "--output_dir", accelerate),
+            cwd=tmp_path,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert result.stdout.count("Data account") == 1
+    one, two = history(tmp_path / "cpu"), history(tmp_path / "cpu2")
+    assert len(one) == 12
+    for expected, got in zip(one, two, strict=True):
+        assert got == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    metrics = [
+        json.loads((tmp_path / name / "metrics.json").read_text())["preference_accuracy"] for name in ("cpu", "cpu2")
+    ]
+    assert metrics[0]["summed"] == metrics[1]["summed"]
