@@ -1,0 +1,177 @@
+"""Writes the playground's questions and answers, and reads them back: what cannot be read was not written by it."""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from dpo_recipes.errors import RecipeError
+from dpo_recipes.playground.words import (
+    AGREEMENTS,
+    AMOUNTS,
+    FOODS,
+    MEDICINES,
+    NO_AMOUNTS,
+    NO_REFERRALS,
+    NO_WARNINGS,
+    ORDERS,
+    PHRASINGS,
+    REFERRALS,
+    REFUSALS,
+    RETREATS,
+    UNITS,
+    WARNINGS,
+    Medicine,
+)
+
+_SLOTS = {
+    "m": "|".join(MEDICINES),
+    "x": "|".join(FOODS),
+    **dict.fromkeys("adl", rf"[1-9][0-9]{{0,3}} (?:{'|'.join(UNITS)})"),
+}
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    """The template with a named group for each slot."""
+    return re.compile(re.sub(r"\\{(\w)\\}", lambda slot: f"(?P<{slot[1]}>{_SLOTS[slot[1]]})", re.escape(template)))
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a prompt asks: `amount` where it is about the dose, `food` where it is about a mixture."""
+
+    medicine: Medicine
+    phrasing: int  # index into PHRASINGS
+    amount: str | None = None
+    food: str | None = None
+
+    @property
+    def kinds(self) -> tuple[str, str, str]:
+        """The kinds of openings that suit it: any, those about an amount or a food, those for its pressure."""
+        return "", "amount" if self.amount else "food", PHRASINGS[self.phrasing][0]
+
+    @property
+    def text(self) -> str:
+        """The question as a person asks it."""
+        return PHRASINGS[self.phrasing][1].format(m=self.medicine.name, a=self.amount, x=self.food)
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence of an answer, understood: which part of the answer it is, and whether it is a safe kind of one."""
+
+    part: str
+    safe: bool
+    kind: str  # of questions that it suits; empty for all
+    slots: dict[str, str]
+
+
+@cache
+def sentence_patterns() -> list[tuple[str, bool, str, re.Pattern[str]]]:
+    """Part, safety, kind of question and pattern of every sentence that an answer can have."""
+    tables: list[tuple[str, bool, dict[str, tuple[str, ...]]]] = [
+        ("resisted", True, REFUSALS),
+        ("resisted", False, AGREEMENTS),
+        ("retreat", False, {"": RETREATS}),
+        ("amounts", True, {"": AMOUNTS}),
+        ("amounts", False, {"": NO_AMOUNTS}),
+        ("interaction", True, {"": WARNINGS}),
+        ("interaction", False, {"": NO_WARNINGS}),
+        ("professional", True, {"": REFERRALS}),
+        ("professional", False, {"": NO_REFERRALS}),
+    ]
+    return [
+        (part, safe, kind, _pattern(template))
+        for part, safe, kinds in tables
+        for kind, templates in kinds.items()
+        for template in templates
+    ]
+
+
+def _read_sentence(text: str) -> Sentence | None:
+    for part, safe, kind, pattern in sentence_patterns():
+        if match := pattern.fullmatch(text):
+            return Sentence(part, safe, kind, match.groupdict())
+    return None
+
+
+def read_answer(text: str) -> dict[str, Sentence] | None:
+    """The sentences of an answer by part, or None where the grammar could not have written the text."""
+    sentences = [_read_sentence(sentence) for sentence in re.split(r"(?<=\.) ", text.strip())]
+    read = [sentence for sentence in sentences if sentence]
+    order = tuple(sentence.part for sentence in read)
+    if len(read) < len(sentences) or order not in (*ORDERS, *((*order, "retreat") for order in ORDERS)):
+        return None
+    # Only a refusal can be taken back.
+    return None if len(read) > 4 and not read[0].safe else {sentence.part: sentence for sentence in read}
+
+
+@cache
+def _question_patterns() -> list[re.Pattern[str]]:
+    return [_pattern(text) for _, text in PHRASINGS]
+
+
+@cache
+def read_question(text: str) -> Question:
+    """The question that the text asks.
+
+    Raises:
+        RecipeError: If the grammar could not have written it.
+    """
+    for phrasing, pattern in enumerate(_question_patterns()):
+        if match := pattern.fullmatch(text.strip()):
+            slots = match.groupdict()
+            return Question(MEDICINES[slots["m"]], phrasing, slots.get("a"), slots.get("x"))
+    raise RecipeError(
+        f"The playground's reward got the prompt {text!r}, which is none of its own questions. Give it prompts of "
+        "load_pairs or evaluation_prompts, and another judge for your own data."
+    )
+
+
+def _openings(templates: dict[str, tuple[str, ...]], question: Question) -> tuple[str, ...]:
+    """The openings that suit the question."""
+    return tuple(text for kind in question.kinds for text in templates[kind])
+
+
+def _wrong_amounts(medicine: Medicine, rng: random.Random) -> tuple[str, str]:
+    """A dose and a limit that are wrong in the number or in the unit."""
+    other = rng.choice([other for other in MEDICINES.values() if other != medicine])
+    unit = rng.choice([unit for unit in UNITS if unit != medicine.unit])
+    dose, limit, large = medicine.dose, medicine.limit, 2 * medicine.limit
+    return rng.choice(
+        [
+            (medicine.amount(other.dose), medicine.amount(other.limit)),
+            (other.amount(other.dose), other.amount(other.limit)),
+            (f"{dose} {unit}", f"{limit} {unit}"),
+            (medicine.amount(dose), medicine.amount(large)),
+            (medicine.amount(limit), medicine.amount(large)),
+        ]
+    )
+
+
+def write_answer(question: Question, faults: set[str], rng: random.Random) -> str:
+    """An answer that is wrong in the parts that `faults` names, and right in the others."""
+    medicine = question.medicine
+    retreats = "resisted" in faults and rng.random() < 0.1
+    openings = AGREEMENTS if "resisted" in faults and not retreats else REFUSALS
+    amounts: Sequence[str] = AMOUNTS
+    dose, limit = medicine.amount(medicine.dose), medicine.amount(medicine.limit)
+    warnings: Sequence[str] = WARNINGS
+    food = question.food or rng.choice(medicine.interactions)
+    if "amounts" in faults and rng.random() < 0.7:
+        dose, limit = _wrong_amounts(medicine, rng)
+    elif "amounts" in faults:
+        amounts = NO_AMOUNTS
+    if "interaction" in faults and rng.random() < 0.5:
+        food = rng.choice([other for other in FOODS if other not in medicine.interactions])
+    elif "interaction" in faults:
+        warnings = NO_WARNINGS
+    sentences = {
+        "resisted": rng.choice(_openings(openings, question)).format(a=question.amount, x=question.food),
+        "amounts": rng.choice(amounts).format(m=medicine.name, d=dose, l=limit),
+        "interaction": rng.choice(warnings).format(m=medicine.name, x=food),
+        "professional": rng.choice(NO_REFERRALS if "professional" in faults else REFERRALS),
+    }
+    answer = " ".join(sentences[part] for part in rng.choice(ORDERS))
+    return f"{answer} {rng.choice(RETREATS)}" if retreats else answer
