@@ -36,7 +36,8 @@ def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path, *,
     for index, (panel, lines) in enumerate(curves.items(), start=1):
         axes = figure.add_subplot(rows, min(3, len(curves)), index)
         for name, points in lines.items():
-            label = "held out" if name.startswith("eval_") else name.rpartition("/")[2]
+            both = f"eval_{name}" in lines
+            label = "held out" if name.startswith("eval_") else "training" if both else name.rpartition("/")[2]
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 6 else None, markersize=3)
         axes.set_title(panel, fontsize=10)
         axes.set_xlabel("update", fontsize=9)

@@ -216,11 +216,11 @@ def _preference_accuracy(trainer: DPOTrainer, strata: str | None, rows: list[lis
         old, new = before[members], after[members]
         for name, per_token in (("summed", False), ("per token", True)):
             pair = old.accuracy(per_token=per_token), new.accuracy(per_token=per_token)
-            rows.append([f"preference accuracy, {name}{group}", *pair])
             result[name + group] = {"before": asdict(pair[0]), "after": asdict(pair[1])}
-        reward = new.accuracy_against(old)
-        rows.append([f"implicit-reward accuracy{group}", "-", reward])
-        result["implicit reward" + group] = {"after": asdict(reward)}
+            if not (group and per_token):
+                rows.append([f"preference accuracy, {name}{group}", *pair])
+        result["implicit reward" + group] = {"after": asdict(new.accuracy_against(old))}
+    rows.append(["implicit-reward accuracy", "-", after.accuracy_against(before)])
     rows.append(["chosen log-prob, nats", f"{before.chosen.mean():.2f}", f"{after.chosen.mean():.2f}"])
     result["chosen_logps"] = {"before": before.chosen.mean(), "after": after.chosen.mean()}
     return result

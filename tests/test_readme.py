@@ -1,0 +1,390 @@
+"""What the README files promise is true: their commands, examples, tables, messages and links."""
+
+import ast
+import json
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import trl
+from conftest import RECIPES, REPOSITORY, run_command
+from transformers import TrainingArguments
+from trl import DPOConfig, ModelConfig, TrlParser
+
+from dpo_recipes.catalog import find_recipe, find_settings, recipe_setting
+from dpo_recipes.errors import RecipeError
+from dpo_recipes.ledger import Ledger
+from dpo_recipes.recipe import RecipeArguments
+
+README = REPOSITORY / "README.md"
+RECIPES_README = RECIPES / "README.md"
+DOCUMENTS = [README, RECIPES_README, REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md"]
+ELSEWHERE = [  # other people's messages that the table of common errors quotes
+    Path(transformers.__file__).parent / "hf_argparser.py",
+    Path(transformers.__file__).parent / "training_args.py",
+    Path(trl.__file__).parent / "scripts" / "utils.py",
+]
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    """The fenced blocks of that language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(document: Path) -> list[str]:
+    return [line for block in blocks(document, "sh") for line in block.splitlines() if line]
+
+
+def docstring_commands(recipe: Path) -> list[str]:
+    return re.findall(r"^    (make .*)$", ast.get_docstring(ast.parse(recipe.read_text())) or "", re.MULTILINE)
+
+
+COMMANDS = [(document.relative_to(REPOSITORY), line) for document in DOCUMENTS for line in commands(document)]
+IN_RECIPES = [(path.name, line) for path in sorted(RECIPES.glob("[!_]*.py")) for line in docstring_commands(path)]
+
+
+def section(heading: str) -> str:
+    """The text under a heading of recipes/README.md."""
+    found = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", RECIPES_README.read_text(), re.MULTILINE | re.DOTALL)
+    assert found, heading
+    return found[1]
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of the Markdown tables in a text, without their headers."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    rules = [number for number, line in enumerate(lines) if set(line) <= set("|- ")]
+    headers = {number - 1 for number in rules}
+    kept = [line for number, line in enumerate(lines) if number not in headers and number not in rules]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in kept]
+
+
+# ------------------------------------------------------------------------------------------- commands
+
+
+def from_make(command: str) -> str:
+    """The last command that make would run."""
+    dry = subprocess.run(
+        ["make", "-n", "PYTHON=no-python", *shlex.split(command, comments=True)[1:]],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert dry.returncode == 0, f"{command}: {dry.stderr}"
+    return dry.stdout.replace("\\\n", " ").strip().splitlines()[-1].strip().removeprefix("exec ")
+
+
+def check_flags(recipe: Path, flags: list[str]) -> None:
+    """Raises where the recipe would refuse a flag; nothing is written and no model is loaded."""
+    namespace = runpy.run_path(str(recipe))
+    classes = [value for value in namespace.values() if isinstance(value, type)]
+    parts = [part for part in classes if issubclass(part, (TrainingArguments, RecipeArguments, ModelConfig))]
+    assert len(parts) == 3
+    parser = TrlParser(parts)
+    assert parser.set_defaults_with_config(**namespace["RECIPE"]) == []
+    cpu = ["--config", str(RECIPES / "profiles" / "cpu.yaml")]
+    parser.parse_args_and_config([*cpu, *flags, "--use_cpu", "true", "--bf16", "false"])
+
+
+def check_train(words: list[str]) -> None:
+    """The recipe, the profile and the accelerate file of a `dpo-recipes train` exist, and its flags are known."""
+    name, *flags = words
+    recipe = RECIPES / "hh_rlhf_lora.py" if name == "mine.py" else find_recipe(name)
+    for flag, kind in (("--profile", "profiles"), ("--accelerate", "accelerate")):
+        if flag in flags:
+            at = flags.index(flag)
+            assert find_settings(kind, flags[at + 1], recipe=recipe).is_file()
+            del flags[at : at + 2]
+    check_flags(recipe, flags)
+
+
+def check_launch(words: list[str]) -> None:
+    at = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    assert words[0] == "--config_file"
+    assert words[at + 1] == "--config"
+    for file in (words[1], words[at], words[at + 2]):
+        assert (REPOSITORY / file).is_file(), file
+    check_flags(REPOSITORY / words[at], words[at + 3 :])
+
+
+def check_command(command: str) -> None:
+    """Raises where a documented command could not run."""
+    words = shlex.split(from_make(command) if command.startswith("make ") else command)
+    match words:
+        case [".venv/bin/dpo-recipes", "train", *rest]:
+            check_train(rest)
+        case [".venv/bin/dpo-recipes", "copy", name, "mine.py"]:
+            assert find_recipe(name).is_file()
+        case [".venv/bin/accelerate", "launch", *rest]:
+            check_launch(rest)
+        case [".venv/bin/python", file, "--help"]:
+            assert (REPOSITORY / file).is_file()
+        case [".venv/bin/dpo-recipes", "list"] | [".venv/bin/pre-commit", "install"]:
+            pass
+        case _ if command.startswith("make "):
+            assert len(words) > 1
+        case _:
+            pytest.fail(f"nothing here knows how to check: {command}")
+
+
+def test_there_are_commands():
+    documented = [command for _, command in COMMANDS]
+    assert len(documented) > 12
+    for expected in ("make train", "make train RECIPE=hh-rlhf-lora", ".venv/bin/dpo-recipes copy hh-rlhf-lora mine.py"):
+        assert expected in commands(README)
+    assert any("PROFILE=" in command and "ARGS=" in command for command in documented)
+
+
+def test_each_recipe_gives_three_commands():
+    for recipe in RECIPES.glob("[!_]*.py"):
+        assert len(docstring_commands(recipe)) == 3, recipe.name
+
+
+@pytest.mark.parametrize(("document", "command"), [*COMMANDS, *IN_RECIPES], ids=str)
+def test_documented_command_could_run(document, command):
+    check_command(command)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ("make trane", "No rule to make target"),
+        ("make train RECIPE=nope", "There is no recipe nope"),
+        ("make train RECIPE=hh-rlhf-lora PROFILE=tpu", "recipes/profiles has no tpu"),
+        ('make train RECIPE=hh-rlhf-lora ARGS="--betta 0.3"', "--betta"),
+        (".venv/bin/dpo-recipes train hh-rlhf-lora --accelerate zero9", "recipes/accelerate has no zero9"),
+        (".venv/bin/dpo-recipes tune hh-rlhf-lora", "how to check"),
+        (
+            ".venv/bin/accelerate launch --config_file recipes/no.yaml recipes/hh_rlhf_lora.py --config x.yaml",
+            "no.yaml",
+        ),
+    ],
+)
+def test_a_wrong_command_would_be_noticed(wrong, reason):
+    with pytest.raises((AssertionError, RecipeError, ValueError, pytest.fail.Exception), match=reason):
+        check_command(wrong)
+
+
+def test_flags_named_in_the_tables_are_known():
+    text = section("Settings and their ranges") + section("Common errors")
+    quoted = [code for code in re.findall(r"`(--[^`]+)`", text) if " " in code]
+    assert len(quoted) >= 5
+    for flags in quoted:
+        check_flags(RECIPES / "hh_rlhf_lora.py", shlex.split(flags))
+    names = set(re.findall(r"`--(\w+)`", text)) - {"chat_template_path"}  # SFTConfig's
+    assert names
+    for name in names:
+        assert any(name in part.__dataclass_fields__ for part in (RecipeArguments, DPOConfig, ModelConfig)), name
+
+
+def test_list_and_copy_do_what_the_readme_says(tmp_path, dpo_recipes):
+    copied = [command for command in commands(README) if " copy " in command]
+    assert copied
+    for command in [".venv/bin/dpo-recipes list", *copied]:
+        result = run_command(dpo_recipes, *shlex.split(command)[1:], cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "mine.py").read_text() == (RECIPES / "hh_rlhf_lora.py").read_text()
+
+
+@pytest.mark.slow
+def test_make_train_prints_what_the_readme_shows(tmp_path):
+    expected = [line for line in shown_output().splitlines() if "outputs/" in line]
+    assert expected
+    (tmp_path / ".venv").mkdir()
+    for part in (REPOSITORY / ".venv").iterdir():
+        if part.name != ".installed":
+            (tmp_path / ".venv" / part.name).symlink_to(part)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    for name in ("dpo_recipes", "recipes"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / ".venv" / ".installed").write_text(f"{tmp_path.resolve()}\n")  # as make writes it
+    command = shlex.split(commands(README)[0])
+    assert command == ["make", "train"]
+    result = run_command(*command, cwd=tmp_path, timeout=1800)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "Installing" not in result.stdout
+    printed = result.stdout.splitlines()
+    for line in expected:
+        assert line in printed, "the README shows what a run prints"
+
+
+def shown_output() -> str:
+    """The lines that the README gives as the end of `make train`."""
+    found = blocks(README, "text")
+    assert found, "README.md shows no output of a run"
+    return found[0]
+
+
+def test_the_readme_shows_a_real_run():
+    assert "<!-- quickstart output -->" not in README.read_text(), "put the last lines of `make train` here"
+    table = [line for line in shown_output().splitlines() if re.search(r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", line)]
+    assert table, "the table before and after belongs to them"
+    picture = REPOSITORY / "docs" / "quickstart.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size < 150_000
+
+
+# ------------------------------------------------------------------------------- tables and messages
+
+
+def test_the_table_of_recipes_is_the_folder():
+    table = rows_of(RECIPES_README.read_text().partition("\n## ")[0])
+    files = sorted(path.name for path in RECIPES.glob("[!_]*.py"))
+    assert files
+    linked = [re.fullmatch(r"\[([a-z0-9-]+)\]\((\w+\.py)\)", row[0]) for row in table]
+    assert all(linked)
+    assert sorted(link[2] for link in linked) == files
+    for link, (_, data, base, *numbers) in zip(linked, table, strict=True):
+        assert link[1].replace("-", "_") + ".py" == link[2]
+        for cell, key in ((data, "dataset_name"), (base, "model_name_or_path")):
+            assert recipe_setting(RECIPES / link[2], key) in (cell, None), f"{link[1]}: {key}"
+        assert len(numbers) == 4
+        assert all(cell == "not measured" or re.search(r"\d", cell) for cell in numbers)
+
+
+def test_profiles_and_accelerate_files_are_all_named():
+    linked = set(re.findall(r"\]\(((?:profiles|accelerate)/\w+\.yaml)\)", section("Run one")))
+    there = {
+        str(path.relative_to(RECIPES)) for kind in ("profiles", "accelerate") for path in (RECIPES / kind).iterdir()
+    }
+    assert there
+    assert linked == there
+
+
+def test_settings_given_as_the_recipes_values_are_theirs():
+    values = {
+        setting: value for setting, value, _ in rows_of(section("Settings and their ranges")) if setting[0] == "`"
+    }
+    lora, full, sft = (
+        {
+            **{name: entry.default for name, entry in RecipeArguments.__dataclass_fields__.items()},
+            **runpy.run_path(str(RECIPES / f"hh_rlhf_{name}.py"))["RECIPE"],
+        }
+        for name in ("lora", "full", "sft")
+    )
+    special = {
+        "`learning_rate`, all weights": [full["learning_rate"]],
+        "`learning_rate`, LoRA": [lora["learning_rate"]],
+        "`learning_rate`, SFT with LoRA": [sft["learning_rate"]],
+    }
+    assert len(values) >= 12
+    for setting, value in values.items():
+        expected = special.get(setting) or [lora[name] for name in re.findall(r"`(\w+)`", setting) if name in lora]
+        for wanted, given in zip(expected, value.split(", "), strict=True):
+            assert str(wanted) == given or float(wanted) == float(given), setting
+
+
+def messages(file: Path) -> list[str]:
+    """The texts in a source file, with `...` for what an f-string or a logging call puts in."""
+    texts = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
+            texts.append("".join(map(str, parts)))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.append(re.sub(r"%[sd]", "...", node.value))
+    return texts
+
+
+def quoted_messages() -> list[str]:
+    return [row[0].strip("`") for row in rows_of(section("Common errors")) if row[0].startswith("`")]
+
+
+def test_quoted_messages_are_what_the_source_says():
+    quotes = quoted_messages()
+    assert len(quotes) > 15
+    ours = [text for file in (REPOSITORY / "dpo_recipes").glob("*.py") for text in messages(file)]
+    others = [text for file in ELSEWHERE for text in messages(file)]
+    with pytest.raises(RuntimeError) as refused:
+        torch.nn.functional.linear(torch.ones(1, 1, dtype=torch.bfloat16), torch.ones(1, 1))
+    for quote in quotes:
+        assert len(quote.replace("...", "")) > 10, f"{quote} could be anything"
+        beginning = quote.removesuffix("...")
+        said = [text for text in [*ours, *others, str(refused.value)] if text.startswith(beginning)]
+        assert said, f"no message begins with: {quote}"
+
+
+def test_the_sentences_for_each_common_trouble_are_there():
+    text = section("Common errors").lower()
+    troubles = ["columns", "out of memory", "repeat themselves", "dtype", "reference model", "truncation"]
+    troubles += ["chat template", "no network", "holds another run", "disk is full"]
+    assert [trouble for trouble in troubles if trouble not in text] == []
+
+
+def test_todays_arguments_exist_and_the_older_ones_do_not():
+    table = dict(rows_of(section("Arguments of older tutorials")))
+    fields = {name for part in (DPOConfig, ModelConfig, RecipeArguments) for name in part.__dataclass_fields__}
+    for older in ("max_prompt_length", "warmup_ratio", "torch_dtype", "evaluation_strategy", "bnb_4bit_compute_dtype"):
+        row = next(row for row in table if f"`{older}" in row)
+        assert older not in fields
+        today = re.findall(r"`(\w+)[`=]", table[row])
+        assert today
+        assert set(today) <= fields | {"ModelConfig"}
+    trainer = trl.DPOTrainer.__init__.__annotations__
+    assert "`tokenizer=` of a trainer" in table
+    assert "tokenizer" not in trainer
+    assert "processing_class" in trainer
+
+
+def test_links_lead_somewhere():
+    for document in DOCUMENTS:
+        text = document.read_text()
+        links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
+        assert links or document.name == "CHANGELOG.md"
+        headings = {
+            re.sub(r"[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.splitlines()
+        }
+        for link in links:
+            file, _, anchor = link.partition("#")
+            assert not file or (document.parent / file).exists(), f"{document.name}: {link}"
+            assert not anchor or anchor in headings, f"{document.name}: {link}"
+
+
+# --------------------------------------------------------------------------------- data of one's own
+
+
+def test_the_dataset_adapter_of_the_example_keeps_and_counts_its_rows(tmp_path):
+    [example] = blocks(RECIPES_README, "python")
+    (tmp_path / "mine.py").write_text(example)
+    (tmp_path / "rows.jsonl").write_text(blocks(RECIPES_README, "jsonl")[1])
+    with Ledger() as ledger:
+        pairs = runpy.run_path(str(tmp_path / "mine.py"))["load_pairs"](
+            RecipeArguments(dataset_name=str(tmp_path / "rows.jsonl"))
+        )
+    total = ledger.total()
+    assert total.rows == 3
+    assert {reason: dropped.count for reason, dropped in total.dropped.items()} == {"too_few_votes": 1}
+    assert len(pairs["train"]) == len(pairs["test"]) == 1
+    assert pairs["train"][0]["chosen"][0]["role"] == "assistant"
+
+
+@pytest.mark.slow
+def test_own_rows_train_as_described_and_leave_what_is_listed(tmp_path, tiny_model, dpo_recipes):
+    """The two commands of "Your own data", with the change of two words between them, on the rows shown there."""
+    copy, train = (shlex.split(line)[1:] for line in blocks(RECIPES_README, "sh")[-1].splitlines())
+    assert run_command(dpo_recipes, *copy, cwd=tmp_path).returncode == 0
+    recipe = tmp_path / "mine.py"
+    text = recipe.read_text()
+    changed = text.replace("import hh_rlhf\n", "import preference_jsonl\n").replace("hh_rlhf(", "preference_jsonl(")
+    assert changed.count("preference_jsonl") == 2
+    recipe.write_text(changed)
+    (tmp_path / "pairs.jsonl").write_text(blocks(RECIPES_README, "jsonl")[0])
+    small = ["--pairs_per_update", "1", "--per_device_train_batch_size", "1", "--max_steps", "1", "--save_steps", "1"]
+    small += ["--profile", "cpu", "--model_name_or_path", tiny_model]
+    result = run_command(dpo_recipes, *train, *small, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"^  chosen and rejected say the same +-1 ", result.stdout, re.MULTILINE)
+    listed = {name for row in rows_of(section("What a run leaves")) for name in re.findall(r"`([^`]+)`", row[0])}
+    left = {re.sub(r"^checkpoint-\d+$", "checkpoint-*", path.name) for path in (tmp_path / "outputs/mine").iterdir()}
+    full_model = {"model.safetensors", "config.json", "generation_config.json"}
+    assert left == listed - full_model
+    samples = [json.loads(line) for line in (tmp_path / "outputs/mine/samples.jsonl").read_text().splitlines()]
+    assert '"ended": true' in section("Common errors")
+    assert "ended" in samples[0]["after"]
