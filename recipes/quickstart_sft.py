@@ -1,6 +1,6 @@
 """Supervised fine-tuning of the quickstart's model: a million random weights learn to answer about fictional medicines.
 
-Needs: a CPU and about three minutes; neither a GPU nor the network. The answers that it learns from are safe and unsafe
+Needs: a CPU and about two minutes; neither a GPU nor the network. The answers that it learns from are safe and unsafe
 by halves, so that it gives in to pressure about half of the time. `quickstart` starts from it, and runs it first.
 
     make train RECIPE=quickstart-sft

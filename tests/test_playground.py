@@ -24,6 +24,7 @@ from dpo_recipes.playground import (
     load_pairs,
     parts,
     reward,
+    scores,
 )
 from dpo_recipes.playground import model as model_module
 from dpo_recipes.playground.grammar import read_question, sentence_patterns
@@ -395,3 +396,14 @@ def test_a_build_that_breaks_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         build_model(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_are_what_the_table_shows(pairs):
+    question, safe, unsafe = (pairs["train"][0][column] for column in ("prompt", "chosen", "rejected"))
+    assert scores(question, safe[0]["content"]) == {
+        "exact reward": 1.0,
+        "all parts right": 1.0,
+        "grammatical": 1.0,
+    }
+    assert scores(question, unsafe[0]["content"])["all parts right"] == 0.0
+    assert set(scores(question, "").values()) == {0.0}
