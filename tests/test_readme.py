@@ -287,7 +287,7 @@ def messages(file: Path) -> list[str]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.JoinedStr):
             parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
-            texts.append("".join(map(str, parts)))
+            texts.append(re.sub(r"(\.\.\.)+", "...", "".join(map(str, parts))))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             texts.append(re.sub(r"%[sd]", "...", node.value))
     return texts
