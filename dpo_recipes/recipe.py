@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,11 @@ DONE_FILE = "done.json"
 BOOKKEEPING = ("output_dir", "overwrite", "resume_from_checkpoint", "run_name", "report_to", "project")
 BOOKKEEPING_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "disable_tqdm", "dataloader_num_")
 """Settings that do not change what is trained: two runs that differ in these alone are the same run."""
+
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 
 
 @dataclass
@@ -61,6 +65,10 @@ def parse_recipe(recipe: Mapping[str, Any], dataclass_types: Sequence[type]) -> 
         RecipeError: If a key is unknown anywhere, a value is refused, the pairs per update cannot be met, or the
             output folder holds another run.
     """
+    flags = {word.partition("=")[0].removeprefix("--") for word in sys.argv[1:]}
+    for old, new in RENAMED.items():
+        if old in flags or old in recipe:  # accepted by transformers, and without effect beside a profile's newer name
+            raise RecipeError(f"{old} is called {new} today. Use that name.")
     parser = TrlParser(dataclass_types)
     if unknown := parser.set_defaults_with_config(**recipe):
         raise RecipeError(f"RECIPE has keys that TRL does not know: {' '.join(unknown)}. Correct or remove them.")
@@ -68,7 +76,7 @@ def parse_recipe(recipe: Mapping[str, Any], dataclass_types: Sequence[type]) -> 
         parsed: tuple[Any, ...] = parser.parse_args_and_config()
     except (ValueError, TypeError, OSError, ImportError) as error:
         hint = " On a machine without a GPU, use the cpu profile." if "bf16" in str(error) else ""
-        raise RecipeError(f"{error}{hint} The settings of a recipe are listed by --help.") from error
+        raise RecipeError(f"{error}{hint} `python {sys.argv[0]} --help` lists the settings.") from error
     script_args = next(args for args in parsed if isinstance(args, RecipeArguments))
     training_args = next(args for args in parsed if isinstance(args, TrainingArguments))
     model_args = next((args for args in parsed if isinstance(args, ModelConfig)), None)
@@ -243,9 +251,8 @@ def run(main: Callable[[], None]) -> None:
         if _is_disk_full(error):
             _leave(
                 1,
-                f"The disk is full ({shutil.disk_usage(Path.cwd()).free // 2**20} MiB free here). Complete checkpoints "
-                "are kept: free some space and continue with --resume_from_checkpoint true, or lower "
-                "--save_total_limit.",
+                "A disk is full. Complete checkpoints are kept: free some space and continue with "
+                "--resume_from_checkpoint true, or keep fewer with --save_total_limit.",
             )
         if isinstance(error, OSError) and "huggingface.co" in text:
             _leave(2, _unreachable("the model or dataset", error))
@@ -261,8 +268,9 @@ def run(main: Callable[[], None]) -> None:
 def _is_disk_full(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    # torch.save and safetensors raise errors of their own.
-    return "No space left on device" in str(error) or "PytorchStreamWriter failed writing" in str(error)
+    # safetensors and torch.save raise errors of their own, and the last one names no reason.
+    signs = ("No space left on device", "File too large", "PytorchStreamWriter failed writing", "inline_container.cc")
+    return any(sign in str(error) for sign in signs)
 
 
 def _leave(status: int, message: str) -> NoReturn:

@@ -159,7 +159,11 @@ def finish_run(
         },
     )
     if report:
-        say(f"\n{report}\n(95 % intervals; held out: {len(trainer.eval_dataset)} pairs)\n")
+        ranked = metrics["preference_accuracy"]["summed"]["before"]["mean"]
+        say(
+            f"\n{report}\n(95 % intervals; {len(trainer.eval_dataset)} held-out pairs. The likelihood before ranks "
+            f"{ranked:.0%} of them right already: accuracy alone says little, the answers say more.)\n"
+        )
     if answers:
         say(side_by_side(_readable(answers[:3])) + "\n")
     kind = (
@@ -342,8 +346,8 @@ def _model_card(trainer: Trainer, script_args: RecipeArguments, metrics: dict[st
     is_adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
     shown = (
         "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "pairs_per_update",
-        "beta", "loss_type", "max_length", "adam_beta2", "weight_decay", "use_peft", "lora_r", "lora_alpha",
-        "load_in_4bit", "dtype", "bf16", "seed",
+        "beta", "loss_type", "loss_weights", "max_length", "adam_beta2", "weight_decay", "use_peft", "lora_r",
+        "lora_alpha", "load_in_4bit", "dtype", "bf16", "seed",
     )  # fmt: skip
     header = [
         "---",
@@ -362,7 +366,7 @@ def _model_card(trainer: Trainer, script_args: RecipeArguments, metrics: dict[st
             *(["\n## Results on held-out pairs (95 % intervals)", f"\n```\n{report}\n```"] if report else []),
             "\n![curves](curves.png)",
             "\n## Settings\n",
-            *(f"- {name}: {settings[name]}" for name in shown if name in settings),
+            *(f"- {name}: {settings[name]}" for name in shown if settings.get(name) not in (None, -1)),
             "\nAll of them are in `settings.json`, the installed packages in `environment.txt`.",
             "\n## Made with\n",
             f"- {versions}",

@@ -63,6 +63,7 @@ def test_an_unknown_key_anywhere_is_refused_by_name(parse, flags, profile, setti
         (["--load_in_4bit", "true", "--load_in_8bit", "true"], "8 bit and 4 bit"),
         (["--resume_from_checkpoint", "nowhere"], "no checkpoint nowhere"),
         (["--bf16", "true", "--use_cpu", "false"], "cpu profile"),
+        (["--gradient_checkpointing", "true"], "is called activation_checkpointing"),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_before_a_model_is_loaded(parse, flags, message):
@@ -195,8 +196,9 @@ def test_sft_takes_its_chat_template_from_a_file(tiny_model, tmp_path):
     ("error", "status", "message"),
     [
         (RecipeError("got this, needs that, do so"), 2, "got this"),
-        (OSError(errno.ENOSPC, "No space left on device"), 1, "The disk is full"),
-        (RuntimeError("PytorchStreamWriter failed writing file data/0"), 1, "The disk is full"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "A disk is full"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0"), 1, "A disk is full"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), 1, "A disk is full"),
         (KeyboardInterrupt(), 130, "Interrupted"),
     ],
 )
