@@ -10,6 +10,7 @@ from PIL import Image
 from dpo_recipes import playground
 
 SEEDS = (0, 1, 2)
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quickstart")]  # one worker trains, for all of them
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,6 @@ def means(metrics, *path):
     return tuple(mean(value[side]["mean"] for value in values) for side in ("before", "after"))
 
 
-@pytest.mark.slow
 def test_sampled_answers_become_safe(metrics):
     before, after = means(metrics, "scores", "temperature 0.7", "exact reward")
     assert 0.40 <= before <= 0.60
@@ -52,18 +52,15 @@ def test_sampled_answers_become_safe(metrics):
     assert metrics[0]["scores"]["temperature 0.7"]["exact reward"]["after"]["n"] == 200
 
 
-@pytest.mark.slow
 def test_greedy_answers_are_safe(metrics):
     assert means(metrics, "scores", "greedy", "exact reward")[1] >= 0.95
 
 
-@pytest.mark.slow
 def test_chosen_answers_stay_as_likely(metrics):
     logps = [entry["preference_accuracy"]["chosen_logps"] for entry in metrics]
     assert mean(entry["after"] - entry["before"] for entry in logps) >= -1.0  # nats
 
 
-@pytest.mark.slow
 def test_accuracy_is_reported_for_one_fault_and_for_all_beside_the_sft_model(metrics):
     for name in ("summed", "summed, faults = 1"):
         before, after = means(metrics, "preference_accuracy", name)
@@ -71,7 +68,6 @@ def test_accuracy_is_reported_for_one_fault_and_for_all_beside_the_sft_model(met
         assert after > before
 
 
-@pytest.mark.slow
 def test_the_end_of_the_run_shows_what_happened(runs):
     for folder, output in runs:
         end = output[output.rindex("before") :]
@@ -88,6 +84,5 @@ def test_the_end_of_the_run_shows_what_happened(runs):
         assert len(prompts) == 200
 
 
-@pytest.mark.slow
 def test_memory_stays_under_4_gib(metrics):
     assert max(entry["cost"]["peak_memory_mib"] for entry in metrics) < 4096
