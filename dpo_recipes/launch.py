@@ -81,15 +81,16 @@ class Launch:
     def request(self) -> str:
         """A hash of what is asked for: recipe, profile, flags, local dataset, this package, and the stage before."""
         root = Path(__file__).parent
-        package = [path for path in root.rglob("*.py") if "recipes" not in path.relative_to(root).parts]
+        parts = [*root.rglob("*.py"), *root.rglob("*.toml")]
+        package = [path for path in parts if "recipes" not in path.relative_to(root).parts]
         data = Path(re.sub(r":\d+$", "", self._setting("dataset_name") or os.devnull))
         data_files = [data] if data.is_file() else [path for path in data.rglob("*") if path.is_file()]
         files = [self.recipe, self.profile, *sorted(package), *sorted(data_files)]
         flags = [group for group in _grouped(self.flags) if group[0] not in HOW_NOT_WHAT]
         before = self._stage_before()
         asked = f"{flags} {before.request() if before else ''}"
-        parts = [asked.encode(), *(path.read_bytes() for path in files)]
-        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+        contents = [asked.encode(), *(path.read_bytes() for path in files)]
+        return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
 
     def _setting(self, key: str) -> str | None:
         """A setting that is a string, from the flags, else the profile, else the recipe."""

@@ -11,7 +11,7 @@ earn nothing. All medicines, foods and numbers are invented: nobody can learn a 
     reward(prompt, completion)    a number in [0, 1]; parts() says which parts are right
     build_model()                 tokenizer and untrained model, about 1 million parameters
 
-words.py holds the medicines and sentences, grammar.py writes and reads answers, judge.py rewards them, pairs.py draws
+words.toml holds the medicines and sentences, grammar.py writes and reads answers, judge.py rewards them, pairs.py draws
 the data, model.py builds the tokenizer and the model.
 """
 
