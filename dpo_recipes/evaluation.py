@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
@@ -88,7 +89,11 @@ def preference_logps(trainer: DPOTrainer, *, reference: bool = False) -> Prefere
         context = use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None)
     rows = []
     model.eval()
-    loader = trainer.get_eval_dataloader()
+    # In the order of the pairs, and all of them, whatever the trainer's own loader is told to do.
+    pairs = DataLoader(
+        trainer.eval_dataset, batch_size=trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator
+    )
+    loader = trainer.accelerator.prepare(pairs)
     name = "Log-probs before" if reference else "Log-probs after"
     with torch.no_grad(), context, trainer.accelerator.autocast():
         for batch in tqdm(loader, desc=name, disable=not trainer.is_world_process_zero()):

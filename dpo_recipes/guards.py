@@ -14,8 +14,8 @@ from trl import DPOTrainer
 
 logger = logging.getLogger(__name__)
 
-FIRST_LOSS_TOLERANCE = {"float32": 1e-4, "16 bits": 2e-2}
-"""How far the first loss may be from ln 2: what rounding moves beta times a sum of some hundred log-probs."""
+FIRST_LOGPS_TOLERANCE = {"float32": 0.01, "16 bits": 0.5}
+"""Nats by which policy and reference may differ at the start: what rounding moves a sum of some hundred log-probs."""
 
 
 class WrongReferenceError(RuntimeError):
@@ -26,7 +26,8 @@ def add_guards(trainer: Trainer, *, reference_is_start: bool = True) -> None:
     """Make a built trainer safe to run: call it between building the trainer and `trainer.train`.
 
     - Trained weights become float32. TRL casts the LoRA adapter of a 4-bit base to bfloat16, where a learning rate of
-      5e-6 moves 3 % of its weights; full fine-tuning of 16-bit weights loses small updates in the same way.
+      5e-6 moves 3 % of its weights; full fine-tuning of 16-bit weights loses small updates in the same way. A separate
+      reference model becomes float32 with them, lest it round otherwise.
     - With full fine-tuning DPOTrainer loads the reference model from disk. Where the policy was changed in memory
       since (a merged LoRA adapter, say), the reference gets the policy's weights.
     - 4-bit layers on a CPU keep their layout. On one with AVX512-BF16, bitsandbytes 0.50.2 repacks them for good in the
@@ -42,8 +43,10 @@ def add_guards(trainer: Trainer, *, reference_is_start: bool = True) -> None:
     if isinstance(trainer, DPOTrainer) and reference_is_start:
         start_reference_at_policy(trainer)
         trainer.add_callback(FirstLossGuard(trainer))
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+    reference = getattr(trainer, "ref_model", None)
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    for parameter in [*trained, *(reference.parameters() if reference is not None else [])]:
+        if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
     for module in trainer.model.modules():
         if isinstance(module, Linear4bit):
@@ -84,6 +87,7 @@ class FirstLossGuard(TrainerCallback):
     def __init__(self, trainer: DPOTrainer) -> None:
         self.trainer = trainer
         self.checked = False
+        self.exact = trainer.model.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -91,13 +95,16 @@ class FirstLossGuard(TrainerCallback):
         """Check the micro-batches of the first update; a resumed run has no first update."""
         if self.checked or state.global_step > 0 or not self.trainer.args.disable_dropout:
             return
+        if self.trainer.precompute_ref_logps and not isinstance(self.trainer.model, PeftModel) and not self.exact:
+            return  # TRL computed the reference with the 16-bit weights that were cast since
         self.checked = True
         metrics = self.trainer._metrics["train"]
         chosen, rejected = (max(map(abs, metrics[f"rewards/{side}"])) for side in ("chosen", "rejected"))
+        nats = max(chosen, rejected) / self.trainer.beta
         off = (chosen + rejected) / 2  # a margin of m moves the sigmoid loss from ln 2 by m / 2
-        exact = self.trainer.model.dtype == torch.float32 and not (args.bf16 or args.fp16)
-        exact = exact and not self.trainer.precompute_ref_logps  # batched otherwise, hence rounded otherwise
-        if not off <= FIRST_LOSS_TOLERANCE["float32" if exact else "16 bits"]:  # NaN is refused too
+        # Cached log-probs were batched otherwise, hence rounded otherwise.
+        exact = self.exact and not self.trainer.precompute_ref_logps
+        if not nats <= FIRST_LOGPS_TOLERANCE["float32" if exact else "16 bits"]:  # NaN is refused too
             raise WrongReferenceError(
                 f"The first loss should be ln 2 = {math.log(2):.4f} but is off by up to {off:.4f}: the policy does "
                 f"not start at the reference model (implicit reward of chosen {chosen:.4f}, of rejected "
@@ -152,7 +159,7 @@ class InterruptCallback(TrainerCallback):
             torch.distributed.barrier()
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        if self.signal is not None and state.global_step < state.max_steps:
+        if self.signal is not None:
             logger.warning(
                 f"Saved {args.output_dir}/checkpoint-{state.global_step}. Continue with --resume_from_checkpoint true."
             )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dpo_recipes.catalog import find_recipe, find_settings, read_yaml, recipe_setting
 from dpo_recipes.errors import RecipeError
@@ -89,8 +90,11 @@ class Launch:
         flags = [group for group in _grouped(self.flags) if group[0] not in HOW_NOT_WHAT]
         before = self._stage_before()
         asked = f"{flags} {before.request() if before else ''}"
-        contents = [asked.encode(), *(path.read_bytes() for path in files)]
-        return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
+        digest = hashlib.sha256(asked.encode())
+        for file in files:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
 
     def _setting(self, key: str) -> str | None:
         """A setting that is a string, from the flags, else the profile, else the recipe."""
@@ -104,20 +108,29 @@ class Launch:
             return None
         with suppress(RecipeError):
             recipe = find_recipe(named[1], beside=self.recipe.parent)
-            return Launch(recipe, self.profile, self.accelerate, flags=("--overwrite", "true"))
+            return Launch(recipe, self.profile, self.accelerate, flags=()).going_on()
         return None
+
+    def going_on(self) -> "Launch":
+        """This stage, told what to do with what its output folder holds: continue the same run, replace another."""
+        folder = Path("outputs") / self.recipe.stem
+        request = _read_json(folder / "settings.json").get("request")
+        unfinished = not (folder / "done.json").exists() and request == self.request()
+        word = "resume_from_checkpoint" if unfinished else "overwrite"
+        # A folder without settings is none of ours: the stage itself refuses to replace it.
+        flags = (f"--{word}", "true") if request else ()
+        return Launch(self.recipe, self.profile, self.accelerate, flags=flags)
 
     def _why_retrain(self, stage: "Launch") -> str | None:
         """Why the finished stage, if there is one, will not do; None if it will."""
         model = Path(self._setting("model_name_or_path") or "")
-        try:
-            done = json.loads((model / "done.json").read_text(encoding="utf-8")).get("request")
-        except OSError:
-            return f"{model / 'done.json'} is missing"
-        except (ValueError, AttributeError):
-            return f"{model / 'done.json'} cannot be read"
-        if "model_name_or_path" in dict(_grouped(self.flags)) or done == stage.request():
+        if "model_name_or_path" in dict(_grouped(self.flags)) and (model / "config.json").exists():
             return None  # a model named by a flag is taken as it stands
+        done = _read_json(model / "done.json")
+        if not done:
+            return f"{model / 'done.json'} is missing or cannot be read"
+        if done.get("request") in (None, stage.request()):  # None: trained without the launcher
+            return None
         return f"it was made from another recipe, profile, flags, data or code (--model_name_or_path {model} keeps it)"
 
     def _processes(self) -> int:
@@ -138,6 +151,15 @@ class Launch:
         if "OMP_NUM_THREADS" not in os.environ:
             defaults["OMP_NUM_THREADS"] = str(free_threads(self._processes()))
         return defaults | os.environ | {"DPO_RECIPES_REQUEST": self.request()}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where it is missing or broken."""
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return held if isinstance(held, dict) else {}
 
 
 def gpu_memory() -> list[int]:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 from trl import ModelConfig, ScriptArguments, TrlParser
 
+from dpo_recipes.catalog import read_yaml
 from dpo_recipes.checkpoints import incomplete_reason, latest_checkpoint
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.terminal import say
@@ -21,7 +22,7 @@ from dpo_recipes.terminal import say
 SETTINGS_FILE = "settings.json"
 DONE_FILE = "done.json"
 
-BOOKKEEPING = ("output_dir", "overwrite", "resume_from_checkpoint", "run_name", "report_to", "project")
+BOOKKEEPING = ("request", "output_dir", "overwrite", "resume_from_checkpoint", "run_name", "report_to", "project")
 BOOKKEEPING_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "disable_tqdm", "dataloader_num_")
 """Settings that do not change what is trained: two runs that differ in these alone are the same run."""
 
@@ -65,11 +66,14 @@ def parse_recipe(recipe: Mapping[str, Any], dataclass_types: Sequence[type]) -> 
         RecipeError: If a key is unknown anywhere, a value is refused, the pairs per update cannot be met, or the
             output folder holds another run.
     """
-    flags = {word.partition("=")[0].removeprefix("--") for word in sys.argv[1:]}
+    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in sys.argv[1:]} | set(recipe)
+    if "--config" in sys.argv[1:-1]:
+        profile = Path(sys.argv[sys.argv.index("--config") + 1])
+        given |= set(read_yaml(profile)) if profile.is_file() else set()
     for old, new in RENAMED.items():
-        if old in flags or old in recipe:  # accepted by transformers, and without effect beside a profile's newer name
+        if old in given:  # accepted by transformers, and without effect beside a profile's newer name
             raise RecipeError(f"{old} is called {new} today. Use that name.")
-    parser = TrlParser(dataclass_types)
+    parser = TrlParser(dataclass_types, allow_abbrev=False)
     if unknown := parser.set_defaults_with_config(**recipe):
         raise RecipeError(f"RECIPE has keys that TRL does not know: {' '.join(unknown)}. Correct or remove them.")
     try:
@@ -91,7 +95,7 @@ def parse_recipe(recipe: Mapping[str, Any], dataclass_types: Sequence[type]) -> 
             "dtype": model_args.dtype,
             **(training_args.model_init_kwargs or {}),
         }
-    script_args.settings = _effective_settings(parsed)
+    script_args.settings = _effective_settings(parsed) | {"request": os.environ.get("DPO_RECIPES_REQUEST")}
     training_args.resume_from_checkpoint = _checkpoint_to_resume(training_args)
     _refuse_another_run(script_args, training_args)
     return parsed
@@ -161,14 +165,20 @@ def _refuse_another_run(script_args: RecipeArguments, training_args: TrainingArg
     folder = Path(training_args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"{folder} is a file. Name a folder with --output_dir.")
+    start = script_args.settings.get("model_name_or_path")
+    if start and folder.resolve() == Path(start).resolve():
+        raise RecipeError(
+            f"{folder} is the model to start from, which the run would replace. Choose another --output_dir."
+        )
     checkpoints = sorted(folder.glob("checkpoint-*"))
-    if script_args.overwrite or not (checkpoints or (folder / SETTINGS_FILE).exists()):
+    weights = [*folder.glob("*.safetensors")]
+    if script_args.overwrite or not (checkpoints or weights or (folder / SETTINGS_FILE).exists()):
         return
     ways_out = "Choose another --output_dir, or replace it with --overwrite true."
     try:
         held = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
-        raise RecipeError(f"{folder} holds checkpoints of a run that is not known here. {ways_out}") from None
+        raise RecipeError(f"{folder} holds weights of a run that is not known here. {ways_out}") from None
     differences = settings_differences(held, script_args.settings)
     if training_args.resume_from_checkpoint is not None:
         if differences:
@@ -191,8 +201,7 @@ def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) ->
         training_args: A TRL config.
 
     Raises:
-        RecipeError: If there is no such model, the Hub cannot be reached, the folder holds a LoRA adapter alone, or
-            the tokenizer has no end-of-sequence token.
+        RecipeError: If there is no such model, the Hub cannot be reached, or the folder holds a LoRA adapter alone.
     """
     name = str(model_args.model_name_or_path)
     folder = Path(name)
@@ -218,11 +227,6 @@ def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) ->
             )
     except (OSError, ValueError) as error:
         raise RecipeError(_unreachable(name, error)) from error
-    if tokenizer.eos_token is None:
-        raise RecipeError(
-            f"The tokenizer of {name} has no end-of-sequence token, so answers would never end. Set eos_token in its "
-            "tokenizer_config.json."
-        )
     return tokenizer
 
 
@@ -245,7 +249,7 @@ def run(main: Callable[[], None]) -> None:
     except RecipeError as error:
         _leave(2, str(error))
     except KeyboardInterrupt:
-        _leave(130, "Interrupted before the first step; nothing was saved.")
+        _leave(130, "Interrupted outside of training. What was saved before is kept.")
     except Exception as error:
         text = str(error)
         if _is_disk_full(error):

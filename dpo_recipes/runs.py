@@ -1,5 +1,6 @@
 """A run's folder, from its start to the files that say what it did."""
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -30,6 +31,7 @@ from trl import DPOTrainer
 from trl.trainer.utils import use_adapter
 
 from dpo_recipes.checkpoints import check_saved, merge_adapter, trained_weights
+from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluation import Messages, generate, mean_with_interval, preference_logps
 from dpo_recipes.files import write_json, write_jsonl, write_text
 from dpo_recipes.guards import add_guards
@@ -40,22 +42,34 @@ from dpo_recipes.terminal import say
 Score = Callable[[Messages, str], dict[str, float]]
 
 LIBRARIES = ("dpo-recipes", "trl", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "torch")
-RESULT_FILES = (DONE_FILE, SETTINGS_FILE, "metrics.json", "samples.jsonl", "curves.png", "README.md", "environment.txt")
+RESULTS = (
+    *(DONE_FILE, SETTINGS_FILE, "metrics.json", "samples.jsonl", "curves.png", "README.md", "environment.txt"),
+    *("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json"),
+)
 
 
 def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
-    """Put the guards on a built trainer and take its output folder: call it before `trainer.train`."""
+    """Put the guards on a built trainer and take its output folder: call it before `trainer.train`.
+
+    A run that does not resume begins with an empty folder: what an earlier one left there is removed, `parse_recipe`
+    having made sure that it is the same run or that `overwrite` was given.
+
+    Raises:
+        RecipeError: If another process trains in that folder.
+    """
     add_guards(trainer)
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ProgressLines())
     folder = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
-        if script_args.overwrite and trainer.args.resume_from_checkpoint is None:
+        _lock(folder)
+        (folder / DONE_FILE).unlink(missing_ok=True)
+        if trainer.args.resume_from_checkpoint is None:
             for checkpoint in folder.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
-            for name in RESULT_FILES:
-                (folder / name).unlink(missing_ok=True)
+            for file in [file for pattern in RESULTS for file in folder.glob(pattern)]:
+                file.unlink()
         write_json(folder / SETTINGS_FILE, script_args.settings)
         packages = sorted(f"{item.metadata['Name']}=={item.version}" for item in distributions())
         write_text(folder / "environment.txt", "\n".join(packages) + "\n")
@@ -66,6 +80,18 @@ def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
         f"{script_args.pairs_per_update} pairs = {trainer.args.per_device_train_batch_size} a device x "
         f"{trainer.args.world_size} process(es) x {trainer.args.gradient_accumulation_steps} accumulated."
     )
+
+
+def _lock(folder: Path) -> None:
+    """Hold the folder until this process ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise RecipeError(
+            f"Another run is training in {folder}. Wait for it, or choose another --output_dir."
+        ) from error
 
 
 class ProgressLines(ProgressCallback):
@@ -184,8 +210,12 @@ def _save(trainer: Trainer, folder: Path, *, merge: bool) -> None:
     if merge and isinstance(model, PeftModel):
         probe = trainer.data_collator([trainer.train_dataset[0]])
         inputs = {name: probe[name].to(trainer.accelerator.device) for name in ("input_ids", "attention_mask")}
-        if getattr(model, "is_loaded_in_4bit", False):  # merge into the base's own weights, not the 4-bit ones
-            base = AutoModelForCausalLM.from_pretrained(model.peft_config["default"].base_model_name_or_path)
+        if getattr(model, "is_quantized", False):  # merge into the base's own weights, not the 4-bit ones
+            base = AutoModelForCausalLM.from_pretrained(
+                model.peft_config["default"].base_model_name_or_path,
+                revision=(trainer.args.model_init_kwargs or {}).get("revision"),
+                trust_remote_code=trainer.args.trust_remote_code,
+            )
             model = PeftModel.from_pretrained(base.to(trainer.accelerator.device), folder)
         merged = merge_adapter(model, inputs)
         merged.save_pretrained(folder)
@@ -290,6 +320,7 @@ def _cost(trainer: Trainer) -> dict[str, Any]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     cost: dict[str, Any] = {
         "updates": trainer.state.global_step,
+        "resumed_from_update": trainer._initial_global_step,  # the seconds are those since then
         "train_seconds": next(
             (log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log), None
         ),
@@ -356,6 +387,7 @@ def _model_card(trainer: Trainer, script_args: RecipeArguments, metrics: dict[st
         "tags:\n- trl\n- " + method.lower(),
         "---",
     ]
+    cost = metrics["cost"]
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     return "\n".join(
         [
@@ -370,8 +402,8 @@ def _model_card(trainer: Trainer, script_args: RecipeArguments, metrics: dict[st
             "\nAll of them are in `settings.json`, the installed packages in `environment.txt`.",
             "\n## Made with\n",
             f"- {versions}",
-            f"- {hardware(trainer)}; {metrics['cost']['updates']} updates, {metrics['cost']['train_seconds']} s, peak "
-            f"memory {metrics['cost']['peak_memory_mib']} MiB",
+            f"- {hardware(trainer)}; {cost['updates']} updates, {cost['train_seconds']} s since update "
+            f"{cost['resumed_from_update']}, peak memory {cost['peak_memory_mib']} MiB",
             "",
         ]
     )

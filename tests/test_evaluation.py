@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
 
-from dpo_recipes.evaluation import PreferenceLogps, generate, mean_with_interval, wilson
+from dpo_recipes.evaluation import PreferenceLogps, generate, mean_with_interval, preference_logps, wilson
 
 
 @pytest.mark.parametrize(("wins", "n"), [(0, 10), (7, 10), (10, 10), (512, 1000)])
@@ -76,3 +78,46 @@ def test_an_answer_ends_at_its_end_token(model, tokenizer):
     for answer in answers:
         assert answer["tokens"] < 40 if answer["ended"] else answer["tokens"] == 40
         assert "<eos>" not in answer["text"]
+
+
+@pytest.fixture
+def trainer(tiny_model, tmp_path):
+    turns = [("Question one?", "A good answer.", "No."), ("Question two?", "Yes indeed, it is so.", "Never mind.")]
+    pairs = Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": prompt}],
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": rejected}],
+            }
+            for prompt, chosen, rejected in turns * 2 + turns[:1]
+        ]
+    )
+    args = DPOConfig(
+        output_dir=str(tmp_path),
+        per_device_eval_batch_size=2,
+        dataloader_drop_last=True,
+        use_cpu=True,
+        bf16=False,
+        activation_checkpointing=False,
+        report_to="none",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    return DPOTrainer(str(tiny_model), args=args, train_dataset=pairs, eval_dataset=pairs, processing_class=tokenizer)
+
+
+def test_log_probs_before_are_the_references_and_after_the_policys(trainer):
+    same = preference_logps(trainer, reference=True)
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(1.5)
+    before, after = preference_logps(trainer, reference=True), preference_logps(trainer)
+    assert len(after.chosen) == 5  # every pair, whatever dataloader_drop_last says
+    np.testing.assert_array_equal(before.chosen, same.chosen)
+    batch = trainer.data_collator([trainer.eval_dataset[1]])
+    with torch.no_grad():
+        logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    token_logps = logits[:, :-1].log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None])[..., 0]
+    expected = (token_logps * batch["completion_mask"][:, 1:]).sum(1).numpy()
+    np.testing.assert_allclose([after.chosen[1], after.rejected[1]], expected, rtol=1e-5)
+    assert after.chosen_tokens[1] == batch["completion_mask"][0].sum()
+    assert abs(after.chosen - before.chosen).min() > 0.1

@@ -39,7 +39,7 @@ def build(tiny_model, tmp_path, pairs):
             learning_rate=1e-3,
             logging_steps=1,
             use_cpu=True,
-            bf16=False,
+            bf16=settings.pop("bf16", False),
             report_to="none",
             save_strategy="no",
             activation_checkpointing=False,
@@ -133,6 +133,39 @@ def quantised(tiny_model):
     return AutoModelForCausalLM.from_pretrained(
         tiny_model, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": "cpu"}
     )
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e-5, 3e-3])
+def test_a_reference_that_is_slightly_off_is_noticed(build, tiny_model, shift):
+    """The smallest of the shifts that must be noticed moves the log-probs by some hundredths of a nat."""
+    trainer = build()
+    add_guards(trainer)
+    with torch.no_grad():
+        direction = torch.randn(trainer.ref_model.lm_head.weight.shape, generator=torch.manual_seed(0))
+        trainer.ref_model.lm_head.weight.add_(shift * direction)
+    if shift < 1e-3:
+        trainer.train()
+    else:
+        with pytest.raises(WrongReferenceError):
+            trainer.train()
+
+
+def test_full_fine_tuning_of_16_bit_weights_starts_at_log_two(build, tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    trainer = build(model=model, beta=0.5)
+    assert trainer.ref_model.dtype == torch.bfloat16
+    add_guards(trainer)
+    assert trainer.accelerator.unwrap_model(trainer.ref_model).dtype == torch.float32
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"bf16": True}, {"label_smoothing": 0.1}, {"precompute_ref_log_probs": True}])
+def test_the_guard_does_not_fire_on_a_right_reference(build, settings):
+    trainer = build(**settings)
+    add_guards(trainer)
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_lora_weights_on_a_4_bit_base_are_trained_in_float32(quantised, build):

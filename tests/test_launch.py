@@ -55,10 +55,13 @@ RECIPE = dict(output_dir="outputs/first", dataset_name="rows.jsonl")
 if __name__ == "__main__":
     with open("log", "a") as file:
         file.write(" ".join(["first", *sys.argv[3:]]) + "\\n")
+    Path("outputs/first").mkdir(parents=True, exist_ok=True)
+    request = json.dumps({"request": os.environ["DPO_RECIPES_REQUEST"]})
+    Path("outputs/first/settings.json").write_text(request)
     if Path("fail").exists():
         sys.exit(7)
-    Path("outputs/first").mkdir(parents=True, exist_ok=True)
-    Path("outputs/first/done.json").write_text(json.dumps({"request": os.environ["DPO_RECIPES_REQUEST"]}))
+    Path("outputs/first/config.json").write_text("{}")
+    Path("outputs/first/done.json").write_text(request)
 '''
 
 SECOND = '''"""A stand-in that starts from `first`."""
@@ -327,8 +330,8 @@ def stages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[
 
 
 def test_a_missing_stage_is_trained_first(stages: Callable, capfd: pytest.CaptureFixture) -> None:
-    assert stages("--beta", "0.3") == ["first --overwrite true", "second --beta 0.3"]
-    said = "second starts from first, which is trained first: outputs/first/done.json is missing."
+    assert stages("--beta", "0.3") == ["first", "second --beta 0.3"]
+    said = "second starts from first, which is trained first: outputs/first/done.json is missing"
     assert said in capfd.readouterr().out
 
 
@@ -369,9 +372,35 @@ def test_an_unreadable_record_counts_as_missing(stages: Callable) -> None:
     assert stages() == ["first --overwrite true", "second"]
 
 
+def test_an_interrupted_stage_goes_on(stages: Callable) -> None:
+    Path("fail").touch()
+    stages(status=7)
+    Path("fail").unlink()
+    assert stages() == ["first --resume_from_checkpoint true", "second"]
+
+
+def test_an_interrupted_stage_of_another_request_is_replaced(stages: Callable) -> None:
+    Path("fail").touch()
+    stages(status=7)
+    Path("fail").unlink()
+    Path("rows.jsonl").write_text("{}\n{}\n")
+    assert stages() == ["first --overwrite true", "second"]
+
+
+def test_a_folder_of_another_hand_is_never_replaced(stages: Callable) -> None:
+    Path("outputs/first/checkpoint-5000").mkdir(parents=True)
+    assert stages() == ["first", "second"]  # the stage itself refuses such a folder
+
+
+def test_a_stage_trained_without_the_launcher_is_taken(stages: Callable) -> None:
+    stages()
+    Path("outputs/first/done.json").write_text(json.dumps({"request": None, "seed": 42}))
+    assert stages() == ["second"]
+
+
 def test_a_failed_stage_ends_the_run_with_its_status(stages: Callable) -> None:
     Path("fail").touch()
-    assert stages(status=7) == ["first --overwrite true"]
+    assert stages(status=7) == ["first"]
 
 
 def test_a_model_from_elsewhere_needs_no_stage(stages: Callable) -> None:
