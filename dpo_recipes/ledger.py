@@ -16,14 +16,23 @@ class Dropped:
 
 @dataclass
 class SplitAccount:
-    """What became of the rows of one split: rows + moved = kept + not_sampled + everything dropped."""
+    """What became of one split: rows + pairs_made + moved = kept + in_pairs + not_sampled + everything dropped."""
 
     rows: int = 0
+    in_pairs: int = 0  # rows that are messages, and part of the pairs made
+    pairs_made: int = 0  # of such rows
     moved: int = 0  # pairs that came from another split (negative: went to another)
     not_sampled: int = 0
     dropped: dict[str, Dropped] = field(default_factory=dict)
     kept: int = 0
     shortened: int = 0  # of those kept
+
+    def add(self, more: "SplitAccount") -> None:
+        """Adds another account to this one."""
+        for name in ("rows", "in_pairs", "pairs_made", "moved", "not_sampled", "kept", "shortened"):
+            setattr(self, name, getattr(self, name) + getattr(more, name))
+        for reason, dropped in more.dropped.items():
+            self.drop(reason, dropped)
 
     def drop(self, reason: str, more: Dropped) -> None:
         """Adds to a reason; the rows named stay those of the stage that met it first."""
@@ -58,6 +67,8 @@ class Ledger:
         dropped: Mapping[str, Sequence[int]] | None = None,
         moved: int = 0,
         not_sampled: int = 0,
+        in_pairs: int = 0,
+        pairs_made: int = 0,
         new: bool = False,
     ) -> None:
         """One stage of one split: `came` rows came in and `kept` went on.
@@ -70,6 +81,8 @@ class Ledger:
             dropped: Row numbers by reason.
             moved: Rows that came from another split (negative: went to another).
             not_sampled: Rows left out by drawing a sample.
+            in_pairs: Rows that are messages, and part of the pairs made.
+            pairs_made: Pairs made of those; where there are any, `kept` counts pairs.
             new: Whether no stage has seen the rows before. Otherwise they are those that earlier stages kept, and a
                 difference is put down to what load_pairs did in between.
 
@@ -77,8 +90,11 @@ class Ledger:
             RuntimeError: If the stage does not add up.
         """
         dropped = dropped or {}
-        if came + moved != kept + not_sampled + sum(map(len, dropped.values())):
-            raise RuntimeError(f"{stage} lost rows of {split}: {came=} {moved=} {kept=} {not_sampled=} {dropped=}")
+        if came + pairs_made + moved != kept + in_pairs + not_sampled + sum(map(len, dropped.values())):
+            raise RuntimeError(
+                f"{stage} lost rows of {split}: {came=} {pairs_made=} {moved=} {kept=} {in_pairs=} {not_sampled=} "
+                f"{dropped=}"
+            )
         account = self.accounts.setdefault(split, SplitAccount())
         expected = 0 if new else account.kept
         account.rows += max(0, came - expected)
@@ -87,8 +103,15 @@ class Ledger:
         account.kept += kept - expected
         account.moved += moved
         account.not_sampled += not_sampled
+        account.in_pairs += in_pairs
+        account.pairs_made += pairs_made
         for reason, rows in dropped.items():
             account.drop(reason, Dropped(len(rows), stage, list(rows[:3])))
+
+    def add(self, other: "Ledger") -> None:
+        """Adds the account of other rows: those of a dataset that was accounted for by itself."""
+        for split, account in other.accounts.items():
+            self.accounts.setdefault(split, SplitAccount()).add(account)
 
     def total(self) -> SplitAccount:
         """All splits together.
@@ -99,12 +122,10 @@ class Ledger:
         total = SplitAccount()
         for split, account in self.accounts.items():
             dropped = sum(drop.count for drop in account.dropped.values())
-            if account.rows + account.moved != account.kept + account.not_sampled + dropped:
+            came = account.rows + account.pairs_made + account.moved
+            if came != account.kept + account.in_pairs + account.not_sampled + dropped:
                 raise RuntimeError(f"The account of the {split} split does not add up: {account}")
-            for name in ("rows", "moved", "not_sampled", "kept", "shortened"):
-                setattr(total, name, getattr(total, name) + getattr(account, name))
-            for reason, drop in account.dropped.items():
-                total.drop(reason, drop)
+            total.add(account)
         return total
 
 

@@ -8,16 +8,17 @@ import json
 import logging
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
-from dpo_recipes.dataset_adapters import map_rows
+from dpo_recipes.dataset_adapters import map_rows, recognise, rename_columns
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.ledger import current_ledger
+from dpo_recipes.ledger import Ledger, current_ledger
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ def load_rows(script_args: Any) -> DatasetDict:
     apart by their names, or a folder written by `save_to_disk`. `NAME:50000` draws 50,000 training rows, by seed 0, in
     their order; a path with a colon that exists wins. `dataset_config` is the configuration of a hub dataset or a
     subfolder. `dataset_test_split` left at "test" falls back to the validation split, else there is no `test`.
+    `columns` ("prompt=instruction,chosen=good") renames columns. Messages of one tree are drawn together.
 
     Raises:
         RecipeError: If the rows cannot be had, or a split is missing that was asked for.
@@ -46,15 +48,47 @@ def load_rows(script_args: Any) -> DatasetDict:
             "dataset_streaming is true, but every row is counted before training, which needs them all. Leave it out; "
             f"a part of a large dataset is {script_args.dataset_name}:50000."
         )
+    if len(_parts(script_args.dataset_name)) > 1:
+        raise RecipeError(
+            f"{script_args.dataset_name} are several datasets, where one is needed. The recipe mixture-lora mixes them."
+        )
     name, sample = _name_and_sample(script_args.dataset_name)
     splits = _pick_splits(_load(name, config=script_args.dataset_config), script_args, name=name)
     for split, rows in splits.items():
         if not len(rows):
             raise RecipeError(f"The {split} split of {name} has no rows. To go on, {_WAY_OUT}.")
+    if columns := _column_names(getattr(script_args, "columns", None)):
+        splits = {split: rename_columns(rows, **columns) for split, rows in splits.items()}
     if sample is not None:
         splits["train"] = _draw(splits["train"], sample, name=name)
     # Dataset adapters count rows under the name of their split.
     return DatasetDict({split: concatenate_datasets([rows], split=split) for split, rows in splits.items()})
+
+
+def mix_pairs(script_args: Any, dataset_adapters: Mapping[str, Callable[[Dataset], Dataset]]) -> DatasetDict:
+    """`train` and `test` pairs of several datasets, `NAME:20000+OTHER:10000`; no prompt is on both sides.
+
+    Each dataset is loaded, adapted and split by itself. `source` holds its name; margin and id are not kept.
+
+    Args:
+        script_args: As `load_rows` reads them.
+        dataset_adapters: By the name of a dataset; for others the columns tell.
+
+    Raises:
+        RecipeError: If a dataset cannot be had, or no dataset adapter is known for its columns.
+    """
+    mixed: dict[str, list[Dataset]] = {"train": [], "test": []}
+    for part in _parts(script_args.dataset_name or ""):
+        name, _ = _name_and_sample(part)
+        with Ledger() as ledger:
+            rows = load_rows(replace(script_args, dataset_name=part))
+            dataset_adapter = dataset_adapters.get(name) or recognise(rows["train"])
+            pairs = split_pairs({split: dataset_adapter(part) for split, part in rows.items()})
+        current_ledger().add(ledger)
+        for split, kept in pairs.items():
+            bare = kept.select_columns(["prompt", "chosen", "rejected"])
+            mixed[split].append(bare.add_column("source", [name] * len(bare)))
+    return split_pairs({split: concatenate_datasets(parts, split=split) for split, parts in mixed.items()})
 
 
 def split_pairs(pairs: Mapping[str, Dataset]) -> DatasetDict:
@@ -114,6 +148,19 @@ def _held_out(hashes: set[str]) -> set[str]:
     return set(ranked[: min(count, len(ranked) - 1)])
 
 
+def _parts(name: str) -> list[str]:
+    """The datasets of a mixture; a path with a plus that exists is one."""
+    return [name] if Path(name).expanduser().exists() else name.split("+")
+
+
+def _column_names(columns: str | None) -> dict[str, str]:
+    """What `--columns prompt=instruction,chosen=good` says: the dataset's name for each of ours."""
+    names = [entry.partition("=")[::2] for entry in (columns or "").split(",") if entry]
+    if not all(ours and theirs for ours, theirs in names) or len(dict(names)) < len(names):
+        raise RecipeError(f"--columns {columns} is not of the form prompt=instruction,chosen=good,rejected=bad.")
+    return {ours.strip(): theirs.strip() for ours, theirs in names}
+
+
 def _name_and_sample(name: str) -> tuple[str, int | None]:
     match = re.fullmatch(r"(.+):(\d+)", name)
     if match is None or Path(name).expanduser().exists():
@@ -127,9 +174,14 @@ def _draw(rows: Dataset, size: int, *, name: str) -> Dataset:
     if size >= len(rows):
         logger.warning("%s has %d training rows: all are taken, not %d.", name, len(rows), size)
         return rows
+    if "message_tree_id" in rows.column_names:  # a message without its thread is of no use
+        trees = [hashlib.sha256(str(tree).encode()).digest() for tree in rows["message_tree_id"][:]]
+        drawn = sorted(sorted(range(len(rows)), key=trees.__getitem__)[:size])
+    else:
+        drawn = sorted(random.Random(0).sample(range(len(rows)), size))
     left_out = len(rows) - size
     current_ledger().record("load_rows", "train", came=left_out, kept=0, not_sampled=left_out, new=True)
-    return rows.select(sorted(random.Random(0).sample(range(len(rows)), size)))
+    return rows.select(drawn)
 
 
 def _pick_splits(splits: Mapping[str, Dataset], script_args: Any, *, name: str) -> dict[str, Dataset]:

@@ -13,14 +13,7 @@ from datasets import Dataset, DatasetDict, Features, Value
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from dpo_recipes.dataset_adapters import (
-    DROP_REASONS,
-    Drop,
-    Message,
-    check_pair,
-    keep_pairs,
-    map_rows,
-)
+from dpo_recipes.dataset_adapters import DROP_REASONS, Drop, Message, check_pair, keep_pairs, map_rows
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import write_json
 from dpo_recipes.ledger import Ledger, current_ledger
@@ -112,7 +105,7 @@ def without_oldest_exchange(prompt: list[Message]) -> list[Message] | None:
 
 
 def account_lines(ledger: Ledger, *, max_length: int | None) -> list[str]:
-    """The account for the screen: one line a kind of row, one column a split, at most 14 lines."""
+    """The account for the screen: one line a kind of row, one column a split, at most 16 lines."""
     accounts = {split: ledger.accounts[split] for split in ("train", "test") if split in ledger.accounts}
     reasons = sorted(ledger.total().dropped.items(), key=lambda item: -item[1].count)
 
@@ -133,6 +126,9 @@ def account_lines(ledger: Ledger, *, max_length: int | None) -> list[str]:
         lines.append(line("  held out of train as test", lambda account: account.moved, sign="+"))
     if any(account.not_sampled for account in accounts.values()):
         lines.append(line("  left out by drawing a sample", lambda account: -account.not_sampled))
+    if any(account.pairs_made for account in accounts.values()):
+        lines.append(line("  messages that the pairs are made of", lambda account: -account.in_pairs))
+        lines.append(line("  pairs made of them", lambda account: account.pairs_made, sign="+"))
     lines.append(line("pairs", lambda account: account.kept))
     lines.append(line("  of these, shortened by their oldest turns", lambda account: account.shortened))
     return lines

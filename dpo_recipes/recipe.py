@@ -44,6 +44,10 @@ class RecipeArguments(ScriptArguments):
         default=512,
         metadata={"help": "Held-out pairs to evaluate on, drawn by seed where the test split has more."},
     )
+    columns: str | None = field(
+        default=None,
+        metadata={"help": "The dataset's names of columns: prompt=instruction,chosen=good,rejected=bad."},
+    )
     overwrite: bool = field(
         default=False,
         metadata={"help": "Replace the run that the output folder holds."},

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Features, Value, concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_recipes import dataset_adapters
-from dpo_recipes.dataset_adapters import DROP_REASONS, Drop, adapt, as_messages, check_pair, hh_rlhf, preference_jsonl
+from dpo_recipes.dataset_adapters import Drop, adapt, adapting, as_messages, hh_rlhf, preference_jsonl
+from dpo_recipes.dataset_adapters.adapting import DROP_REASONS, check_pair, rename_columns
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.ledger import Ledger
 
@@ -116,7 +116,7 @@ def test_missing_columns_are_refused_with_a_remedy():
         hh_rlhf(Dataset.from_list([{"instruction": "a", "output": "b"}]))
     message = str(error.value)
     assert message.startswith("hh_rlhf needs the columns chosen and rejected, got ['instruction', 'output'].")
-    assert "rename_columns" in message
+    assert "Name yours with --columns chosen=...,rejected=..." in message
     assert 'recipes/README.md, "Your own data"' in message
 
 
@@ -177,6 +177,29 @@ def test_whole_conversations_need_no_prompt_column():
 def test_strings_need_a_prompt_column():
     with pytest.raises(RecipeError, match="needs the columns prompt, chosen and rejected, got"):
         preference_jsonl(Dataset.from_list([{"chosen": "a", "rejected": "b"}]))
+
+
+def test_files_of_trls_conversational_format_are_taken_as_they_are():
+    row = {
+        "prompt": [system("Be brief."), user("Name a tree."), assistant("Oak."), user("Another?")],
+        "chosen": [assistant("Elm.")],
+        "rejected": [assistant("No.")],
+    }
+    assert outcome(preference_jsonl, row) == row
+    implicit = {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}
+    assert outcome(preference_jsonl, implicit) == row
+
+
+def test_renamed_columns_give_way_to_nothing_and_swap():
+    rows = Dataset.from_list([{"prompt": "old", "instruction": "q", "chosen": "b", "rejected": "a", "votes": 1}])
+    renamed = rename_columns(rows, prompt="instruction", chosen="rejected", rejected="chosen")
+    assert renamed[0] == {"prompt": "q", "chosen": "a", "rejected": "b", "votes": 1}
+
+
+@pytest.mark.parametrize("theirs", [{"prompt": "nope"}, {"prompt": "question", "chosen": "question"}])
+def test_a_column_that_is_not_there_or_named_twice_is_refused_with_the_list(theirs):
+    with pytest.raises(RecipeError, match=r"the dataset has \['question', 'best'\]"):
+        rename_columns(Dataset.from_list([{"question": "q", "best": "a"}]), **theirs)
 
 
 @pytest.mark.parametrize(
@@ -242,10 +265,8 @@ preference_rows = st.one_of(
     st.lists(st.fixed_dictionaries({"prompt": messages, "chosen": messages, "rejected": messages}), max_size=6),
 )
 FEATURES = {
-    "text": dataset_adapters.Features(
-        {name: dataset_adapters.Value("string") for name in dataset_adapters._PAIR_FEATURES}
-    ),
-    "messages": dataset_adapters.Features(dataset_adapters._PAIR_FEATURES),
+    "text": Features({name: Value("string") for name in adapting.PAIR_FEATURES}),
+    "messages": Features(adapting.PAIR_FEATURES),
 }
 
 
@@ -271,7 +292,7 @@ def preference_dataset(rows):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(hh_rlhf_rows, min_size=1, max_size=8))
 def test_any_hh_rlhf_rows_are_kept_or_counted(rows):
-    features = dataset_adapters.Features({side: dataset_adapters.Value("string") for side in ("chosen", "rejected")})
+    features = Features({side: Value("string") for side in ("chosen", "rejected")})
     with Ledger() as ledger:
         pairs = hh_rlhf(Dataset.from_list(rows, features=features)).to_list()
     account = ledger.total()
@@ -302,7 +323,7 @@ def test_a_second_pass_changes_nothing(rows):
 @settings(max_examples=30, deadline=None)
 @given(st.lists(hh_rlhf_rows, min_size=1, max_size=8))
 def test_the_order_of_the_rows_is_of_no_account(rows):
-    features = dataset_adapters.Features({side: dataset_adapters.Value("string") for side in ("chosen", "rejected")})
+    features = Features({side: Value("string") for side in ("chosen", "rejected")})
     pairs = hh_rlhf(Dataset.from_list(rows, features=features)).to_list()
     backwards = hh_rlhf(Dataset.from_list(rows[::-1], features=features)).to_list()
     assert backwards == pairs[::-1]
@@ -336,7 +357,7 @@ def test_the_count_is_the_same_from_the_cache_and_from_several_processes(tmp_pat
     files = set((tmp_path / "cache").rglob("*.arrow"))
     assert count() == first
     assert set((tmp_path / "cache").rglob("*.arrow")) == files  # it did come from the cache
-    monkeypatch.setattr(dataset_adapters, "_PARALLEL_FROM", 100)
+    monkeypatch.setattr(adapting, "_PARALLEL_FROM", 100)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert Dataset.cleanup_cache_files(rows) == 1
     assert count() == first
@@ -383,6 +404,21 @@ def test_rows_that_vanish_between_two_stages_are_counted_too():
         ledger.record("later", "train", came=len(pairs), kept=len(pairs))
     account = ledger.total()
     assert (account.rows, account.kept, account.dropped["removed_by_load_pairs"].count) == (8, 4, 2)
+
+
+def test_messages_that_become_pairs_add_up():
+    with Ledger() as ledger:
+        counts = {"came": 9, "in_pairs": 5, "pairs_made": 3, "kept": 2}
+        ledger.record(
+            "trees", "train", **counts, dropped={"deleted": [0, 1, 2, 3], "identical_completions": [4]}, new=True
+        )
+        ledger.record("later", "train", came=2, kept=2)
+    account = ledger.total()
+    assert (account.rows, account.in_pairs, account.pairs_made, account.kept) == (9, 5, 3, 2)
+    other = Ledger()
+    other.add(ledger)
+    other.add(ledger)
+    assert (other.total().rows, other.total().dropped["deleted"].count) == (18, 8)
 
 
 def test_a_stage_that_loses_rows_is_an_error():

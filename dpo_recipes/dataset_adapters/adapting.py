@@ -1,31 +1,12 @@
-"""Dataset adapters: raw rows become preference pairs, one function a dataset, every row kept or counted.
-
-A dataset adapter of your own reads one row and says which columns it needs:
-
-    def forum(dataset: Dataset) -> Dataset:
-        return adapt(dataset, forum_pair, name="forum", columns=["question", "best", "worst", "votes"])
-
-    def forum_pair(row: Row) -> Pair:
-        if row["votes"] < 3:
-            raise Drop("too_few_votes")
-        return {
-            "prompt": as_messages(row["question"], role="user"),
-            "chosen": as_messages(row["best"], role="assistant"),
-            "rejected": as_messages(row["worst"], role="assistant"),
-        }
-
-`adapt` then checks what every pair must be (`check_pair`), counts each drop in the open `Ledger`, and returns the pairs
-that are left. Columns named margin, source or id are kept; all others are not.
-"""
+"""What every dataset adapter is made of: rows in, checked pairs out, drops counted."""
 
 import hashlib
 import inspect
 import logging
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from datasets import Dataset, Features, List, Value
 
@@ -50,6 +31,9 @@ class Pair(TypedDict):
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
+    margin: NotRequired[float]
+    source: NotRequired[str]
+    id: NotRequired[str]
 
 
 class Drop(Exception):
@@ -78,112 +62,33 @@ DROP_REASONS = {
     "too_long": "last user turn + completion over max_length",
     "template_refuses": "the chat template refuses the conversation",
     "empty_in_template": "the chat template leaves nothing of a completion",
+    "no_rating": "a score, rating or label is missing",
+    "not_rated_higher": "chosen is not rated higher than rejected",
+    "low_score_ratio": "the two scores are too close",
+    "post_has_enough": "over the most pairs for one post",
+    "deleted": "a deleted message",
+    "synthetic": "a message written by a model",
+    "not_reviewed": "a message that passed no review",
+    "language": "a message in another language",
+    "thread_is_broken": "an earlier message is missing or left out",
+    "not_a_pair_of_replies": "a message without two replies of different rank",
     "removed_by_load_pairs": "removed in load_pairs without a reason",
 }
 
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
-_PAIR_FEATURES = {"prompt": _MESSAGES, "chosen": _MESSAGES, "rejected": _MESSAGES}
-_EXTRA_COLUMNS = ("margin", "source", "id")
+PAIR_FEATURES = {"prompt": _MESSAGES, "chosen": _MESSAGES, "rejected": _MESSAGES}
+EXTRA_FEATURES = {"margin": Value("float64"), "source": Value("string"), "id": Value("string")}
 _PARALLEL_FROM = 50_000  # rows; below, starting processes costs more than it saves
 
 
-# -------------------------------------------------------------------------------- the dataset adapters
-
-
-def hh_rlhf(dataset: Dataset) -> Dataset:
-    r"""Pairs of Anthropic/hh-rlhf: `chosen` and `rejected` hold whole dialogues of "\n\nHuman:" and "\n\nAssistant:".
-
-    The completion is what follows the last "\n\nAssistant:". The longest common prefix (TRL's implicit prompt) would
-    move the words with which both replies begin into the prompt. Turns of one role in a row are merged.
-    """
-    return adapt(dataset, _hh_rlhf_pair, name="hh_rlhf", columns=["chosen", "rejected"])
-
-
-def _hh_rlhf_pair(row: Row) -> Pair:
-    context, chosen = _split_at_last_reply(row["chosen"])
-    other_context, rejected = _split_at_last_reply(row["rejected"])
-    if context != other_context:
-        raise Drop("contexts_differ")
-    return {
-        "prompt": _hh_rlhf_turns(context),
-        "chosen": as_messages(chosen, role="assistant"),
-        "rejected": as_messages(rejected, role="assistant"),
-    }
-
-
-def _split_at_last_reply(dialogue: Any) -> tuple[str, str]:
-    if dialogue is None:
-        raise Drop("missing_value")
-    if not isinstance(dialogue, str):
-        raise Drop("not_text_or_messages")
-    context, marker, reply = dialogue.rpartition("\n\nAssistant:")
-    if not marker:
-        raise Drop("no_assistant_turn")
-    if "\n\nHuman:" in reply:
-        raise Drop("ends_in_user_turn")
-    return context, reply.strip()
-
-
-def _hh_rlhf_turns(context: str) -> list[Message]:
-    before, *speakers_and_texts = re.split(r"\n\n(Human|Assistant):", context)
-    if before.strip():
-        raise Drop("text_before_first_turn")
-    turns: list[Message] = []
-    for speaker, text in zip(speakers_and_texts[::2], speakers_and_texts[1::2], strict=True):
-        role = "user" if speaker == "Human" else "assistant"
-        if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] += "\n\n" + text.strip()
-        else:
-            turns.append({"role": role, "content": text.strip()})
-    if turns and turns[0]["role"] == "assistant":
-        raise Drop("begins_with_assistant")
-    return turns
-
-
-def preference_jsonl(dataset: Dataset) -> Dataset:
-    """Pairs of rows with prompt, chosen and rejected, each a string or a list of messages.
-
-    A string prompt becomes one user turn, a string completion one assistant turn. Where chosen and rejected are whole
-    conversations (HuggingFaceH4, trl-lib), everything before the last reply is the prompt: it must be the same on both
-    sides and contain the row's own prompt, if there is one. Strings that both repeat the prompt are refused, since
-    nothing tells where the completion begins.
-    """
-    texts = {name for name, kind in dataset.features.items() if kind == Value("string")}
-    columns = ["prompt", "chosen", "rejected"] if texts & {"chosen", "rejected"} else ["chosen", "rejected"]
-    return adapt(dataset, _preference_pair, name="preference_jsonl", columns=columns)
-
-
-def _preference_pair(row: Row) -> Pair:
-    chosen = as_messages(row["chosen"], role="assistant")
-    rejected = as_messages(row["rejected"], role="assistant")
-    if _has_context(chosen) and _has_context(rejected):
-        return _pair_of_conversations(chosen, rejected, prompt=row.get("prompt"))
-    text = row.get("prompt")
-    if isinstance(text, str) and text and all(turns[0]["content"].startswith(text) for turns in (chosen, rejected)):
-        raise Drop("completion_repeats_prompt")
-    return {"prompt": as_messages(text, role="user"), "chosen": chosen, "rejected": rejected}
-
-
-def _has_context(turns: list[Message]) -> bool:
-    return turns[0]["role"] in ("system", "user")
-
-
-def _pair_of_conversations(chosen: list[Message], rejected: list[Message], *, prompt: Any) -> Pair:
-    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
-        raise Drop("ends_in_user_turn")
-    context = chosen[:-1]
-    if context != rejected[:-1]:
-        raise Drop("contexts_differ")
-    if prompt is not None and as_messages(prompt, role="user")[-1] not in context:
-        raise Drop("prompt_differs")
-    return {"prompt": context, "chosen": chosen[-1:], "rejected": rejected[-1:]}
-
-
-# --------------------------------------------------------------- what every dataset adapter is made of
-
-
 def adapt(
-    dataset: Dataset, read_pair: Callable[[Row], Pair], *, name: str, columns: Sequence[str], split: str | None = None
+    dataset: Dataset,
+    read_pair: Callable[[Row], Pair],
+    *,
+    name: str,
+    columns: Sequence[str],
+    adds: Sequence[str] = (),
+    split: str | None = None,
 ) -> Dataset:
     """The pairs that `read_pair` makes of the rows; the rows it drops are counted in the open ledger.
 
@@ -192,20 +97,17 @@ def adapt(
         read_pair: One row to one pair, or `raise Drop("reason")`. What it returns is checked by `check_pair`.
         name: The dataset adapter's name, for messages.
         columns: Columns without which no row can be read.
+        adds: What `read_pair` returns beside the pair: margin, source or id. Columns of these names are kept anyway.
         split: Under which split the rows are counted; by default the dataset's own, else train.
 
     Raises:
         RecipeError: If a column is missing.
     """
-    if not set(columns) <= set(dataset.column_names):
-        raise RecipeError(
-            f"{name} needs the columns {_and(columns)}, got {dataset.column_names}. Rename yours in load_pairs "
-            f'(rows.rename_columns({{"theirs": "{columns[0]}"}})) or write a dataset adapter: recipes/README.md, '
-            '"Your own data".'
-        )
+    require_columns(dataset, columns, name=name)
     split = split or str(dataset.split or "train")
-    extra = {column: dataset.features[column] for column in _EXTRA_COLUMNS if column in dataset.column_names}
-    features = Features({**_PAIR_FEATURES, **extra, "drop_reason": Value("string")})
+    extra = {column: dataset.features[column] for column in EXTRA_FEATURES if column in dataset.column_names}
+    extra |= {column: EXTRA_FEATURES[column] for column in adds}
+    features = Features({**PAIR_FEATURES, **extra, "drop_reason": Value("string")})
     marked = map_rows(
         dataset,
         _mark_rows,
@@ -213,9 +115,36 @@ def adapt(
         desc=f"{name} ({split})",
         read_pair=read_pair,
         extra=list(extra),
+        adds=list(adds),
         code=_code_hash(read_pair),
     )
     return keep_pairs(marked, name=name, split=split, new=True)
+
+
+def require_columns(dataset: Dataset, columns: Sequence[str], *, name: str) -> None:
+    """Nothing, if the dataset has the columns; else raises RecipeError, which says how to name one's own."""
+    if not set(columns) <= set(dataset.column_names):
+        ours = ",".join(f"{column}=..." for column in columns if column not in dataset.column_names)
+        raise RecipeError(
+            f"{name} needs the columns {_and(columns)}, got {dataset.column_names}. Name yours with --columns {ours} "
+            'or write a dataset adapter: recipes/README.md, "Your own data".'
+        )
+
+
+def rename_columns(dataset: Dataset, **theirs: str) -> Dataset:
+    """The dataset with its columns renamed: `rename_columns(rows, prompt="instruction", chosen="good")`.
+
+    A column that already has one of the new names, and is not renamed itself, gives way.
+
+    Raises:
+        RecipeError: If a column does not exist, or is named twice.
+    """
+    names = dataset.column_names
+    if not set(theirs.values()) <= set(names) or len(set(theirs.values())) < len(theirs):
+        wanted = ",".join(f"{ours}={column}" for ours, column in theirs.items())
+        raise RecipeError(f"--columns {wanted} needs a column of its own for each name; the dataset has {names}.")
+    shadowed = [name for name in names if name in theirs and name not in theirs.values()]
+    return dataset.remove_columns(shadowed).rename_columns({column: ours for ours, column in theirs.items()})
 
 
 def keep_pairs(marked: Dataset, *, name: str, split: str, new: bool = False) -> Dataset:
@@ -289,7 +218,9 @@ def map_rows(
     )
 
 
-def _mark_rows(batch: dict[str, list[Any]], *, read_pair: Callable[[Row], Pair], extra: list[str], code: str) -> Row:
+def _mark_rows(
+    batch: dict[str, list[Any]], *, read_pair: Callable[[Row], Pair], extra: list[str], adds: list[str], code: str
+) -> Row:
     """The batch as pairs, with the reason beside each row that makes none."""
     pairs: list[Pair] = []
     reasons: list[str | None] = []
@@ -302,14 +233,14 @@ def _mark_rows(batch: dict[str, list[Any]], *, read_pair: Callable[[Row], Pair],
             pair = {"prompt": [], "chosen": [], "rejected": []}
             reasons.append(str(drop))
         pairs.append(pair)
-    columns = {column: [pair[column] for pair in pairs] for column in _PAIR_FEATURES}  # type: ignore[literal-required]
-    return {**columns, **{column: batch[column] for column in extra}, "drop_reason": reasons}
+    columns: Row = {column: [pair.get(column) for pair in pairs] for column in (*PAIR_FEATURES, *adds)}
+    return {**{column: batch[column] for column in extra if column not in adds}, **columns, "drop_reason": reasons}
 
 
 def _code_hash(read_pair: Callable[[Row], Pair]) -> str:
     """A hash of the code behind a map: datasets keys its cache on the *name* of an imported function alone."""
     try:
-        files = [Path(__file__), Path(inspect.getfile(read_pair))]
+        files = [Path(__file__), Path(inspect.getfile(getattr(read_pair, "func", read_pair)))]  # of a partial
     except TypeError:  # a function typed into a shell has no file; datasets hashes those by value
         files = [Path(__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
