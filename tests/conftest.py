@@ -67,6 +67,36 @@ def hh_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="session")
+def rows_of(tmp_path_factory: pytest.TempPathFactory, hh_rows: Path) -> dict[str, Path]:
+    """By dataset, a jsonl file of rows in its published schema, written for these tests."""
+
+    def message(name: str, parent: str | None, text: str, rank: int | None = None) -> dict[str, object]:
+        states = {"deleted": False, "synthetic": False, "review_result": True, "tree_state": "ready_for_export"}
+        role = "prompter" if rank is None else "assistant"
+        ids = {"message_id": name, "parent_id": parent, "message_tree_id": name.partition("-")[0]}
+        return {**ids, "text": text, "role": role, "lang": "en", "rank": rank, **states}
+
+    rows: dict[str, list[dict[str, object]]] = {"shp": [], "oasst1": [], "ultrafeedback": []}
+    for index in range(120):
+        question, good, bad = f"Question {index}?", f"Gladly: answer {index}.", "No. Ask someone else."
+        comments = {"human_ref_A": bad, "human_ref_B": good, "score_A": 3, "score_B": 12, "labels": 0}
+        rows["shp"].append(
+            {"post_id": f"p{index}", "domain": "askscience_train", "history": f"Post {index}?"} | comments
+        )
+        root = message(f"m{index}", None, question)
+        rows["oasst1"] += [root, *(message(f"m{index}-{n}", f"m{index}", (good, bad)[n], n) for n in (1, 0))]
+        turns = [
+            [{"role": "user", "content": question}, {"role": "assistant", "content": text}] for text in (good, bad)
+        ]
+        rated = {"chosen": turns[0], "chosen-rating": 4.5, "rejected": turns[1], "rejected-rating": 2.0}
+        rows["ultrafeedback"].append({"source": "evol_instruct", "prompt": question, **rated})
+    folder = tmp_path_factory.mktemp("published")
+    for name, content in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    return {"hh": hh_rows, **{name: folder / f"{name}.jsonl" for name in rows}}
+
+
 def run_command(*command: str | Path, cwd: Path, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess:
     """Run what a user types, in a folder of its own."""
     return subprocess.run(

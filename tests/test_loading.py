@@ -20,6 +20,7 @@ from dpo_recipes.dataset_adapters import hh_rlhf
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.ledger import Ledger
 from dpo_recipes.loading import load_rows, split_pairs
+from dpo_recipes.recipe import RecipeArguments
 
 DATA = os.environ.get("DPO_RECIPES_DATA")
 
@@ -241,6 +242,22 @@ def test_a_folder_that_cannot_be_told_apart_is_refused(tmp_path):
 
 def test_a_file_has_no_configuration(tmp_path):
     assert "Leave out --dataset_config" in refusal(write(tmp_path / "a.jsonl", rows(1)), dataset_config="default")
+
+
+def test_columns_are_renamed_in_every_split(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl", [{"question": "q", "text": split}])
+    splits = load_rows(RecipeArguments(dataset_name=str(tmp_path), columns="prompt=question, chosen=text"))
+    assert {split: part[:] for split, part in splits.items()} == {
+        split: {"prompt": ["q"], "chosen": [split]} for split in ("train", "test")
+    }
+
+
+@pytest.mark.parametrize("columns", ["chosen", "chosen=", "=text", "chosen=text,chosen=text", "prompt=nothing"])
+def test_columns_that_make_no_sense_are_refused(tmp_path, columns):
+    file = write(tmp_path / "a.jsonl", rows(1))
+    with pytest.raises(RecipeError, match=f"--columns {columns} (is not of the form prompt=|needs a column)"):
+        load_rows(RecipeArguments(dataset_name=str(file), columns=columns))
 
 
 def test_the_hub_offline_is_one_clear_error():

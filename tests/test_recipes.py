@@ -8,6 +8,7 @@ import os
 import runpy
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,11 @@ from dpo_recipes.recipe import RecipeArguments
 NAMES = sorted(path.stem for path in RECIPES.glob("*.py"))
 PROFILES = sorted(path.stem for path in (RECIPES / "profiles").glob("*.yaml"))
 HH_RLHF = ["hh_rlhf_full", "hh_rlhf_lora", "hh_rlhf_qlora", "hh_rlhf_sft"]
+ON_DATASETS = [*HH_RLHF, "mixture_lora", "oasst1_lora", "shp_lora", "ultrafeedback_qlora"]
 
 
 def test_there_are_recipes_and_profiles():
-    assert {"quickstart", "quickstart_sft", *HH_RLHF} <= set(NAMES)
+    assert {"quickstart", "quickstart_sft", *ON_DATASETS} <= set(NAMES)
     assert {"cpu", "local", "gpu"} <= set(PROFILES)
 
 
@@ -79,7 +81,7 @@ def test_dpo_recipes_share_their_optimiser_and_bookkeeping(name, tmp_path):
 
 
 def test_recipes_differ_only_where_they_must():
-    """The code of two recipes on the same data differs in names and settings, line for line."""
+    """The code of two recipes differs in names and settings, line for line."""
     reference = (RECIPES / "hh_rlhf_lora.py").read_text().splitlines()
     for name in HH_RLHF:
         other = (RECIPES / f"{name}.py").read_text().splitlines()
@@ -92,6 +94,22 @@ def test_recipes_differ_only_where_they_must():
             if line[0] in "+-" and not any(word in line for word in ("DPO", "SFT", "answers", 'pairs["', "merge=True"))
         ]
         assert changed in ([], ["-     finish_run(trainer, script_args)"]), name
+
+
+@pytest.mark.parametrize("name", [name for name in ON_DATASETS if config_of(name) is DPOConfig])
+def test_dpo_recipes_differ_in_their_data_model_and_names_alone(name):
+    reference, other = ((RECIPES / f"{each}.py").read_text() for each in ("hh_rlhf_lora", name))
+    marks = ["\nfrom datasets", "\nRECIPE", "\ndef load_pairs", "\ndef main"]
+    cuts = [[*map(text.index, marks), len(text)] for text in (reference, other)]
+    parts = [[text[a:b] for a, b in pairwise(cut)] for text, cut in zip((reference, other), cuts, strict=True)]
+    imports, settings, _, main = zip(*parts, strict=True)
+    assert main[0] == main[1]
+    changed = [line[2:].strip() for line in difflib.ndiff(*(text.splitlines() for text in settings)) if line[0] in "+-"]
+    may_change = ("dataset_name=", "model_name_or_path=", "**", "learning_rate=", "per_device_", "output_dir=")
+    assert [line for line in changed if not line.startswith(may_change)] == []
+    changed = [line[2:] for line in difflib.ndiff(*(text.splitlines() for text in imports)) if line[0] in "+-"]
+    rooms = tuple(f"from dpo_recipes.{room} import" for room in ("dataset_adapters", "loading", "presets"))
+    assert [line for line in changed if not line.startswith(rooms)] == []
 
 
 def test_no_recipe_imports_another_and_nothing_imports_a_recipe():
@@ -125,12 +143,20 @@ RANK = {  # imports point from high to low
 }
 
 
-@pytest.mark.parametrize("name", HH_RLHF)
-def test_recipe_trains_and_what_it_saved_is_what_it_trained(name, tmp_path, tiny_model, hh_rows, dpo_recipes):
+def rows_for(name, rows_of):
+    """What a recipe is given in these tests as --dataset_name."""
+    if name == "mixture_lora":
+        return f"{rows_of['hh']}:60+{rows_of['shp']}+{rows_of['ultrafeedback']}:40"
+    return str(rows_of[name.split("_")[0]])
+
+
+@pytest.mark.parametrize("name", ON_DATASETS)
+def test_recipe_trains_and_what_it_saved_is_what_it_trained(name, tmp_path, tiny_model, rows_of, dpo_recipes):
+    dataset = rows_for(name, rows_of)
     result = run_command(
         dpo_recipes,
         *("train", name.replace("_", "-"), "--profile", "cpu"),
-        *("--dataset_name", hh_rows, "--model_name_or_path", tiny_model, "--output_dir", "run", "--max_steps", "5"),
+        *("--dataset_name", dataset, "--model_name_or_path", tiny_model, "--output_dir", "run", "--max_steps", "5"),
         *("--pairs_per_update", "4", "--eval_pairs", "4", "--logging_steps", "1", "--warmup_steps", "0"),
         cwd=tmp_path,
     )
@@ -148,11 +174,11 @@ def test_recipe_trains_and_what_it_saved_is_what_it_trained(name, tmp_path, tiny
     assert len(losses) == 5
     assert all(map(math.isfinite, losses))
     if name != "hh_rlhf_sft":
-        assert losses[0] == pytest.approx(math.log(2), abs=2e-2 if name == "hh_rlhf_qlora" else 1e-4)
+        assert losses[0] == pytest.approx(math.log(2), abs=2e-2 if name.endswith("qlora") else 1e-4)
 
     start = load_file(tiny_model / "model.safetensors")
     linear = {key for key in start if "_proj." in key}
-    if name in ("hh_rlhf_lora", "hh_rlhf_qlora"):
+    if name.endswith("lora"):
         weights = load_file(run / "adapter_model.safetensors")
         assert len(weights) == 2 * len(linear)
         assert {weight.dtype for weight in weights.values()} == {torch.float32}
@@ -164,16 +190,16 @@ def test_recipe_trains_and_what_it_saved_is_what_it_trained(name, tmp_path, tiny
         assert moved == (set(start) if name == "hh_rlhf_full" else linear)
         assert "adapter_config.json" not in files
     if name == "hh_rlhf_sft":
-        starts_dpo(run, tmp_path, hh_rows, dpo_recipes)
+        starts_dpo(run, tmp_path, dataset, dpo_recipes)
     else:
-        reloads_to_the_same_logps(name, run, hh_rows)
+        reloads_to_the_same_logps(name, run, dataset)
 
 
-def reloads_to_the_same_logps(name, run, hh_rows):
+def reloads_to_the_same_logps(name, run, dataset):
     """What lies in the folder, loaded by plain transformers and peft, gives the log-probs that the run measured."""
     settings = json.loads((run / "settings.json").read_text())
     kwargs = {}
-    if name == "hh_rlhf_qlora":
+    if name.endswith("qlora"):
         fields = {
             key: settings[key] for key in ("load_in_4bit", "use_bnb_nested_quant", "dtype", "bnb_4bit_quant_type")
         }
@@ -183,7 +209,7 @@ def reloads_to_the_same_logps(name, run, hh_rows):
     tokenizer = AutoTokenizer.from_pretrained(run)
     measured = json.loads((run / "metrics.json").read_text())["preference_accuracy"]["chosen_logps"]
     held_out = {str(json.loads(line)["prompt"]) for line in (run / "samples.jsonl").read_text().splitlines()}
-    pairs = runpy.run_path(str(RECIPES / f"{name}.py"))["load_pairs"](RecipeArguments(dataset_name=str(hh_rows)))
+    pairs = runpy.run_path(str(RECIPES / f"{name}.py"))["load_pairs"](RecipeArguments(dataset_name=dataset))
     logps = []
     for pair in pairs["test"]:
         if str(pair["prompt"]) in held_out:
@@ -194,7 +220,7 @@ def reloads_to_the_same_logps(name, run, hh_rows):
             token_logps = logits.log_softmax(-1).gather(1, torch.tensor(both[1:])[:, None])[:, 0]
             logps.append(token_logps[len(prompt) - 1 :].sum().item())
     assert len(logps) == 4
-    tolerance = 2e-2 if name == "hh_rlhf_qlora" else 1e-5  # bfloat16 products, batched otherwise
+    tolerance = 2e-2 if name.endswith("qlora") else 1e-5  # bfloat16 products, batched otherwise
     assert sum(logps) / 4 == pytest.approx(measured["after"], rel=tolerance)
     assert measured["after"] != measured["before"]
 
@@ -243,6 +269,18 @@ def test_a_wrong_call_ends_with_status_2_and_no_traceback(flags, message, tmp_pa
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_columns_are_renamed_from_the_command_line(tmp_path, tiny_model, rows_of, dpo_recipes):
+    text = Path(rows_of["hh"]).read_text().replace('"chosen"', '"good"').replace('"rejected"', '"bad"')
+    (tmp_path / "rows.jsonl").write_text(text)
+    command = [dpo_recipes, "train", "hh-rlhf-lora", "--profile", "cpu", "--dataset_name", "rows.jsonl"]
+    command += ["--model_name_or_path", tiny_model, "--max_steps", "1", "--pairs_per_update", "4", "--eval_pairs", "2"]
+    result = run_command(*command, "--columns", "chosen=better,rejected=bad", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "the dataset has ['good', 'bad']" in result.stderr
+    result = run_command(*command, "--columns", "chosen=good,rejected=bad", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_rows_of_another_schema_end_with_status_2(tmp_path, tiny_model, dpo_recipes):
