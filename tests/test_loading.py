@@ -41,7 +41,7 @@ def rows(count, *, start=0):
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row) + "\n" for row in content).encode()
-    path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    path.write_bytes(gzip.compress(lines, mtime=0) if path.suffix == ".gz" else lines)
     return path
 
 
@@ -207,8 +207,8 @@ def test_a_name_that_is_nothing_is_refused(name, part):
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "a.jsonl, line 2"),
         ("a.jsonl", b"", "it holds no rows"),
-        ("a.jsonl.gz", gzip.compress(b""), "it holds no rows"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-9], "Compressed file ended"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "it holds no rows"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)[:-9], "Compressed file ended"),
         ("a.jsonl.gz", b"no gzip", "Not a gzipped file"),
         ("a.json", b"[{]", "Cannot read"),
         ("a.csv", b"", "No columns to parse"),
