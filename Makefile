@@ -28,7 +28,7 @@ help: ## this list
 
 install: $(STAMP) ## make .venv with pinned versions (PYTHON=python3.12 chooses the Python)
 
-train: $(STAMP) ## train RECIPE (quickstart); PROFILE=cpu|local|gpu, ACCELERATE=cpu2|fsdp2|..., ARGS="--beta 0.3"
+train: $(STAMP) ## train RECIPE (quickstart); PROFILE=cpu|turing|local|gpu, ACCELERATE=cpu2|fsdp2|..., ARGS="--beta 0.3"
 	@exec $(BIN)/dpo-recipes train $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) \
 	  $(if $(ACCELERATE),--accelerate $(ACCELERATE)) $(ARGS)
 

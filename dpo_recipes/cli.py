@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     training.add_argument("recipe", metavar="RECIPE", help="a name from `dpo-recipes list`, or the path of your own")
     training.add_argument(
-        "--profile", metavar="P", help="cpu, local, gpu or a YAML file; by default what the machine has"
+        "--profile", metavar="P", help="cpu, turing, local, gpu or a YAML file; by default what the machine has"
     )
     training.add_argument("--accelerate", metavar="A", help="cpu2, multi_gpu, fsdp2, zero3, ... or a YAML file")
     return parser

@@ -20,6 +20,7 @@ from dpo_recipes.processes import supervise
 from dpo_recipes.terminal import say
 
 HOW_NOT_WHAT = ("overwrite", "resume_from_checkpoint")  # flags that change the way to a result, not the result
+BFLOAT16 = 8.0  # compute capability; a card below it computes in float16
 LOCAL_CARD = 30_000  # MiB; below it the profile for one 24 GB card, above it the one for 80 GB
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's share: microseconds of CPU time in a period, or "max"
 # glibc gives each large tensor back to the kernel, which clears it before the next use: a third of a step's time.
@@ -45,9 +46,8 @@ def train(name: str, *, profile: str | None = None, accelerate: str | None = Non
     if any(word.partition("=")[0] == "--config" for word in flags):
         raise RecipeError("Got --config, which the launcher passes itself. Name your own file with --profile FILE.")
     recipe = find_recipe(name)
-    cards = gpu_memory()
-    default_profile = "cpu" if not cards else "local" if min(cards) < LOCAL_CARD else "gpu"
-    profile_file = find_settings("profiles", profile or default_profile, recipe=recipe)
+    cards = gpu_cards()
+    profile_file = find_settings("profiles", profile or _default_profile(cards), recipe=recipe)
     on_cpu = read_yaml(profile_file).get("use_cpu") or not cards
     default_devices = "cpu" if on_cpu else "single_gpu" if len(cards) == 1 else "multi_gpu"
     accelerate_file = find_settings("accelerate", accelerate or default_devices, recipe=recipe)
@@ -134,7 +134,7 @@ class Launch:
         return f"it was made from another recipe, profile, flags, data or code (--model_name_or_path {model} keeps it)"
 
     def _processes(self) -> int:
-        return int(read_yaml(self.accelerate).get("num_processes") or max(1, len(gpu_memory())))
+        return int(read_yaml(self.accelerate).get("num_processes") or max(1, len(gpu_cards())))
 
     def _arguments(self) -> list[str]:
         """What follows `accelerate launch` when the line is typed by hand."""
@@ -162,14 +162,23 @@ def _read_json(file: Path) -> dict[str, Any]:
     return held if isinstance(held, dict) else {}
 
 
-def gpu_memory() -> list[int]:
-    """MiB of memory of each NVIDIA card that CUDA_VISIBLE_DEVICES leaves visible."""
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+def _default_profile(cards: list[tuple[int, float]]) -> str:
+    if not cards:
+        return "cpu"
+    if min(capability for _, capability in cards) < BFLOAT16:
+        return "turing"
+    return "local" if min(memory for memory, _ in cards) < LOCAL_CARD else "gpu"
+
+
+def gpu_cards() -> list[tuple[int, float]]:
+    """Memory in MiB and compute capability of each NVIDIA card that CUDA_VISIBLE_DEVICES leaves visible."""
+    query = ["nvidia-smi", "--query-gpu=memory.total,compute_cap", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    cards = [int(line) for line in answer.split() if line.isdigit()]
+    rows = re.findall(r"^\s*(\d+)\s*,\s*(\d+\.\d+)\s*$", answer, re.MULTILINE)
+    cards = [(int(memory), float(capability)) for memory, capability in rows]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return cards if visible is None else cards[: sum(card.strip() not in ("", "-1") for card in visible.split(","))]
 

@@ -83,7 +83,7 @@ def parse_recipe(recipe: Mapping[str, Any], dataclass_types: Sequence[type]) -> 
     try:
         parsed: tuple[Any, ...] = parser.parse_args_and_config()
     except (ValueError, TypeError, OSError, ImportError) as error:
-        hint = " On a machine without a GPU, use the cpu profile." if "bf16" in str(error) else ""
+        hint = " Use the profile cpu without a GPU, turing on a card without bfloat16." if "bf16" in str(error) else ""
         raise RecipeError(f"{error}{hint} `python {sys.argv[0]} --help` lists the settings.") from error
     script_args = next(args for args in parsed if isinstance(args, RecipeArguments))
     training_args = next(args for args in parsed if isinstance(args, TrainingArguments))

@@ -313,7 +313,7 @@ def stages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[
     (folder / "rows.jsonl").write_text("{}\n")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(launch, "gpu_memory", list)
+    monkeypatch.setattr(launch, "gpu_cards", list)
     monkeypatch.setattr(Launch, "_check", lambda self: 0)
 
     def run_directly(arguments: list[str], environment: dict[str, str]) -> int:
@@ -490,20 +490,24 @@ def test_a_containers_quota_limits_the_threads(monkeypatch: pytest.MonkeyPatch, 
     ("cards", "visible", "profile", "devices"),
     [
         ([], None, "cpu", "cpu"),
-        ([24_576], None, "local", "single_gpu"),
-        ([81_559], None, "gpu", "single_gpu"),
-        ([81_559] * 4, None, "gpu", "multi_gpu"),
-        ([81_559] * 4, "2", "gpu", "single_gpu"),
-        ([81_559] * 4, "", "cpu", "cpu"),
-        ([81_559], "-1", "cpu", "cpu"),
+        (["24576, 8.9"], None, "local", "single_gpu"),
+        (["81559, 9.0"], None, "gpu", "single_gpu"),
+        (["81559, 9.0"] * 4, None, "gpu", "multi_gpu"),
+        (["81559, 9.0"] * 4, "2", "gpu", "single_gpu"),
+        (["81559, 9.0"] * 4, "", "cpu", "cpu"),
+        (["81559, 9.0"], "-1", "cpu", "cpu"),
+        (["15360, 7.5"], None, "turing", "single_gpu"),
+        (["32768, 7.0"], None, "turing", "single_gpu"),
+        (["24576, 8.0", "15360, 7.5"], None, "turing", "multi_gpu"),
+        (["183359, 12.0"], None, "gpu", "single_gpu"),
     ],
 )
 def test_profile_and_devices_follow_from_the_cards(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, cards: list[int], visible: str | None, profile: str, devices: str
+    folder: Path, monkeypatch: pytest.MonkeyPatch, cards: list[str], visible: str | None, profile: str, devices: str
 ) -> None:
     tools = folder / "bin"
     tools.mkdir()
-    (tools / "nvidia-smi").write_text("#!/bin/sh\n" + "".join(f"echo {memory}\n" for memory in cards) + "exit 0\n")
+    (tools / "nvidia-smi").write_text("#!/bin/sh\n" + "".join(f"echo {card}\n" for card in cards) + "exit 0\n")
     (tools / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -517,14 +521,14 @@ def test_profile_and_devices_follow_from_the_cards(
     arguments = launches[0]._arguments()
     assert ("--num_processes" in arguments) == (devices == "multi_gpu")
     if devices == "multi_gpu":
-        assert arguments[arguments.index("--num_processes") + 1] == "4"
+        assert arguments[arguments.index("--num_processes") + 1] == str(len(cards))
 
 
 def test_a_broken_driver_is_no_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
     (folder / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    assert launch.gpu_memory() == []
+    assert launch.gpu_cards() == []
 
 
 # Clear ends
@@ -546,7 +550,7 @@ def test_a_broken_profile_is_refused(folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_an_unknown_profile_names_those_there_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    with pytest.raises(RecipeError, match="cpu, gpu, local"):
+    with pytest.raises(RecipeError, match="cpu, gpu, local, turing"):
         launch.train("stand_in", profile="gpus")
 
 
@@ -569,7 +573,7 @@ PROFILES = sorted((REPOSITORY / "recipes" / "profiles").glob("*.yaml"))
 def test_the_yaml_files_are_there() -> None:
     names = ["cpu", "cpu2", "fsdp2", "multi_gpu", "single_gpu", "zero2", "zero3"]
     assert [path.stem for path in ACCELERATE_FILES] == names
-    assert [path.stem for path in PROFILES] == ["cpu", "gpu", "local"]
+    assert [path.stem for path in PROFILES] == ["cpu", "gpu", "local", "turing"]
 
 
 @pytest.mark.parametrize("path", ACCELERATE_FILES, ids=lambda path: path.stem)
@@ -593,7 +597,7 @@ def test_accelerate_accepts_each_file(path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
 def test_a_profile_holds_only_what_the_machine_dictates(path: Path) -> None:
-    machine = {"use_cpu", "dtype", "bf16", "activation_checkpointing", "dataloader_pin_memory"}
+    machine = {"use_cpu", "dtype", "bf16", "fp16", "activation_checkpointing", "dataloader_pin_memory"}
     machine |= {"per_device_train_batch_size", "per_device_eval_batch_size"}
     settings = yaml.safe_load(path.read_text())
     assert settings

@@ -61,7 +61,7 @@ def test_an_unknown_key_anywhere_is_refused_by_name(parse, flags, profile, setti
         (["--pairs_per_update", "0"], "not a multiple"),
         (["--load_in_4bit", "true", "--load_in_8bit", "true"], "8 bit and 4 bit"),
         (["--resume_from_checkpoint", "nowhere"], "no checkpoint nowhere"),
-        (["--bf16", "true", "--use_cpu", "false"], "cpu profile"),
+        (["--bf16", "true", "--use_cpu", "false"], "profile cpu"),
         (["--gradient_checkpointing", "true"], "is called activation_checkpointing"),
         (["--gradient-checkpointing", "true"], "is called activation_checkpointing"),
         (["--output_dir", "some/model"], "is the model to start from"),

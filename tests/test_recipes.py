@@ -30,7 +30,7 @@ ON_DATASETS = [*HH_RLHF, "mixture_lora", "oasst1_lora", "shp_lora", "ultrafeedba
 
 def test_there_are_recipes_and_profiles():
     assert {"quickstart", "quickstart_sft", *ON_DATASETS} <= set(NAMES)
-    assert {"cpu", "local", "gpu"} <= set(PROFILES)
+    assert {"cpu", "local", "gpu", "turing"} <= set(PROFILES)
 
 
 def config_of(name):
@@ -54,8 +54,11 @@ def test_every_recipe_parses_under_every_profile(name, profile, monkeypatch):
             assert getattr(training_args, key) == recipe["RECIPE"][key]
     assert script_args.pairs_per_update == recipe["RECIPE"]["pairs_per_update"]
     assert script_args.pairs_per_update % training_args.per_device_train_batch_size == 0
-    if model_args.load_in_4bit:
-        assert model_args.dtype == "bfloat16"
+    if model_args.load_in_4bit:  # the compute dtype of the 4-bit products, too
+        assert model_args.dtype == ("float16" if profile == "turing" else "bfloat16")
+        assert get_quantization_config(model_args).bnb_4bit_compute_dtype == getattr(torch, model_args.dtype)
+    if profile == "turing":
+        assert (training_args.fp16, training_args.bf16, model_args.dtype) == (True, False, "float16")
     if profile == "cpu":
         assert not training_args.bf16
         assert model_args.dtype == ("bfloat16" if model_args.load_in_4bit else "float32")
