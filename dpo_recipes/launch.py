@@ -8,9 +8,10 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.processes import supervise
 from dpo_recipes.terminal import say
 
-HOW_NOT_WHAT = ("overwrite", "resume_from_checkpoint")  # flags that change the way to a result, not the result
+HOW_NOT_WHAT = (
+    "overwrite",
+    "resume_from_checkpoint",
+    "dry_run",
+)  # flags that change the way to a result, not the result
 BFLOAT16 = 8.0  # compute capability; a card below it computes in float16
 LOCAL_CARD = 30_000  # MiB; below it the profile for one 24 GB card, above it the one for 80 GB
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's share: microseconds of CPU time in a period, or "max"
@@ -67,12 +72,24 @@ class Launch:
         """Trains the stage before if need be, then this recipe; returns the exit status of the first that fails."""
         before = self._stage_before()
         if before and (reason := self._why_retrain(before)):
+            if (dict(_grouped(self.flags)).get("dry_run") or ["false"])[-1].lower() in ("true", "1", "yes"):
+                return self._dry_run(before, reason)
             say(f"{self.recipe.stem} starts from {before.recipe.stem}, which is trained first: {reason}.")
             if status := self._check() or before.run():
                 return status
         command = self._arguments()
         say(shlex.join(["accelerate", "launch", *command]))
         return supervise(command, self._environment())
+
+    def _dry_run(self, before: "Launch", reason: str) -> int:
+        """The plan of the stage before, then this one's, with the tokenizer and configuration that the stage has."""
+        say(f"{self.recipe.stem} starts from {before.recipe.stem}, which would be trained first: {reason}.")
+        with tempfile.TemporaryDirectory() as folder:
+            start = str(Path(folder) / "outputs" / before.recipe.stem)
+            os.environ["DPO_RECIPES_DRY_RUN"] = start
+            status = replace(before, flags=("--dry_run", "true")).run()
+            del os.environ["DPO_RECIPES_DRY_RUN"]
+            return status or replace(self, flags=(*self.flags, "--model_name_or_path", start)).run()
 
     def _check(self) -> int:
         """2 if the recipe would refuse its settings, 0 if not: better known before a stage trains for minutes."""

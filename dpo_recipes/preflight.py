@@ -18,6 +18,7 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import write_json
 from dpo_recipes.ledger import Ledger, current_ledger
 from dpo_recipes.loading import drop_prompts_in_test
+from dpo_recipes.plan import plan_lines
 from dpo_recipes.terminal import say
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def prepare_pairs(
 
     Raises:
         RecipeError: If the tokenizer has no chat template or EOS token, or no pair is left to train or to test on.
+        SystemExit: With status 0 after a dry run, which writes nothing.
     """
     state = PartialState()
     ledger = Ledger()
@@ -61,6 +63,9 @@ def prepare_pairs(
         raise pairs
     account = account_lines(ledger, max_length=training_args.max_length)
     _refuse_empty(pairs, ledger, account)
+    if getattr(script_args, "dry_run", False):
+        say("\n".join([*account, *plan_lines(script_args, training_args, tokenizer, pairs)]))
+        raise SystemExit(0)
     if state.is_main_process:
         path = Path(training_args.output_dir) / "preflight.json"
         write_json(path, account_data(ledger, name=script_args.dataset_name, max_length=training_args.max_length))

@@ -22,7 +22,16 @@ from dpo_recipes.terminal import say
 SETTINGS_FILE = "settings.json"
 DONE_FILE = "done.json"
 
-BOOKKEEPING = ("request", "output_dir", "overwrite", "resume_from_checkpoint", "run_name", "report_to", "project")
+BOOKKEEPING = (
+    "request",
+    "output_dir",
+    "overwrite",
+    "dry_run",
+    "resume_from_checkpoint",
+    "run_name",
+    "report_to",
+    "project",
+)
 BOOKKEEPING_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "disable_tqdm", "dataloader_num_")
 """Settings that do not change what is trained: two runs that differ in these alone are the same run."""
 
@@ -51,6 +60,10 @@ class RecipeArguments(ScriptArguments):
     overwrite: bool = field(
         default=False,
         metadata={"help": "Replace the run that the output folder holds."},
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Print the settings, the account of the pairs and what the run would need; start nothing."},
     )
     settings: dict[str, Any] = field(init=False, default_factory=dict)
     """All settings in force, set by `parse_recipe`; not a flag."""
@@ -101,7 +114,12 @@ def parse_recipe(recipe: Mapping[str, Any], dataclass_types: Sequence[type]) -> 
         }
     script_args.settings = _effective_settings(parsed) | {"request": os.environ.get("DPO_RECIPES_REQUEST")}
     training_args.resume_from_checkpoint = _checkpoint_to_resume(training_args)
-    _refuse_another_run(script_args, training_args)
+    try:
+        _refuse_another_run(script_args, training_args)
+    except RecipeError as error:
+        if not script_args.dry_run:
+            raise
+        say(f"This run would not start: {error}")
     return parsed
 
 
@@ -210,8 +228,10 @@ def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) ->
     name = str(model_args.model_name_or_path)
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").exists():
-        what = "a LoRA adapter alone" if (folder / "adapter_config.json").exists() else "no config.json"
-        raise RecipeError(f"{name} holds {what}; a full model is needed. SFT recipes leave one, merged.")
+        is_adapter = (folder / "adapter_config.json").exists()
+        what = "a LoRA adapter alone" if is_adapter else "no config.json"
+        way_out = f"Make one: dpo-recipes merge {name} --output_dir {name}_merged" if is_adapter else "Name its folder"
+        raise RecipeError(f"{name} holds {what}; a full model is needed. {way_out}.")
     if not folder.exists() and (folder.is_absolute() or folder.parts[0] in (".", "..", "outputs")):
         raise RecipeError(
             f"There is no model in {name}. If a recipe makes it, train that one first: make train "

@@ -136,7 +136,7 @@ RANK = {  # imports point from high to low
         [
             {"errors", "files", "ledger", "presets", "processes", "terminal", "__init__"},
             {"dataset_adapters", "checkpoints", "report", "catalog"},
-            {"loading", "evaluation", "playground"},
+            {"loading", "evaluation", "playground", "plan"},
             {"preflight", "guards", "recipe"},
             {"runs", "launch"},
             {"cli"},

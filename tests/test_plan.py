@@ -1,0 +1,88 @@
+import shutil
+
+import pytest
+from conftest import run_command
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from dpo_recipes.plan import count_weights, memory_parts
+from dpo_recipes.presets import LORA, QLORA
+
+
+def test_weights_are_counted_from_the_configuration(tiny_model):
+    config = AutoConfig.from_pretrained(tiny_model)
+    total = sum(weight.numel() for weight in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
+    assert count_weights(config, {}) == {"trained": total, "frozen": 0, "quantised": 0}
+    linear = {"q": (64, 64), "k": (64, 32), "v": (64, 32), "o": (64, 64)}
+    linear |= {"gate": (64, 128), "up": (64, 128), "down": (128, 64)}
+    lora = 2 * sum(16 * (inputs + outputs) for inputs, outputs in linear.values())
+    assert count_weights(config, LORA) == {"trained": lora, "frozen": total, "quantised": 0}
+    quantised = 2 * sum(inputs * outputs for inputs, outputs in linear.values())
+    assert count_weights(config, QLORA) == {"trained": lora, "frozen": total, "quantised": quantised}
+
+
+CONFIG = LlamaConfig(hidden_size=10, num_attention_heads=1, intermediate_size=20, num_hidden_layers=3, vocab_size=50)
+SETTINGS = {"per_device_train_batch_size": 2, "max_length": 100, "optim": "adamw_torch_fused"}
+LAYER = 400 * (8 * 10 + 4 * 20)  # values; 2 pairs = 4 sequences = 400 tokens
+
+
+def test_memory_of_all_weights_holds_a_reference_model():
+    weights = {"trained": 1000, "frozen": 0, "quantised": 0}
+    assert memory_parts(CONFIG, weights, SETTINGS | {"dtype": "bfloat16"}, preference=True) == {
+        "frozen weights": 2000,  # the reference model
+        "trained weights": 4000,
+        "gradients": 4000,
+        "optimizer": 8000,
+        "activations": 3 * LAYER * 4,
+        "logits": 400 * 50 * 4,
+    }
+    assert "frozen weights" not in memory_parts(CONFIG, weights, SETTINGS, preference=False)
+
+
+def test_memory_of_lora_on_four_bits_with_checkpointing():
+    weights = {"trained": 10, "frozen": 1000, "quantised": 900}
+    settings = SETTINGS | {"dtype": "bfloat16", "bf16": True, "activation_checkpointing": True, "optim": "adamw_8bit"}
+    parts = memory_parts(CONFIG, weights, settings, preference=True)
+    assert parts["frozen weights"] == pytest.approx(2 * 100 + 0.52 * 900)
+    assert parts["optimizer"] == 20
+    assert parts["activations"] == 2 * (3 * 400 * 10 + LAYER)
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, tiny_model, hh_rows, dpo_recipes):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (model / "model.safetensors").unlink()  # no weight is loaded
+    result = run_command(
+        *(dpo_recipes, "train", "hh-rlhf-lora", "--profile", "cpu", "--dataset_name", hh_rows, "--dry_run", "true"),
+        *("--model_name_or_path", model, "--pairs_per_update", "8", "--beta", "0.25", "--output_dir", "run"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = {line.split()[0]: line.split(maxsplit=1)[-1] for line in result.stdout.splitlines() if line.strip()}
+    assert lines["beta"] == "0.25"
+    assert "loss_type" not in lines, "as TRL has it"
+    assert lines["pairs"].split() == ["116", "4"]
+    assert lines["update"] == "8 pairs = 4 a device x 1 process(es) x 2 accumulated"
+    assert lines["updates"] == "15"
+    assert {"memory", "disk", "Nothing"} <= set(lines)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_dry_run_plans_the_stage_before_without_training_it(tmp_path, dpo_recipes):
+    result = run_command(dpo_recipes, "train", "quickstart", "--profile", "cpu", "--dry_run", "true", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "quickstart starts from quickstart_sft, which would be trained first" in result.stdout
+    updates = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("  updates ")]
+    assert updates == ["425", "44"]
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_dry_run_says_what_would_be_refused(tmp_path, tiny_model, hh_rows, dpo_recipes):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.json").write_text("{}")
+    result = run_command(
+        *(dpo_recipes, "train", "hh-rlhf-lora", "--profile", "cpu", "--dataset_name", hh_rows, "--dry_run", "true"),
+        *("--model_name_or_path", tiny_model, "--output_dir", "run"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "This run would not start: run holds another run" in result.stdout
