@@ -18,6 +18,7 @@ from dpo_recipes.catalog import read_yaml
 from dpo_recipes.checkpoints import incomplete_reason, latest_checkpoint
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.terminal import say
+from dpo_recipes.tracking import check_trackers
 
 SETTINGS_FILE = "settings.json"
 DONE_FILE = "done.json"
@@ -102,6 +103,7 @@ def parse_recipe(recipe: Mapping[str, Any], dataclass_types: Sequence[type]) -> 
     training_args = next(args for args in parsed if isinstance(args, TrainingArguments))
     model_args = next((args for args in parsed if isinstance(args, ModelConfig)), None)
 
+    check_trackers(training_args)
     _set_accumulation(script_args, training_args)
     if model_args is not None:
         if model_args.model_name_or_path is None:

@@ -38,6 +38,7 @@ from dpo_recipes.guards import add_guards
 from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, RecipeArguments, settings_hash
 from dpo_recipes.report import plot_curves, side_by_side, table
 from dpo_recipes.terminal import say
+from dpo_recipes.tracking import start_tracking
 
 Score = Callable[[Messages, str], dict[str, float]]
 
@@ -73,6 +74,7 @@ def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
         write_json(folder / SETTINGS_FILE, script_args.settings)
         packages = sorted(f"{item.metadata['Name']}=={item.version}" for item in distributions())
         write_text(folder / "environment.txt", "\n".join(packages) + "\n")
+    start_tracking(trainer, script_args.settings)
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in trainer.model.parameters())
     say(

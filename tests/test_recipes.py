@@ -136,7 +136,7 @@ RANK = {  # imports point from high to low
         [
             {"errors", "files", "ledger", "presets", "processes", "terminal", "__init__"},
             {"dataset_adapters", "checkpoints", "report", "catalog"},
-            {"loading", "evaluation", "playground", "plan"},
+            {"loading", "evaluation", "playground", "plan", "tracking"},
             {"preflight", "guards", "recipe"},
             {"runs", "launch"},
             {"cli"},

@@ -1,0 +1,60 @@
+"""Experiment trackers: nothing is sent that was not asked for, and nobody is asked to log in."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+from transformers import Trainer, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from dpo_recipes.errors import RecipeError
+from dpo_recipes.terminal import say
+
+PROJECT = "dpo-recipes"
+EXTRAS = ("wandb", "tensorboard", "trackio")
+
+
+def check_trackers(training_args: TrainingArguments) -> None:
+    """Refuse a tracker that cannot be used; name the run after its output folder, and send no telemetry.
+
+    Raises:
+        RecipeError: If a tracker of `report_to` is unknown, or its package is not installed.
+    """
+    if "HF_HUB_DISABLE_TELEMETRY" not in os.environ:
+        constants.HF_HUB_DISABLE_TELEMETRY = True  # read at import, which comes before this; TRL's trainers send it
+    for tracker in training_args.report_to:
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            raise RecipeError(f"There is no tracker {tracker}. Set --report_to to none, {', '.join(EXTRAS)}.")
+        if tracker in EXTRAS and importlib.util.find_spec(tracker) is None:
+            raise RecipeError(f"--report_to {tracker} needs a package: pip install 'dpo-recipes[{tracker}]'.")
+    if training_args.run_name is None:
+        training_args.run_name = Path(training_args.output_dir).name
+    if training_args.project == "huggingface":  # transformers' default, for trackio
+        training_args.project = PROJECT
+
+
+def start_tracking(trainer: Trainer, settings: dict[str, Any]) -> None:
+    """Open the run at Weights & Biases, if it is asked for, with our settings and tags; transformers logs into it.
+
+    Without a login the run is logged offline, also on a terminal, where wandb would wait for a key.
+    """
+    args = trainer.args
+    if "wandb" not in args.report_to or not trainer.is_world_process_zero():
+        return
+    import wandb
+
+    mode = wandb.setup().settings.mode  # WANDB_MODE, or what `wandb offline` left
+    settled = mode in ("offline", "dryrun", "disabled") or wandb.login(prompt=False, verify=False)
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
+        name=args.run_name,
+        tags=[Path(sys.argv[0]).stem, type(trainer).__name__.removesuffix("Trainer").lower()],
+        config=settings,
+        dir=os.environ.get("WANDB_DIR", args.output_dir),
+        mode=None if settled else "offline",
+    )
+    if run.offline:
+        say(f"wandb is offline (no login, or WANDB_MODE). Send the run with: wandb sync {Path(run.dir).parent}")
