@@ -29,7 +29,7 @@ def check_trackers(training_args: TrainingArguments) -> None:
         if tracker not in INTEGRATION_TO_CALLBACK:
             raise RecipeError(f"There is no tracker {tracker}. Set --report_to to none, {', '.join(EXTRAS)}.")
         if tracker in EXTRAS and importlib.util.find_spec(tracker) is None:
-            raise RecipeError(f"--report_to {tracker} needs a package: pip install 'dpo-recipes[{tracker}]'.")
+            raise RecipeError(f"The tracker {tracker} is not installed: pip install 'dpo-recipes[{tracker}]'.")
     if training_args.run_name is None:
         training_args.run_name = Path(training_args.output_dir).name
     if training_args.project == "huggingface":  # transformers' default, for trackio

@@ -72,7 +72,7 @@ def test_a_dry_run_plans_the_stage_before_without_training_it(tmp_path, dpo_reci
     assert result.returncode == 0, result.stderr
     assert "quickstart starts from quickstart_sft, which would be trained first" in result.stdout
     updates = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("  updates ")]
-    assert updates == ["425", "44"]
+    assert updates == ["425", "88"]
     assert not any(tmp_path.iterdir())
 
 

@@ -300,7 +300,7 @@ def quoted_messages() -> list[str]:
 def test_quoted_messages_are_what_the_source_says():
     quotes = quoted_messages()
     assert len(quotes) > 15
-    ours = [text for file in (REPOSITORY / "dpo_recipes").glob("*.py") for text in messages(file)]
+    ours = [text for file in (REPOSITORY / "dpo_recipes").rglob("*.py") for text in messages(file)]
     others = [text for file in ELSEWHERE for text in messages(file)]
     with pytest.raises(RuntimeError) as refused:
         torch.nn.functional.linear(torch.ones(1, 1, dtype=torch.bfloat16), torch.ones(1, 1))

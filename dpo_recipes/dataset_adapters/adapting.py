@@ -142,7 +142,7 @@ def rename_columns(dataset: Dataset, **theirs: str) -> Dataset:
     names = dataset.column_names
     if not set(theirs.values()) <= set(names) or len(set(theirs.values())) < len(theirs):
         wanted = ",".join(f"{ours}={column}" for ours, column in theirs.items())
-        raise RecipeError(f"--columns {wanted} needs a column of its own for each name; the dataset has {names}.")
+        raise RecipeError(f"Got --columns {wanted}, which needs a column of its own for each; the dataset has {names}.")
     shadowed = [name for name in names if name in theirs and name not in theirs.values()]
     return dataset.remove_columns(shadowed).rename_columns({column: ours for ours, column in theirs.items()})
 
