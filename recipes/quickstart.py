@@ -1,6 +1,6 @@
 """DPO with a LoRA adapter makes a small pharmacy chatbot safe: the whole of preference tuning, in minutes on a CPU.
 
-Needs: a CPU and about two minutes, after two for `quickstart_sft`, which is run first; neither a GPU nor the network.
+Needs: a CPU and about one minute, after two for `quickstart_sft`, which is run first; neither a GPU nor the network.
 The medicines are fictional and an exact reward reads every answer: the table at the end shows it before and after.
 
     make train
