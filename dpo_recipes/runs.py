@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import json
 import os
 import platform
 import resource
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import pyarrow as pa
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -350,11 +350,7 @@ def data_hash(dataset: Dataset) -> str:
     columns = [name for name in ("prompt", "chosen", "rejected", "completion") if name in dataset.column_names]
     digest = hashlib.sha256()
     for rows in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
-        sink = pa.BufferOutputStream()
-        table_of_rows = rows.combine_chunks().replace_schema_metadata(None)
-        with pa.ipc.new_stream(sink, table_of_rows.schema) as writer:
-            writer.write_table(table_of_rows)
-        digest.update(sink.getvalue())
+        digest.update(json.dumps(rows.to_pylist()).encode())
     return digest.hexdigest()[:16]
 
 

@@ -1,0 +1,42 @@
+import json
+
+import pytest
+from conftest import run_command
+from datasets import Dataset, concatenate_datasets
+
+from dpo_recipes.errors import RecipeError
+from dpo_recipes.runs import _lock, data_hash
+
+ROWS = [{"prompt": f"p{number}", "chosen": f"c{number}", "rejected": "no", "id": number} for number in range(2500)]
+
+
+def test_the_data_hash_sees_the_pairs_and_nothing_else():
+    pairs = Dataset.from_list(ROWS)
+    same = data_hash(pairs)
+    halves = concatenate_datasets([pairs.select(range(700)), pairs.select(range(700, 2500))])
+    assert data_hash(halves) == data_hash(pairs.remove_columns("id")) == same
+    assert data_hash(pairs.select(range(2499, -1, -1))) != same
+    assert data_hash(Dataset.from_list([*ROWS[:-1], ROWS[-1] | {"chosen": "other"}])) != same
+
+
+def test_two_runs_never_train_in_one_folder(tmp_path):
+    _lock(tmp_path / "run")
+    _lock(tmp_path / "other")
+    with pytest.raises(RecipeError, match="Another run is training in"):
+        _lock(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_run_that_replaces_another_leaves_nothing_of_it(tmp_path, tiny_model, hh_rows, dpo_recipes):
+    """A LoRA adapter beside a full model would be loaded on top of it."""
+    flags = ["--profile", "cpu", "--dataset_name", hh_rows, "--model_name_or_path", tiny_model, "--output_dir", "run"]
+    flags += ["--pairs_per_update", "4", "--eval_pairs", "2"]
+    updates = ["--max_steps", "3"]
+    for name in ("hh-rlhf-lora", "hh-rlhf-full"):
+        result = run_command(dpo_recipes, "train", name, *flags, *updates, "--overwrite", "true", cwd=tmp_path)
+        assert result.returncode == 0, result.stdout + result.stderr
+        updates = ["--max_steps", "1"]
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"model.safetensors", "done.json", "preflight.json", "checkpoint-1"} <= files
+    assert not files & {"adapter_config.json", "adapter_model.safetensors", "checkpoint-3"}
+    assert json.loads((tmp_path / "run" / "done.json").read_text())["updates"] == 1
