@@ -39,10 +39,10 @@ test test-all bench: export HF_HUB_DISABLE_TELEMETRY = 1
 test test-all bench: export WANDB_MODE = offline
 
 test: $(STAMP) ## the tests that need neither GPU nor network nor minutes; ARGS="-k launch" narrows them
-	@exec $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup $(ARGS)
+	@exec $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
 
 test-all: $(STAMP) ## those and the slow ones, which train for minutes
-	@exec $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m "not gpu and not network" $(ARGS)
+	@exec $(BIN)/python -m pytest -q -n $(WORKERS) -m "not gpu and not network" $(ARGS)
 
 lint: $(STAMP) ## ruff, spelling, and the package's length
 	$(BIN)/ruff check .
