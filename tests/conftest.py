@@ -10,6 +10,9 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
 
+for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # of a `make test` that runs these tests, not of the makes in them
+    os.environ.pop(name, None)
+
 REPOSITORY = Path(__file__).parent.parent
 RECIPES = REPOSITORY / "recipes"
 

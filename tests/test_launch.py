@@ -100,6 +100,7 @@ def start(folder: Path, dpo_recipes: Path) -> Iterator[Callable[..., subprocess.
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # these tests may run under nohup
         )
         started.append(process)
         return process
