@@ -19,7 +19,7 @@ STALE := stale
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install train inspect test test-all lint typecheck bench recipes clean stale
+.PHONY: help install train compare inspect test test-all lint typecheck bench recipes clean stale
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -30,6 +30,10 @@ install: $(STAMP) ## make .venv with pinned versions (PYTHON=python3.12 chooses 
 
 train: $(STAMP) ## train RECIPE (quickstart); PROFILE=cpu|turing|local|gpu, ACCELERATE=cpu2|fsdp2|..., ARGS="--beta 0.3"
 	@exec $(BIN)/dpo-recipes train $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) \
+	  $(if $(ACCELERATE),--accelerate $(ACCELERATE)) $(ARGS)
+
+compare: $(STAMP) ## DPO against PPO on RECIPE's data; ARGS="--quick", ARGS="--betas 0.05,0.1,0.3 --seeds 0,1,2"
+	@exec $(BIN)/dpo-recipes compare $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) \
 	  $(if $(ACCELERATE),--accelerate $(ACCELERATE)) $(ARGS)
 
 inspect: $(STAMP) ## look at RECIPE's data before training; ARGS="--gpu 24GB --max_length 512"

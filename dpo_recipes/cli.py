@@ -7,12 +7,13 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dpo_recipes import __version__
 from dpo_recipes.catalog import as_table, find_recipe, find_settings, list_recipes
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.launch import BFLOAT16, ENVIRONMENT, card_memory, default_profile, gpu_cards, prepare
-from dpo_recipes.sweep import sweep
+from dpo_recipes.sweep import spelling, sweep
 from dpo_recipes.terminal import say
 
 DATASET_FLAGS = ("dataset_name", "dataset_config", "dataset_train_split", "columns")
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, flags = parser.parse_known_args(arguments)
     if options.command == "try" and options.prompt is None and flags and not flags[0].startswith("-"):
         options.prompt = flags.pop(0)  # argparse takes no optional word behind a flag
-    if flags and options.command not in ("train", "inspect"):
+    if flags and options.command not in ("train", "inspect", "compare"):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     given = {name: value for name, value in vars(options).items() if name != "command" and value is not None}
     try:
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "train":
                 launch = prepare(options.recipe, profile=options.profile, accelerate=options.accelerate, flags=flags)
                 return sweep(launch, options.sweep) if options.sweep else launch.run()
+            case "compare":
+                return compare_recipe(given, flags)
             case "merge":
                 from dpo_recipes.tryout import merge
 
@@ -62,6 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def compare_recipe(given: dict[str, Any], flags: Sequence[str]) -> int:
+    """The exit status of a comparison, called as a recipe is: what is wrong ends in one line."""
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    from dpo_recipes.compare import compare  # imports torch and TRL
+    from dpo_recipes.recipe import run
+
+    statuses: list[int] = []
+    run(lambda: statuses.append(compare(given.pop("recipe"), flags=flags, **given)))
+    return statuses[0]
 
 
 def copy_recipe(name: str, destination: str | None = None) -> str:
@@ -131,6 +146,24 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--accelerate", metavar="A", help="cpu2, multi_gpu, fsdp2, zero3, ... or a YAML file")
     training.add_argument("--sweep", nargs="+", metavar="KEY=A,B", help="train with every combination of these values")
 
+    comparing = commands.add_parser(
+        "compare",
+        help="train a recipe and its rivals on the same data, and report which is better",
+        usage="%(prog)s RECIPE [--quick] [--stages dpo,ppo,rloo] [--seeds 0,1,2] [--betas 0.05,0.1] [--budget samples]",
+        epilog="Every other flag is a TRL argument: --max_length 512 for all recipes, --ppo.learning_rate 1e-5 for one",
+        allow_abbrev=False,
+    )
+    comparing.add_argument("recipe", metavar="RECIPE", help="a DPO recipe; NAME_reward and NAME_ppo stand beside it")
+    comparing.add_argument("--quick", action="store_true", help="one beta, one seed")
+    comparing.add_argument("--stages", type=_listed(str), metavar="A,B", help="dpo,ppo; there is rloo, too")
+    comparing.add_argument("--seeds", type=_listed(int), metavar="N,N", help="0,1,2")
+    comparing.add_argument("--betas", type=_listed(spelling), metavar="X,Y", help="by default the DPO recipe's own")
+    comparing.add_argument("--budget", choices=("samples", "compute"), help="what is equal; by default samples")
+    comparing.add_argument("--prompts", type=_at_least(2), help="to answer, of the test split: 200")
+    comparing.add_argument("--output_dir", metavar="DIR", help="by default outputs/compare/RECIPE")
+    comparing.add_argument("--profile", metavar="P", help="as in train")
+    comparing.add_argument("--accelerate", metavar="A", help="as in train")
+
     merging = commands.add_parser("merge", help="make a full model of a run's LoRA adapter", allow_abbrev=False)
     merging.add_argument("run", metavar="RUN", help="the folder of a run that left a LoRA adapter")
     merging.add_argument("--output_dir", metavar="DIR", help="by default RUN_merged")
@@ -177,6 +210,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspecting.add_argument("--profile", metavar="P", help="as in train; by default what the machine or --gpu has")
     return parser
+
+
+def _listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Reads different values with commas between them."""
+
+    def values(text: str) -> list[Any]:
+        found = [kind(word.strip()) for word in text.split(",")]
+        if len({*found}) < len(found):
+            raise ValueError
+        return found
+
+    return values
 
 
 def _at_least(least: float) -> Callable[[str], float]:

@@ -105,12 +105,17 @@ def generate(
     Returns:
         For each prompt `text` (special tokens removed), `tokens` (their number) and `ended` (it gave its end token).
     """
-    answers = []
-    for _, tokens in sample_tokens(model, tokenizer, prompts, **options):
-        kept = tokens[:-1] if tokens and tokens[-1] in stop_tokens(model, tokenizer) else tokens
-        text = tokenizer.decode(kept, skip_special_tokens=True).strip()
-        answers.append({"text": text, "tokens": len(kept), "ended": len(kept) < len(tokens)})
-    return answers
+    sampled = sample_tokens(model, tokenizer, prompts, **options)
+    return [read_answer(model, tokenizer, tokens) for _, tokens in sampled]
+
+
+def read_answer(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, tokens: list[int]
+) -> dict[str, Any]:
+    """Sampled tokens as `generate` returns an answer."""
+    kept = tokens[:-1] if tokens and tokens[-1] in stop_tokens(model, tokenizer) else tokens
+    text = tokenizer.decode(kept, skip_special_tokens=True).strip()
+    return {"text": text, "tokens": len(kept), "ended": len(kept) < len(tokens)}
 
 
 def stop_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -71,7 +71,7 @@ class Launch:
         Returns:
             The exit status of the first training that fails, or 128 + n if signal n ended it.
         """
-        before = self._stage_before()
+        before = self.stage_before()
         if before and (reason := self._why_retrain(before)):
             if self.is_dry_run():
                 return self._dry_run(before, reason)
@@ -111,13 +111,14 @@ class Launch:
         """A hash of what is asked for: recipe, profile, flags, local dataset, this package, and the stage before."""
         root = Path(__file__).parent
         parts = [*root.rglob("*.py"), *root.rglob("*.toml")]
-        package = [path for path in parts if "recipes" not in path.relative_to(root).parts]
+        # A comparison trains nothing itself: its report may change without a run being another.
+        package = [path for path in parts if not {"recipes", "compare"} & {*path.relative_to(root).parts}]
         name = self.setting("dataset_name") or os.devnull
         data = {Path(re.sub(r":\d+$", "", part)).expanduser() for part in (name, *name.split("+"))}  # a mixture's parts
         data_files = [path for part in data for path in (part, *part.rglob("*")) if path.is_file()]
         files = [self.recipe, self.profile, *sorted(package), *sorted(data_files)]
         flags = [group for group in grouped(self.flags) if group[0] not in HOW_NOT_WHAT]
-        before = self._stage_before()
+        before = self.stage_before()
         asked = f"{flags} {before.request() if before else ''}"
         digest = hashlib.sha256(asked.encode())
         for file in files:
@@ -130,7 +131,7 @@ class Launch:
         given = [" ".join(values) for name, values in grouped(self.flags) if name == key]
         return given[-1] if given else read_yaml(self.profile).get(key) or recipe_setting(self.recipe, key)
 
-    def _stage_before(self) -> "Launch | None":
+    def stage_before(self) -> "Launch | None":
         """The launch whose output this one starts from: `outputs/NAME`, where NAME is another recipe."""
         named = re.fullmatch(r"(?:\./)?outputs/([\w-]+)/?", self.setting("model_name_or_path") or "")
         if named is None or named[1].replace("-", "_") == self.recipe.stem:
@@ -140,15 +141,22 @@ class Launch:
             return Launch(recipe, self.profile, self.accelerate, flags=()).going_on()
         return None
 
-    def going_on(self) -> "Launch":
-        """This stage, told what to do with what its output folder holds: continue the same run, replace another."""
-        folder = Path("outputs") / self.recipe.stem
+    def going_on(self, *, anew: bool = False) -> "Launch":
+        """This run, told what to do with what its output folder holds: continue the same one, replace another.
+
+        Args:
+            anew: Replace the same one too.
+        """
+        folder = Path(self.setting("output_dir") or Path("outputs") / self.recipe.stem)
         request = read_json(folder / "settings.json").get("request")
         unfinished = not (folder / "done.json").exists() and request == self.request()
-        word = "resume_from_checkpoint" if unfinished else "overwrite"
-        # A folder without settings is none of ours: the stage itself refuses to replace it.
-        flags = (f"--{word}", "true") if request else ()
-        return Launch(self.recipe, self.profile, self.accelerate, flags=flags)
+        word = "resume_from_checkpoint" if unfinished and not anew else "overwrite"
+        # A folder without settings is none of ours: the run itself refuses to replace it.
+        return replace(self, flags=(*self.flags, f"--{word}", "true") if request else self.flags)
+
+    def is_done(self, folder: Path) -> bool:
+        """Whether the folder holds the run that is asked for, finished."""
+        return read_json(folder / "done.json").get("request") == self.request()
 
     def _why_retrain(self, stage: "Launch") -> str | None:
         """Why the finished stage, if there is one, will not do; None if it will."""

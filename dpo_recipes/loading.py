@@ -129,6 +129,30 @@ def drop_prompts_in_test(pairs: DatasetDict, *, stage: str) -> DatasetDict:
     return DatasetDict(train=train.select(kept) if leaked else train, test=test)
 
 
+def keep_part(train: Dataset, part: str | None) -> Dataset:
+    """The training pairs of one part; the others are counted.
+
+    A hash of the prompt's last turn says which: it stays when a prompt is shortened, whatever the length allowed.
+
+    Args:
+        train: Pairs.
+        part: `learn`, two thirds; `judge`, the others; None: all.
+    """
+    if part is None:
+        return train
+    words = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in train["prompt"]]
+    is_judge = [hashlib.sha256(text.encode()).digest()[0] % 3 == 0 for text in words]
+    other = [row for row, judge in enumerate(is_judge) if judge != (part == "judge")]
+    kept = sorted(set(range(len(train))).difference(other))
+    current_ledger().record("part", "train", came=len(train), kept=len(kept), dropped={"other_part": other})
+    return train.select(kept)
+
+
+def digest(pairs: Dataset) -> str:
+    """A hash of the different prompts of some pairs, whatever their order."""
+    return hashlib.sha256("".join(sorted(set(prompt_hashes(pairs)))).encode()).hexdigest()[:16]
+
+
 def prompt_hashes(pairs: Dataset) -> list[str]:
     """One hash a pair, equal where the prompts are, on every machine and in every version of Python."""
     features = Features({"prompt_hash": Value("string")})

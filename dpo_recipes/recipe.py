@@ -46,6 +46,10 @@ class RecipeArguments(ScriptArguments):
     columns: str | None = HfArg(
         default=None, help="The dataset's names of columns: prompt=instruction,chosen=good,rejected=bad."
     )
+    part: str | None = field(
+        default=None,
+        metadata={"help": "Of the training prompts: two thirds, or the others.", "choices": ["learn", "judge"]},
+    )
     overwrite: bool = HfArg(default=False, help="Replace the run that the output folder holds.")
     dry_run: bool = HfArg(
         default=False, help="Print the settings, the account of the pairs and what the run would need; start nothing."

@@ -72,7 +72,7 @@ def read_grid(words: Sequence[str], *, taken: set[str]) -> dict[str, list[str]]:
     for word in words:
         key, _, listed = word.partition("=")
         key = key.removeprefix("--").replace("-", "_")
-        found = [_spelling(value) for value in listed.split(",")]
+        found = [spelling(value) for value in listed.split(",")]
         if not (key and all(found)) or key in taken | {*values} or len({*found}) < len(found):
             raise RecipeError(
                 f"Got --sweep {word}, which is not of the form beta=0.05,0.1: a setting that is no other flag, that "
@@ -82,7 +82,8 @@ def read_grid(words: Sequence[str], *, taken: set[str]) -> dict[str, list[str]]:
     return values
 
 
-def _spelling(value: str) -> str:
+def spelling(value: str) -> str:
+    """A number in one spelling; other text without spaces around it."""
     try:
         return repr(float(value)).removesuffix(".0")
     except ValueError:
@@ -100,8 +101,7 @@ def _at(launch: Launch, point: dict[str, str], folder: Path) -> Launch:
 
 
 def _is_done(launch: Launch, folder: Path) -> bool:
-    done = read_json(folder / "done.json").get("request") == launch.request()
-    return done and "overwrite" not in dict(grouped(launch.flags))
+    return launch.is_done(folder) and "overwrite" not in dict(grouped(launch.flags))
 
 
 def _measures(metrics: Any) -> dict[str, float]:

@@ -50,6 +50,9 @@ RECIPE = dict(
 )
 
 
+judge = playground.reward  # exact: it judges a comparison, where other recipes need a model trained to judge
+
+
 def load_pairs(script_args: RecipeArguments) -> DatasetDict:
     """Preference pairs in a train and a test split that share no prompt."""
     return playground.load_pairs(script_args.dataset_name)

@@ -137,12 +137,13 @@ RANK = {  # imports point from high to low
     for rank, names in enumerate(
         [
             {"errors", "files", "intervals", "ledger", "presets", "processes", "terminal", "__init__"},
-            {"dataset_adapters", "tokenization", "reference_cache", "checkpoints", "report", "catalog"},
-            {"shared_prefix", "loading", "evaluation", "playground", "plan", "tracking"},
+            {"dataset_adapters", "tokenization", "reference_cache", "checkpoints", "report", "catalog", "page"},
+            {"shared_prefix", "loading", "evaluation", "playground", "plan", "tracking", "rewards"},
             {"guards", "recipe", "tryout"},
             {"preflight", "sampling"},
             {"runs", "launch"},
             {"sweep"},
+            {"compare"},
             {"cli"},
         ]
     )

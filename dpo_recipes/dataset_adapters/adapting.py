@@ -59,6 +59,7 @@ DROP_REASONS = {
     "empty_completion": "a blank completion",
     "identical_completions": "chosen and rejected say the same",
     "prompt_in_test": "the prompt is in the test split as well",
+    "other_part": "the prompt is in another part (--part)",
     "too_long": "last user turn + completion over max_length",
     "template_refuses": "the chat template refuses the conversation",
     "no_room": "the prompt fills the model's context",

@@ -14,7 +14,7 @@ from trl import SFTConfig
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import write_json
 from dpo_recipes.ledger import Ledger, current_ledger
-from dpo_recipes.loading import drop_prompts_in_test
+from dpo_recipes.loading import digest, drop_prompts_in_test, keep_part
 from dpo_recipes.plan import plan_lines
 from dpo_recipes.preflight.account import account_data, account_findings, account_lines, token_lines
 from dpo_recipes.preflight.findings import THRESHOLDS, Finding, finding_lines, judged, set_thresholds
@@ -23,6 +23,7 @@ from dpo_recipes.terminal import say
 
 _REMEDIES = {
     "too_long": "Raise --max_length.",
+    "other_part": "Leave out --part, or give more rows.",
     "template_refuses": "Take a model whose chat template accepts such conversations.",
 }
 
@@ -97,6 +98,7 @@ def measure_pairs(
     with Ledger() as ledger:
         pairs = load_pairs(script_args)
         _check_splits(pairs)
+        pairs["train"] = keep_part(pairs["train"], getattr(script_args, "part", None))
         tokenizer = tokenizer_to_measure(tokenizer, pairs=pairs["train"])
         max_length = training_args.max_length
         fitted = {split: fit(pairs[split], tokenizer, max_length, split=split) for split in ("train", "test")}
@@ -108,6 +110,7 @@ def measure_pairs(
     _refuse_empty(pairs, ledger, account)
     data = account_data(ledger, name=script_args.dataset_name, max_length=max_length)
     data |= {"model": tokenizer.name_or_path, "chat_template": tokenizer.chat_template is not None}
+    data["prompts"] = {split: digest(rows) for split, rows in pairs.items()}
     data["tokens"] = {split: describe(rows, account=ledger.accounts[split]) for split, rows in pairs.items()}
     data["rendered"] = rendered_pairs(pairs["train"], tokenizer, split="train")
     findings = account_findings(ledger, data, thresholds)

@@ -53,7 +53,7 @@ def inspect(
     if not {"RECIPE", "load_pairs"} <= set(namespace):
         raise RecipeError(f"{recipe} lacks RECIPE or load_pairs. Start from a recipe: dpo-recipes copy hh-rlhf-lora.")
     script = recipe or Path(re.sub(r"\W+", "_", Path(name).stem))
-    script_args, training_args, model_args = _parse(namespace, script, profile=profile, flags=flags)
+    script_args, training_args, model_args = parse_namespace(namespace, script, profile=profile, flags=flags)
     tokenizer = load_tokenizer(model_args, training_args)
     measured = measure_pairs(namespace["load_pairs"], script_args, training_args, tokenizer)
     pairs = measured.pairs.remove_columns(list(MEASURES))
@@ -93,7 +93,9 @@ def _dataset_recipe(name: str) -> dict[str, Any]:
     return {"RECIPE": {"dataset_name": name, "report_to": "none"}, "load_pairs": load_pairs, **classes}
 
 
-def _parse(namespace: dict[str, Any], script: Path, *, profile: Path, flags: Sequence[str]) -> tuple[Any, Any, Any]:
+def parse_namespace(
+    namespace: dict[str, Any], script: Path, *, profile: Path, flags: Sequence[str]
+) -> tuple[Any, Any, Any]:
     """RecipeArguments, the TRL config and ModelConfig, parsed as the recipe itself would."""
     words = ["--output_dir", f"outputs/inspect/{script.stem}"]
     words += [] if torch.cuda.is_available() else ["--use_cpu", "true"]

@@ -1,0 +1,222 @@
+"""The room in which all are judged alike: the same prompts, token limit, sampling and seed, one judge."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from peft import PeftModel
+from tqdm.auto import tqdm
+
+from dpo_recipes.compare.statistics import repetition
+from dpo_recipes.dataset_adapters import Drop
+from dpo_recipes.evaluation import Messages, check_prompt, read_answer, sample_tokens
+from dpo_recipes.files import read_json, write_json
+from dpo_recipes.preflight.tokens import render
+from dpo_recipes.rewards import load_reward_model, score
+from dpo_recipes.terminal import say
+from dpo_recipes.tokenization import encode_pairs
+from dpo_recipes.tryout import lora_config, open_model
+
+BATCH = 16  # answers, or completions of pairs, at a time
+Scorer = Callable[[Sequence[Messages], Sequence[str]], NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled, from every model alike."""
+
+    temperature: float
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model that is compared: a run's, or the start itself."""
+
+    name: str  # of its records
+    model: str  # folder, or hub name
+    seed: int  # of the sampling: that of its training
+    made_by: str  # a hash of the training
+
+
+def answer_all(
+    entries: Sequence[Entry],
+    start: str,
+    *,
+    prompts: Sequence[Messages],
+    pairs: Dataset,
+    sampling: Sampling,
+    folder: Path,
+) -> dict[str, dict[str, Any]]:
+    """Each model's answers to the prompts, and its log-probs of the held-out pairs.
+
+    The start is loaded once, and each LoRA adapter put on it in turn. What a model gave is kept in `folder`: the same
+    call goes on after the last one that is there.
+
+    Args:
+        entries: Models; those whose `model` is `start` are the start itself.
+        start: What all of them were trained from.
+        prompts: That `check_prompt` lets through.
+        pairs: Held-out pairs.
+        sampling: The same for all.
+        folder: Where each model's answers are kept.
+
+    Returns:
+        By name, `answers` (as `generate` returns them, with `policy` and `start`, their log-probs in nats under the
+        model that sampled them and under the start, and `scored`, the tokens that these are of) and `chosen` and
+        `rejected`, log-probs of the pairs' completions.
+    """
+    asked = hashlib.sha256(json.dumps([start, prompts, pairs[:], asdict(sampling)]).encode()).hexdigest()
+    keys = {entry.name: f"{asked[:16]}-{entry.seed}-{entry.made_by}" for entry in entries}
+    found = {entry.name: read_json(folder / f"{entry.name}.json") for entry in entries}
+    missing = [entry for entry in entries if found[entry.name].get("key") != keys[entry.name]]
+    if not missing:
+        return found
+    trained = next((entry.model for entry in entries if lora_config(entry.model)), None)
+    base, tokenizer = open_model(trained or start)  # as it was trained on: its dtype, its 4 bits
+    base = base.unload() if isinstance(base, PeftModel) else base
+    texts = [render(*(row[side] for side in ("prompt", "chosen", "rejected")), tokenizer=tokenizer) for row in pairs]
+    ids = encode_pairs(texts, tokenizer)
+    for number, entry in enumerate(missing, start=1):
+        say(f"Answers of {entry.name}, {number} of {len(missing)}.")
+        if entry.model == start:
+            model = base
+        elif lora_config(entry.model):
+            model = PeftModel.from_pretrained(base, entry.model).eval()
+        else:
+            model = open_model(entry.model)[0]
+        given = _answers(model, tokenizer, prompts, sampling=sampling, seed=entry.seed)
+        sampled = [(answer.pop("prompt_ids"), answer.pop("ids")) for answer in given]
+        sides = [
+            [(row.prompt, side) for row in ids for side in [getattr(row, name)]] for name in ("chosen", "rejected")
+        ]
+        policy = logps(model, sampled, temperature=sampling.temperature)
+        chosen, rejected = (logps(model, side) for side in sides)
+        if isinstance(model, PeftModel):
+            base = model.unload()
+        begun = policy if model is base else logps(base, sampled, temperature=sampling.temperature)
+        for answer, both, of_policy, of_start in zip(given, sampled, policy, begun, strict=True):
+            answer |= {"policy": of_policy, "start": of_start, "scored": len(both[1])}
+        kept = {"key": keys[entry.name], "answers": given, "chosen": chosen.tolist(), "rejected": rejected.tolist()}
+        write_json(folder / f"{entry.name}.json", kept)
+        found[entry.name] = kept
+    return found
+
+
+def _answers(model: Any, tokenizer: Any, prompts: Sequence[Messages], *, sampling: Sampling, seed: int) -> list[Any]:
+    sampled = sample_tokens(model, tokenizer, prompts, **asdict(sampling), seed=seed, batch_size=BATCH)
+    return [read_answer(model, tokenizer, ids) | {"prompt_ids": prompt, "ids": ids} for prompt, ids in sampled]
+
+
+@torch.no_grad()
+def logps(
+    model: Any, sequences: Sequence[tuple[list[int], list[int]]], *, temperature: float = 1.0
+) -> NDArray[np.float64]:
+    """Log-prob of each completion after its prompt, as it is sampled at that temperature. Shape (completions,).
+
+    Args:
+        model: A causal language model in evaluation mode.
+        sequences: Token ids of prompts and completions.
+        temperature: 0 counts as 1: greedy decoding has no log-probs.
+    """
+    order = sorted(range(len(sequences)), key=lambda row: sum(map(len, sequences[row])))  # little is padded
+    found = np.zeros(len(order))
+    for start in tqdm(range(0, len(order), BATCH), desc="Log-probs", leave=False):
+        rows = order[start : start + BATCH]
+        width = max(sum(map(len, sequences[row])) for row in rows)
+        longest = max(len(sequences[row][1]) for row in rows)
+        # Padded on the left: the completions stand at the end, and logits are made of these positions alone.
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask, labels = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        for at, row in enumerate(rows):
+            prompt, completion = sequences[row]
+            ids[at, width - len(prompt) - len(completion) :] = torch.tensor(prompt + completion)
+            mask[at, width - len(prompt) - len(completion) :] = 1
+            labels[at, width - len(completion) :] = True
+        ids, mask, labels = (part.to(model.device) for part in (ids, mask, labels))
+        places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        output = model(
+            input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=longest + 1
+        )
+        # (rows, longest, vocabulary): each position predicts the next token
+        tempered = torch.log_softmax(output.logits[:, :-1].float() / (temperature or 1.0), dim=-1)
+        chosen = tempered.gather(2, ids[:, -longest:, None]).squeeze(2) * labels[:, -longest:]
+        found[rows] = chosen.double().sum(dim=1).cpu().numpy()
+    return found
+
+
+def exact_judge(judge: Callable[[Messages, str], float]) -> Scorer:
+    """The judge that a recipe file names, over many answers."""
+    return lambda prompts, texts: np.array([float(judge(*both)) for both in zip(prompts, texts, strict=True)])
+
+
+def model_judge(name: str | Path) -> Scorer:
+    """A reward model's score of many answers; loaded when it is asked."""
+
+    def scores(prompts: Sequence[Messages], texts: Sequence[str]) -> NDArray[np.float64]:
+        model, tokenizer = load_reward_model(str(name))
+        return score(model, tokenizer, prompts, texts, batch_size=BATCH)
+
+    return scores
+
+
+def keep_answerable(start: str, prompts: Iterable[Messages], most: int) -> list[Messages]:
+    """The first `most` prompts that leave room for an answer and that the chat template takes."""
+    model, tokenizer = open_model(start)
+    kept = []
+    for prompt in prompts:
+        try:
+            check_prompt(model, tokenizer, prompt)
+        except Drop:
+            continue
+        kept.append(prompt)
+    return kept[:most]
+
+
+def records(
+    found: Mapping[str, Mapping[str, Any]], *, prompts: Sequence[Messages], judge: Scorer, rewards: Mapping[str, Scorer]
+) -> dict[str, list[dict[str, Any]]]:
+    """By name, a record for each prompt: the answer, and every number that the results are made of.
+
+    Args:
+        found: As `answer_all` returns it.
+        prompts: The same.
+        judge: Scores all answers.
+        rewards: By name, the reward model that PPO optimised with the same seed, where there is one.
+    """
+    names = list(found)
+    texts = {name: [answer["text"] for answer in found[name]["answers"]] for name in names}
+    # All answers at once: the judge is loaded once, and so is each reward model.
+    judged = _scores(judge, names, texts, prompts)
+    rewarded: dict[str, NDArray[np.float64]] = {}
+    for scorer in set(rewards.values()):
+        rewarded |= _scores(scorer, [name for name in names if rewards.get(name) is scorer], texts, prompts)
+    return {
+        name: [
+            answer
+            | {
+                "prompt": number,
+                "judge": float(judged[name][number]),
+                "reward_model": float(rewarded[name][number]) if name in rewarded else None,
+                "kl": answer["policy"] - answer["start"],
+                "repetition": repetition(answer["text"]),
+            }
+            for number, answer in enumerate(found[name]["answers"])
+        ]
+        for name in names
+    }
+
+
+def _scores(
+    scorer: Scorer, names: Sequence[str], texts: Mapping[str, Sequence[str]], prompts: Sequence[Messages]
+) -> dict[str, NDArray[np.float64]]:
+    """By name, the score of each answer, all asked for at once."""
+    scores = scorer([*prompts] * len(names), [text for name in names for text in texts[name]])
+    return dict(zip(names, np.split(scores, len(names)), strict=True))

@@ -1,0 +1,261 @@
+"""The numbers of a comparison, from the records of its answers: what results.json holds and the report shows."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_recipes.compare import statistics
+from dpo_recipes.compare.plan import ALGORITHMS, ONLINE, Stage
+from dpo_recipes.files import read_json
+
+NAMES = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "rloo": "RLOO"}
+MEASURES = {  # key: label, decimals, and what a reader should know of it
+    "judge": ("judge's reward", 3, "higher is better"),
+    "reward_model": ("reward model's score", 3, "what PPO and RLOO optimise; higher is not better by itself"),
+    "kl": ("KL to the start, nats", 2, "of an answer, from samples; how far the model has moved"),
+    "tokens": ("tokens of an answer", 1, ""),
+    "unended": ("share without an end token", 3, "cut at the token limit"),
+    "preference_accuracy": ("preference accuracy", 3, "of the log-probs on held-out pairs, ties one half"),
+    "distinct_1": ("distinct-1", 3, f"different words, in {statistics.GROUP} answers together"),
+    "distinct_2": ("distinct-2", 3, f"different pairs of words, in {statistics.GROUP} answers together"),
+    "repetition": ("self-repetition", 3, "4-grams of an answer that it has said before"),
+    "surprise": (
+        "surprise to the start",
+        3,
+        "nats a token under the start; its own answers are 1, and 1.1 is odd text",
+    ),
+}
+"""Of every model."""
+RATES = {
+    "win_rate": ("win rate", "ties one half"),
+    "length_controlled": ("length-controlled win rate", "had both answered at the same length"),
+    "ties": ("share of ties", ""),
+    "difference": ("difference in the judge's reward", ""),
+}
+"""Of one model against another, on the same prompts and by the same seed."""
+COSTS = {
+    "seconds": "seconds",
+    "gpu_hours": "GPU hours",
+    "memory_mib": "peak memory, MiB",
+    "samples": "samples",
+    "tokens": "tokens",
+}
+
+
+def columns(records: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> dict[str, list[float] | None]:
+    """The numbers of one run that its measures are made of: by prompt, by pair, or by group of answers."""
+    texts = [record["text"] for record in records]
+    of_reward = [record["reward_model"] for record in records]
+    return {
+        **{name: [float(record[name]) for record in records] for name in ("judge", "kl", "tokens", "repetition")},
+        "reward_model": None if None in of_reward else of_reward,
+        "unended": [float(not record["ended"]) for record in records],
+        "nll": [-record["start"] for record in records],
+        "scored": [float(record["scored"]) for record in records],
+        "preference_accuracy": statistics.wins(np.array(found["chosen"]), np.array(found["rejected"])).tolist(),
+        **{f"distinct_{n}": statistics.distinct(texts, n).tolist() for n in (1, 2)},
+    }
+
+
+def of_model(runs: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The measures of one model: an algorithm with one beta, over its seeds.
+
+    Args:
+        runs: By seed, as `columns` returns them.
+        starts: The start's, for the same seeds.
+    """
+    arrays = [{name: np.array(values) for name, values in run.items() if values is not None} for run in runs]
+    measured: dict[str, Any] = {}
+    for name in MEASURES:
+        if name == "surprise":
+            by_seed = [
+                [run["nll"], run["scored"], np.array(start["nll"]), np.array(start["scored"])]
+                for run, start in zip(arrays, starts, strict=True)
+            ]
+            measured[name] = statistics.estimate(statistics.ratio, by_seed)
+        elif all(name in run for run in arrays):
+            measured[name] = statistics.estimate(statistics.mean, [[run[name]] for run in arrays])
+    over_prompts = np.mean([run["kl"] for run in arrays], axis=0)
+    measured["kl"]["standard_error"] = float(np.std(over_prompts, ddof=1) / len(over_prompts) ** 0.5)
+    return measured
+
+
+def against(
+    one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], *, rows: slice = slice(None)
+) -> dict[str, Any]:
+    """The rates of one model against another.
+
+    Args:
+        one: By seed, as `columns` returns them.
+        other: For the same seeds.
+        rows: The prompts to take.
+    """
+
+    def pair(name: str) -> list[list[NDArray[np.float64]]]:
+        both = zip(one, other, strict=True)
+        return [[np.array(run[name])[rows] for run in runs] for runs in both]
+
+    won = [statistics.wins(*scores) for scores in pair("judge")]
+    longer = [first - second for first, second in pair("tokens")]
+    return {
+        "win_rate": statistics.estimate(statistics.mean, [[rate] for rate in won]),
+        "length_controlled": statistics.estimate(
+            statistics.length_controlled,
+            [list(both) for both in zip(won, longer, strict=True)],
+            resamples=statistics.RESAMPLES_OF_FITS,
+        ),
+        "ties": statistics.estimate(statistics.mean, [[(rate == 0.5).astype(float)] for rate in won]),
+        "difference": statistics.estimate(statistics.mean, [[first - second] for first, second in pair("judge")]),
+    }
+
+
+def stage_cost(stage: Stage, samples: int) -> dict[str, Any]:
+    """What a finished stage took. A run that was resumed knows the seconds since; the rest is put in by its updates."""
+    metrics, done = read_json(stage.folder / "metrics.json"), read_json(stage.folder / "done.json")
+    updates, since = done["updates"], done["updates"] - done["resumed_from_update"]
+    seconds = (done["train_seconds"] or 0.0) * updates / max(1, since)
+    on_gpu = "peak_gpu_memory_mib" in done
+    return {
+        "seconds": seconds,
+        "gpu_hours": seconds / 3600 * int(done["hardware"].partition(" x ")[0]) if on_gpu else None,
+        "memory_mib": done["peak_gpu_memory_mib" if on_gpu else "peak_memory_mib"],
+        "samples": samples,
+        "tokens": metrics.get("train", {}).get("num_tokens"),
+    }
+
+
+def model_cost(costs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Of a model, for one seed on average: all that was trained for it alone; of memory the most.
+
+    Args:
+        costs: For each seed those of its stages, the algorithm's own last, whose samples are the ones that count.
+    """
+    totals: list[dict[str, Any]] = []
+    for seed in costs:
+        known = {name: [cost[name] for cost in seed] for name in COSTS}
+        totals.append({name: None if None in values else sum(values) for name, values in known.items()})
+        totals[-1]["samples"] = seed[-1]["samples"]
+    mean = {
+        name: None if totals[0][name] is None else sum(total[name] for total in totals) / len(totals) for name in COSTS
+    }
+    return mean | {"memory_mib": max(cost["memory_mib"] for seed in costs for cost in seed)}
+
+
+def collect(
+    stages: Sequence[Stage],
+    runs: Mapping[str, Mapping[str, Any]],
+    costs: Mapping[str, Mapping[str, Any]],
+    *,
+    betas: Sequence[str],
+) -> dict[str, Any]:
+    """Models, comparisons and what they are made of.
+
+    Args:
+        stages: Those whose models were evaluated.
+        runs: By the name of a stage, and `sft-SEED` for the start: as `columns` returns them.
+        costs: By the name of every finished stage, as `stage_cost` returns them.
+        betas: In their order.
+    """
+    starts = {int(name.removeprefix("sft-")): name for name in runs if name.startswith("sft-")}
+    models = [_model("sft", None, starts, runs, [])]
+    for kind, beta in itertools.product(ALGORITHMS, betas):
+        of = {int(stage.seed or 0): stage for stage in stages if (stage.kind, stage.beta) == (kind, beta)}
+        if of:
+            spent = [[costs[part.name] for part in stage.chain()] for stage in of.values()]
+            models.append(_model(kind, beta, {seed: stage.name for seed, stage in of.items()}, runs, spent))
+    best = {kind: _best(kind, models, runs, several=len(betas) > 1) for kind in ALGORITHMS}
+    # Where a beta was chosen, it was by the even prompts: what is said of the chosen ones is said of the odd ones.
+    rest = slice(1, None, 2) if len(betas) > 1 else slice(None)
+    pairs = [(one, other) for kind in ONLINE if (one := best["dpo"]) and (other := best[kind])]
+    duels = [_compare(*pair, runs, rows=rest) for pair in pairs]
+    against_start = [_compare(model, models[0], runs) for model in models[1:]]
+    return {
+        "models": models,
+        "duels": [duel for duel in duels if duel],
+        "against_start": against_start,
+        "runs": dict(runs),
+        "costs": dict(costs),
+    }
+
+
+def _model(
+    kind: str,
+    beta: str | None,
+    names: Mapping[int, str],
+    runs: Mapping[str, Any],
+    spent: Sequence[Sequence[Mapping[str, Any]]],
+) -> dict[str, Any]:
+    measured = of_model([runs[name] for name in names.values()], [runs[f"sft-{seed}"] for seed in names])
+    label = NAMES[kind] + (f", beta {beta}" if beta else "")
+    cost = model_cost(spent) if spent else None
+    return {"algorithm": kind, "beta": beta, "label": label, "names": dict(names), "cost": cost, **measured}
+
+
+def _compare(
+    one: Mapping[str, Any], other: Mapping[str, Any], runs: Mapping[str, Any], *, rows: slice = slice(None)
+) -> dict[str, Any]:
+    """The rates of a model against another over the seeds that both have; nothing where there are none."""
+    seeds = [seed for seed in one["names"] if seed in other["names"]]
+    if not seeds:
+        return {}
+    sides = ([runs[model["names"][seed]] for seed in seeds] for model in (one, other))
+    rates = against(*sides, rows=rows)
+    return {"one": one["label"], "other": other["label"], "seeds": seeds, "every_other_prompt": rows.step == 2, **rates}
+
+
+def _best(
+    kind: str, models: Sequence[Mapping[str, Any]], runs: Mapping[str, Any], *, several: bool
+) -> Mapping[str, Any] | None:
+    """The model of an algorithm with the highest judge's reward on the even prompts."""
+
+    def reward(model: Mapping[str, Any]) -> float:
+        return float(np.mean([runs[name]["judge"][:: 2 if several else 1] for name in model["names"].values()]))
+
+    return max((model for model in models if model["algorithm"] == kind), key=reward, default=None)
+
+
+def verdict(results: Mapping[str, Any]) -> list[str]:
+    """In plain words: which won, by how much, whether that is more than noise, and at what cost."""
+    said = [f"{len(results['failed'])} of the stages failed, so that this is a part of the comparison: "
+            f"{', '.join(results['failed'])}."] if results["failed"] else []  # fmt: skip
+    said += [f"Not an equal match: {check['detail']}" for check in results["fairness"] if not check["held"]]
+    models = {model["label"]: model for model in results["models"]}
+    for duel in results["duels"] or results["against_start"]:
+        said.append(_in_words(duel, models[duel["one"]], models[duel["other"]]))
+    return said or ["No model was trained, so that there is nothing to compare."]
+
+
+def _in_words(duel: Mapping[str, Any], one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    rate, level = duel["win_rate"], duel["length_controlled"]
+    first, second = duel["one"], duel["other"]
+    share = rate["mean"]
+    if statistics.is_noise(rate):
+        words = f"Neither won: {first} is no better than noise against {second}. Its answer was the better one"
+    else:
+        first, second, share = (first, second, share) if share > 0.5 else (second, first, 1 - share)
+        words = f"{first} won against {second}: its answer was the better one"
+    turned = share != rate["mean"]
+    low, high = (1 - rate["high"], 1 - rate["low"]) if turned else (rate["low"], rate["high"])
+    words += f" for {share:.0%} of {rate['n']} prompts, ties counting one half"
+    words += f" (95 % interval over prompts {low:.0%} to {high:.0%}"
+    if rate["seeds_low"] is None:
+        words += "; one seed, so that another training might say otherwise). "
+    else:
+        low, high = rate["seeds_low"], rate["seeds_high"]
+        low, high = (max(0.0, 1 - high), min(1.0, 1 - low)) if turned else (max(0.0, low), min(1.0, high))
+        words += f", over {len(rate['by_seed'])} seeds {low:.0%} to {high:.0%}). "
+    equal = 1 - level["mean"] if turned else level["mean"]
+    words += f"At equal length it would be {equal:.0%}. "
+    words += f"The judge's reward is {one['judge']['mean']:.3f} for {duel['one']} and {other['judge']['mean']:.3f} for "
+    words += f"{duel['other']}, at a KL of {one['kl']['mean']:.1f} and {other['kl']['mean']:.1f} nats"
+    if one["cost"] and other["cost"]:
+        spent = [model["cost"]["seconds"] for model in (one, other)]
+        words += f"; training took {_minutes(spent[0])} and {_minutes(spent[1])}, the reward model included"
+    return words + "."
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} minutes" if seconds >= 100 else f"{seconds:.0f} seconds"

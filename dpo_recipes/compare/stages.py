@@ -1,0 +1,62 @@
+"""Runs the stages of a comparison one after the other, those that are finished left as they are."""
+
+import time
+from collections.abc import Sequence
+
+from dpo_recipes.compare.plan import Stage, is_done
+from dpo_recipes.files import read_json, write_json
+from dpo_recipes.sweep import STOPPED
+from dpo_recipes.terminal import say
+
+# How long a stage takes beside the others, until one of its kind has been measured.
+WEIGHTS = {"sft": 2.0, "judge": 1.0, "dpo": 1.0, "reward": 1.0, "ppo": 4.0, "rloo": 3.0}
+
+
+class Clock:
+    """What the stages took, and so how long the others will take."""
+
+    def __init__(self) -> None:
+        self.begun = time.monotonic()
+        self.took: dict[str, list[float]] = {}  # seconds, by kind
+
+    def left(self, stages: Sequence[Stage]) -> str:
+        """In words, for those of the stages that are not finished; nothing until one has run."""
+        times = {kind: sum(took) / len(took) for kind, took in self.took.items()}
+        if not times:
+            return ""
+        unit = sum(seconds / WEIGHTS[kind] for kind, seconds in times.items()) / len(times)
+        left = sum(times.get(stage.kind, WEIGHTS[stage.kind] * unit) for stage in stages if not is_done(stage))
+        return f"; {(time.monotonic() - self.begun) / 60:.0f} min so far, about {left / 60:.0f} min left"
+
+
+def run_stages(stages: Sequence[Stage], clock: Clock) -> dict[str, int | None]:
+    """The exit status of each stage by its name; None where what it needs failed.
+
+    A stage that a signal stopped is the last.
+    """
+    statuses: dict[str, int | None] = {}
+    for number, stage in enumerate(stages, start=1):
+        if any(statuses.get(needed.name) != 0 for needed in stage.needs):
+            statuses[stage.name] = None
+            continue
+        state = ", finished before" if is_done(stage) else clock.left(stages[number - 1 :])
+        say(f"\nStage {number} of {len(stages)}: {stage.name}{state}")
+        statuses[stage.name] = _run(stage, clock)
+        if statuses[stage.name] in STOPPED:
+            say(f"The comparison was stopped in {stage.folder}. The same command goes on there.")
+            break
+    return statuses
+
+
+def _run(stage: Stage, clock: Clock) -> int:
+    if is_done(stage):
+        return 0
+    begun, launch = time.monotonic(), stage.launch
+    if stage.kind != "sft":  # the launcher knows how to go on with that one
+        key = stage.key()
+        launch = launch.going_on(anew=read_json(stage.folder / "stage.json").get("key") != key)
+        write_json(stage.folder / "stage.json", {"key": key})
+    status = launch.run()
+    if not status:
+        clock.took.setdefault(stage.kind, []).append(time.monotonic() - begun)
+    return status

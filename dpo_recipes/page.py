@@ -1,0 +1,23 @@
+"""Pages as one file, for a screen, a phone or paper, without scripts; all have the look of page.css.jinja."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+
+from dpo_recipes.files import write_text
+
+
+def write_page(
+    path: str | Path, template: Path, data: Mapping[str, Any], filters: Mapping[str, Callable[..., str]]
+) -> Path:
+    """The path, holding the template filled with the data, all of it escaped where the template is of a page."""
+    environment = Environment(
+        loader=FileSystemLoader([template.parent, Path(__file__).parent]),
+        autoescape=template.name.endswith(".html.jinja"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(filters)
+    return write_text(path, environment.get_template(template.name).render(data))
