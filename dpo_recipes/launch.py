@@ -155,7 +155,7 @@ class Launch:
 
     def _stages_to_train(self) -> dict[str, tuple["Launch", str]]:
         """Each stage that must be trained before this one, with the reason, by its name; first what others need."""
-        needed = {}
+        needed: dict[str, tuple[Launch, str]] = {}
         for key, stage in self._stages_before().items():
             if reason := self._why_retrain(stage, Path(self.setting(key) or ""), flag=key):
                 needed |= stage._stages_to_train() | {stage.recipe.stem: (stage, reason)}
