@@ -12,6 +12,9 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Reward accuracy": ("rewards/accuracies", "eval_rewards/accuracies"),
     "Implicit reward": ("rewards/chosen", "rewards/rejected"),
     "Log-prob of a completion (nats)": ("logps/chosen", "logps/rejected"),
+    "Accuracy": ("accuracy", "eval_accuracy"),
+    "Margin": ("margin", "eval_margin"),
+    "Score": ("min_reward", "mean_reward", "max_reward"),
     "Token accuracy": ("mean_token_accuracy", "eval_mean_token_accuracy"),
     "Gradient norm": ("grad_norm",),
 }
@@ -52,7 +55,7 @@ def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path, *,
 
 
 def _points(log_history: Sequence[Mapping[str, float]], name: str) -> list[tuple[float, float]]:
-    return [(entry["step"], entry[name]) for entry in log_history if name in entry]
+    return [(entry["step"], entry[name]) for entry in log_history if entry.get(name) is not None]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -21,7 +21,7 @@ from dpo_recipes.launch import prepare
 from dpo_recipes.loading import digest, prompt_hashes
 from dpo_recipes.preflight import measure_pairs
 from dpo_recipes.recipe import load_tokenizer
-from dpo_recipes.runs import LIBRARIES
+from dpo_recipes.record import LIBRARIES
 from dpo_recipes.sweep import STOPPED
 from dpo_recipes.terminal import say
 
@@ -215,8 +215,9 @@ def _about(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[st
         }
     hashes = {part: digest(parts[part]) if part in parts else None for part in ("learn", "judge")}
     learn = len(parts["learn"])
+    not_online = [] if comparison.updates else [NAMES["sft"]]
     return {
-        "title": " against ".join(NAMES[kind] for kind in ALGORITHMS if kind in comparison.kinds),
+        "title": " against ".join([NAMES[kind] for kind in comparison.kinds if kind in ALGORITHMS] + not_online),
         "recipe": comparison.recipes["dpo"].launch.recipe.stem,
         "made": datetime.now(UTC).isoformat(timespec="minutes"),
         "start": comparison.start,

@@ -175,7 +175,7 @@ def plan_stages(
 
 def start_stage(recipe: Recipe) -> Iterator[Stage]:
     """The SFT stage, where the recipe's model is one that a recipe makes."""
-    if (before := recipe.launch.stage_before()) is not None:
+    if before := recipe.launch.stages_before().get("model_name_or_path"):
         yield Stage("sft", before.recipe.stem, before, Path("outputs") / before.recipe.stem)
 
 

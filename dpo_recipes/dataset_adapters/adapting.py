@@ -61,6 +61,8 @@ DROP_REASONS = {
     "prompt_in_test": "the prompt is in the test split as well",
     "other_part": "the prompt is in another part (--part)",
     "too_long": "last user turn + completion over max_length",
+    "prompt_too_long": "last user turn over max_prompt_length",
+    "same_prompt": "a prompt that came before",
     "template_refuses": "the chat template refuses the conversation",
     "no_room": "the prompt fills the model's context",
     "empty_in_template": "the chat template leaves nothing of a completion",

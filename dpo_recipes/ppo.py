@@ -1,0 +1,498 @@
+"""PPO (Schulman et al. 2017; Ouyang et al. 2022) on today's TRL, which removed its own: a subclass of GRPOTrainer.
+
+TRL samples the answers, scores them, keeps the reference model, buffers a rollout for several epochs, computes the
+clipped surrogate, logs and saves. What is PPO's own stands here:
+
+1. A critic, a sequence classifier with one label, is a submodule of the policy, so that DDP, FSDP, the optimizer and
+   checkpoints see it. Its value of a token is that of the state before the token.
+2. The reward of a token is -beta times its log-ratio to the reference; the last token of an answer gets the score too.
+3. Advantages and returns are generalised advantage estimates, per token; GRPO's own, per answer, are discarded.
+4. The loss is GRPO's clipped surrogate on them, and vf_coef times the clipped value loss.
+
+docs/ppo.md explains the metrics and what was measured.
+"""
+
+import copy
+import functools
+import logging
+import math
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from peft import PeftConfig, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.reward_trainer import suppress_seqcls_warning
+from trl.trainer.utils import FusedCausalLMOutput, disable_dropout_in_model, get_config_model_id
+
+logger = logging.getLogger(__name__)
+
+CRITIC = "ppo_critic"
+"""The critic's name as a submodule of the policy; no key of a saved policy begins with it."""
+CRITIC_FILE = "critic.safetensors"
+"""In a checkpoint: what of the critic is trained."""
+
+_FIXED = dict(
+    importance_sampling_level="token",
+    scale_rewards="none",
+    multi_objective_aggregation="sum_then_normalize",
+    off_policy_mask_threshold=None,
+)
+"""GRPO's settings of advantages that are per answer, which PPO replaces: another value would be ignored."""
+
+
+@dataclass
+class PPOConfig(GRPOConfig):
+    """GRPOConfig's fields, with PPO's defaults, and those of the critic, of GAE and of the reward.
+
+    A rollout is `generation_batch_size` answers, trained on in `num_iterations` epochs; `epsilon` clips the ratio;
+    `beta` weighs the KL penalty, which is part of the reward here and not of the loss. An optimizer step never spans
+    two rollouts.
+
+    Raises:
+        ValueError: If a setting of GRPO is given that PPO would ignore, or a number is out of its range.
+    """
+
+    num_generations: int | None = field(default=1, metadata={"help": "Answers to a prompt; PPO needs only one."})
+    num_iterations: int = field(default=4, metadata={"help": "Epochs over the answers of a rollout."})
+    beta: float = field(default=0.05, metadata={"help": "KL coefficient: each token's reward is -beta log-ratio."})
+    loss_type: str = field(default="bnpo", metadata={"help": "bnpo is the mean over tokens; grpo over answers."})
+    scale_rewards: str = field(default="none", metadata={"help": "Not used: see whiten_advantages."})
+    disable_dropout: bool = field(default=True, metadata={"help": "The ratio of old and new must be 1 at first."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount of GAE, per token."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of GAE: 1 trusts the rewards, 0 the critic."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    cliprange_value: float = field(default=0.2, metadata={"help": "How far a value may move from the rollout's."})
+    whiten_advantages: bool = field(default=True, metadata={"help": "Mean 0 and deviation 1 over a rollout's tokens."})
+    missing_eos_penalty: float | None = field(default=None, metadata={"help": "Taken from the score without an EOS."})
+    reward_aggregation: str = field(
+        default="sum",
+        metadata={"help": "sum of the weighted rewards, or the min of an ensemble.", "choices": ["sum", "min"]},
+    )
+    target_kl: float | None = field(
+        default=None,
+        metadata={"help": "Nats a token. A rollout's epochs end where the policy has moved 1.5 times as far."},
+    )
+    critic_learning_rate: float | None = field(default=None, metadata={"help": "By default the policy's."})
+    critic_warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps at first that train it alone."})
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        answers, evaluated = self.num_generations or 1, getattr(self, "num_generations_eval", None)
+        self.num_generations, self.num_generations_eval = max(2, answers), evaluated or answers  # GRPO refuses 1
+        super().__post_init__()
+        self.num_generations, self.num_generations_eval = answers, evaluated
+        for name, value in _FIXED.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"PPO has no use for {name}={getattr(self, name)!r}. Leave it at {value!r}.")
+        if self.loss_type not in ("bnpo", "grpo", "dr_grpo", "dapo"):
+            raise ValueError(f"loss_type={self.loss_type!r} is no clipped surrogate: use 'bnpo', the mean over tokens.")
+        if not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1):
+            raise ValueError(f"gamma={self.gamma} and lam={self.lam} must lie in [0, 1].")
+        if self.reward_aggregation not in ("sum", "min"):
+            raise ValueError(f"reward_aggregation={self.reward_aggregation!r} is neither 'sum' nor 'min'.")
+        if self.target_kl is not None and (self.fp16 or self.deepspeed_plugin is not None):
+            raise ValueError("target_kl skips updates, which neither fp16's loss scale nor DeepSpeed allows.")
+
+
+@dataclass
+class PolicyAndCriticOutput(FusedCausalLMOutput):
+    """What the policy returns with `return_values=True`: a field of the output, so that DDP finds the tensor."""
+
+    values: Tensor | None = None
+    """Value of the state after each token. Shape (batch, tokens)."""
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates and returns (Schulman et al. 2016, eq. 16), 0 where the mask is.
+
+    Masked tokens are no steps: the state after an answer's last token has the value 0.
+
+    Args:
+        rewards: Per-token reward, KL penalty included. Shape (batch, tokens).
+        values: Value of the state before each token. Shape (batch, tokens).
+        mask: 1 on completion tokens, 0 on padding. Shape (batch, tokens).
+        gamma: Discount.
+        lam: Decay of the weights of later temporal differences.
+
+    Raises:
+        ValueError: If the three shapes differ.
+    """
+    if not rewards.shape == values.shape == mask.shape:
+        raise ValueError(f"Shapes differ: {[*rewards.shape]}, {[*values.shape]}, {[*mask.shape]}.")
+    advantages = torch.zeros_like(rewards)
+    advantage = next_value = rewards.new_zeros(len(rewards))
+    for t in reversed(range(rewards.shape[1])):
+        here = mask[:, t] > 0
+        difference = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = torch.where(here, difference + gamma * lam * advantage, advantage)
+        next_value = torch.where(here, values[:, t], next_value)
+        advantages[:, t] = advantage
+    return advantages * mask, (advantages + values) * mask
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
+    """0.5 times the mean over tokens of the larger squared error, clipped or not (the value loss of PPO's authors).
+
+    Args:
+        values: Those of the critic now. Shape (batch, tokens).
+        old_values: Those of the rollout. Shape (batch, tokens).
+        returns: What they should be. Shape (batch, tokens).
+        mask: 1 on completion tokens. Shape (batch, tokens).
+        clip: How far a value counts as moved from the old one.
+    """
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    error = torch.maximum((values - returns).square(), (clipped - returns).square())
+    return 0.5 * (error * mask).sum() / mask.sum().clamp(min=1)
+
+
+def attach_critic(policy: Any, critic: Any) -> None:
+    """Make the critic a submodule of the policy, and reach it by the policy's forward alone, as FSDP and DDP ask.
+
+    `policy(..., return_values=True)` returns a `PolicyAndCriticOutput`; `policy(..., values_only=True)` the values,
+    shape (batch, tokens). Without either the policy is called as before.
+
+    Args:
+        policy: With TRL's fused LM head; a PeftModel or not.
+        critic: A sequence classifier with one label, or a PeftModel of one; its vocabulary is the policy's.
+    """
+    original = policy.forward
+    policy.add_module(CRITIC, critic)
+    classifier = critic.get_base_model() if is_peft_model(critic) else critic
+
+    def values_of(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = classifier.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        values: Tensor = classifier.score(hidden.to(next(classifier.score.parameters()).dtype)).squeeze(-1)
+        return values.float()
+
+    @functools.wraps(original)
+    def forward(_: nn.Module, *args: Any, return_values: bool = False, values_only: bool = False, **inputs: Any) -> Any:
+        if values_only:
+            return values_of(inputs["input_ids"], inputs["attention_mask"])
+        output = original(*args, **inputs)
+        if return_values:
+            values = values_of(inputs["input_ids"], inputs["attention_mask"])
+            return PolicyAndCriticOutput(**output, values=values)
+        return output
+
+    policy.forward = types.MethodType(forward, policy)
+
+
+class PPOTrainer(GRPOTrainer):
+    """TRL's GRPOTrainer with PPO's advantages and a critic; the arguments are its own, less tools and environments.
+
+    Args:
+        model: The policy: a folder or Hub name, a causal language model, or a PeftModel of one.
+        reward_funcs: Functions, reward models, folders or Hub names of reward models; one or a list.
+        args: Settings.
+        critic: What the critic starts from: a model or a name, of a reward model say, with the policy's vocabulary. By
+            default what the policy started from, with the value 0 for every state. It is trained as the policy is: with
+            LoRA where that is, else in full.
+        quantization_config: Of the policy, and of the critic where it is given by name.
+        peft_config: Of the policy, and of the critic.
+        kwargs: GRPOTrainer's datasets, processing classes, callbacks and optimizers.
+
+    Raises:
+        ValueError: If the critic's vocabulary is not the policy's, a prompt leaves no room for an answer, or a rollout
+            is not a whole number of optimizer steps.
+    """
+
+    beta: float
+    _tag_names = ["trl", "ppo"]  # noqa: RUF012 (as TRL declares them)
+    _name = "PPO"
+    _paper = {  # noqa: RUF012
+        "title": "Training language models to follow instructions with human feedback",
+        "id": "2203.02155",
+        "citation": "@inproceedings{ouyang2022training, author = {Long Ouyang and others}, booktitle = {NeurIPS}, "
+        "title = {Training language models to follow instructions with human feedback}, year = 2022}",
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any,
+        args: PPOConfig,
+        *,
+        critic: str | PreTrainedModel | None = None,
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if refused := [key for key in ("tools", "rollout_func", "environment_factory") if kwargs.get(key)]:
+            raise ValueError(f"PPO trains on answers to prompts: it has no use for {', '.join(refused)}.")
+        own = dict(quantization_config=quantization_config, peft_config=peft_config)
+        super().__init__(model, reward_funcs, args=args, **own, **kwargs)
+        if self._is_vlm:
+            raise ValueError("The critic reads text alone, and this is a model of images. Use TRL's GRPOTrainer.")
+        batches = args.steps_per_generation * args.num_iterations
+        self.updates_per_rollout, rest = divmod(batches, args.gradient_accumulation_steps)
+        if rest:
+            raise ValueError(
+                f"{args.num_iterations} epochs over {args.generation_batch_size} answers are {batches} batches, which "
+                f"make no whole number of updates of {args.gradient_accumulation_steps}: change generation_batch_size."
+            )
+        self._check_prompts()
+        if critic is None or isinstance(critic, str):
+            critic = self._load_critic(critic, quantization_config)
+        self._add_critic(critic, peft_config)
+        self._moved: list[Tensor] = []  # nats a token from the rollout's policy, of each batch of this update
+        self._stopped = False  # for the rest of the rollout
+        self._warned: set[str] = set()
+        self.add_callback(RolloutBoundaries(self))
+
+    # The critic
+
+    def _load_critic(self, name: str | None, quantization_config: Any) -> Any:
+        options = {**(self.args.model_init_kwargs or {}), "quantization_config": quantization_config}
+        options["dtype"] = options.get("dtype") or torch.float32  # as TRL loads the policy
+        if name is not None:
+            options.pop("revision", None)  # is the policy's
+        start = name or get_config_model_id(self.model.config)
+        with suppress_seqcls_warning():
+            critic = AutoModelForSequenceClassification.from_pretrained(start, num_labels=1, **options)
+        if not any("SequenceClassification" in each for each in critic.config.architectures or ()):
+            nn.init.zeros_(critic.score.weight)  # a language model has no score
+        return critic
+
+    def _add_critic(self, critic: Any, peft_config: PeftConfig | None) -> None:
+        """Prepare the critic as TRL prepared the policy, and attach it."""
+        policy = self.model
+        words, needed = (each.config.get_text_config().vocab_size for each in (critic, policy))
+        if words != needed:
+            raise ValueError(
+                f"The critic starts from {get_config_model_id(critic.config)} with {words:,} words and reads tokens "
+                f"of a policy with {needed:,}. Let it start from a model with the same tokenizer, or leave critic out."
+            )
+        critic.config.get_text_config().pad_token_id = self._tokenizer.pad_token_id
+        if self.args.disable_dropout:
+            disable_dropout_in_model(critic)
+        if is_peft_model(policy):
+            lora = copy.deepcopy(peft_config or policy.peft_config["default"])
+            lora.task_type, lora.modules_to_save, lora.inference_mode = TaskType.SEQ_CLS, ["score"], False
+            critic = get_peft_model(critic, lora)
+        attach_critic(policy, critic.to(policy.device))
+        if self.use_vllm:  # the engine has no place for the critic's weights
+            named = self.vllm_generation._iter_named_params
+            self.vllm_generation._iter_named_params = lambda: (each for each in named() if CRITIC not in each[0])
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """TRL's optimizer; the critic's weights in groups of their own where they have their own learning rate."""
+        made, rate = self.optimizer is not None, self.args.critic_learning_rate
+        optimizer = super().create_optimizer(model)
+        if made or rate is None:
+            return optimizer
+        critics = {id(weight) for name, weight in (model or self.model).named_parameters() if CRITIC in name}
+        for group in [*optimizer.param_groups]:
+            if own := [weight for weight in group["params"] if id(weight) in critics]:
+                group["params"] = [weight for weight in group["params"] if id(weight) not in critics]
+                optimizer.add_param_group({**group, "params": own, "lr": rate})
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The policy as TRL saves it, and what of the critic is trained in a file beside it."""
+        weights = self.model.state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, {name: weight for name, weight in weights.items() if CRITIC not in name})
+        if self.args.should_save:
+            trained = (name for name, weight in self.model.named_parameters() if weight.requires_grad)
+            critic = {
+                name.partition(f"{CRITIC}.")[2]: weights[name].detach().contiguous().cpu()
+                for name in trained
+                if CRITIC in name
+            }
+            save_file(critic, Path(output_dir or self.args.output_dir) / CRITIC_FILE, metadata={"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.is_fsdp_enabled:
+            return  # FSDP's checkpoints hold the policy's submodules
+        critic = self.accelerator.unwrap_model(self.model).get_submodule(CRITIC)
+        if unknown := critic.load_state_dict(load_file(Path(resume_from_checkpoint) / CRITIC_FILE), False)[1]:
+            raise ValueError(f"{resume_from_checkpoint} holds another critic, with {unknown[0]}.")
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if CRITIC not in name]
+        super()._issue_warnings_after_load(load_result)
+
+    # The rollout
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        weighted = rewards * self.reward_weights.to(rewards.device)  # (answers of all processes, reward functions)
+        lowest = self.args.reward_aggregation == "min"
+        scores = weighted.nan_to_num(nan=torch.inf).amin(dim=1) if lowest else weighted.nansum(dim=1)
+        scores[weighted.isnan().all(dim=1)] = torch.nan
+        self._scores = scores.split(len(prompts))[self.accelerator.process_index]
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        mode, args = "train" if self.model.training else "eval", self.args
+        ids, mask = batch["completion_ids"], batch["completion_mask"].float()
+        kept = ids.shape[1]
+        if "old_per_token_logps" not in batch:  # GRPO leaves them out where each answer is trained on but once
+            batch["old_per_token_logps"] = self._in_batches(
+                batch, lambda each: self._get_per_token_logps_and_entropies(self.model, *each.values(), kept)[0]
+            )
+        values = self._in_batches(batch, lambda each: self.model(**each, values_only=True))
+        values = values[:, -kept - 1 : -1] * mask  # of the state before each token of the completion
+        ended = (torch.isin(ids, torch.tensor(self.eos_token_ids, device=ids.device)) & (mask > 0)).any(dim=1)
+        scores = self._scores.to(values)
+        if args.missing_eos_penalty is not None:
+            scores = torch.where(ended, scores, scores - args.missing_eos_penalty)
+        self._check_rollout(scores, ended, mode)
+
+        rewards = torch.zeros_like(values)
+        if self.beta != 0.0:
+            log_ratio = (batch.pop("ref_per_token_logps") - batch["old_per_token_logps"]) * mask
+            rewards += self.beta * log_ratio
+            self._log_mean("kl", -log_ratio.sum(dim=1), mode)
+        last = (mask.sum(dim=1).long() - 1).clamp(min=0)
+        rewards[torch.arange(len(last), device=last.device), last] += scores
+        advantages, returns = gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
+        moments = self._moments(mask, advantages, returns, returns - values)
+        if args.whiten_advantages:
+            mean, variance = moments[0]
+            advantages = (advantages - mean) * torch.rsqrt(variance + 1e-8) * mask
+        self._log_mean("score", scores, mode)
+        self._log_mean("value/mean", values.sum(dim=1) / mask.sum(dim=1).clamp(min=1), mode)
+        self._metrics[mode]["value/explained_variance"].append((1 - moments[2][1] / moments[1][1]).item())
+        return batch | {"advantages": advantages, "old_values": values, "returns": returns}
+
+    @torch.no_grad()
+    def _in_batches(self, batch: dict[str, Any], compute: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+        """What is computed of prompts with completions, as many at a time as in training."""
+        whole = (torch.cat([batch[f"prompt_{part}"], batch[f"completion_{part}"]], dim=1) for part in ("ids", "mask"))
+        parts = zip(*(torch.split(tensor, self.args.per_device_train_batch_size) for tensor in whole), strict=True)
+        with self.accelerator.autocast():
+            return torch.cat([compute({"input_ids": ids, "attention_mask": mask}) for ids, mask in parts])
+
+    def _moments(self, mask: Tensor, *tensors: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Mean and variance of each over the tokens of all processes."""
+        sums = [mask.sum(), *(((each**power) * mask).sum() for each in tensors for power in (1, 2))]
+        count, *totals = self.accelerator.reduce(torch.stack(sums).double(), reduction="sum")
+        means = [(total / count.clamp(min=1)).to(mask) for total in totals]
+        return [(mean, (square - mean**2).clamp(min=0)) for mean, square in zip(means[::2], means[1::2], strict=True)]
+
+    def _log_mean(self, name: str, values: Tensor, mode: str) -> None:
+        self._metrics[mode][name].append(self.accelerator.gather(values.detach().float()).mean().item())
+
+    # The update
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """GRPO's clipped surrogate on per-token advantages, and the value loss of the same forward."""
+        outputs: list[Any] = []
+
+        def policy_and_critic(**tokens: Any) -> Any:  # GRPO only ever calls the model like this
+            outputs.append(model(**tokens, return_values=True))
+            return outputs[-1]
+
+        beta, self.beta = self.beta, 0.0  # the KL penalty is in the reward
+        try:
+            loss: Tensor = super()._compute_loss(policy_and_critic, inputs)
+        finally:
+            self.beta = beta
+        mode, args, mask = "train" if self.model.training else "eval", self.args, inputs["completion_mask"].float()
+        kept, tokens = mask.shape[1], mask.sum().clamp(min=1)
+        values, logps = outputs[0].values[:, -kept - 1 : -1], outputs[0].log_probs[:, -kept:]
+        value_loss = clipped_value_loss(values, inputs["old_values"], inputs["returns"], mask, args.cliprange_value)
+        with torch.no_grad():
+            log_ratio = (logps - inputs["old_per_token_logps"]) * mask
+            moved = (log_ratio.expm1() - log_ratio).sum() / tokens  # KL(old || new) as in Schulman 2020, k3
+            beyond = ((values - inputs["old_values"]).abs() > args.cliprange_value) * mask
+            self._log_mean("policy/ratio", (log_ratio.exp() * mask).sum() / tokens, mode)
+            self._log_mean("policy/approx_kl", moved, mode)
+            self._log_mean("value/loss", value_loss, mode)
+            self._log_mean("value/clip_ratio", beyond.sum() / tokens, mode)
+        accumulated = 1
+        if mode == "train":
+            self._moved.append(moved)
+            accumulated = self.current_gradient_accumulation_steps  # GRPO scaled its own part
+            if self.state.global_step < args.critic_warmup_steps:
+                loss = loss * 0.0
+        total: Tensor = loss + value_loss * (args.vf_coef / accumulated)
+        return total
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """TRL's, or nothing where the policy has moved too far from the rollout's: no gradient, hence no update."""
+        target = self.args.target_kl
+        if target is not None and self._step % self.current_gradient_accumulation_steps == 0:
+            if self._moved:
+                moved = self.accelerator.reduce(torch.stack(self._moved).mean(), reduction="mean")
+                self._stopped |= bool(moved > 1.5 * target)
+            if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+                self._stopped = False
+            self._metrics["train"]["policy/stopped"].append(float(self._stopped))
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            self._moved.clear()
+        if self._stopped:
+            self._step += 1
+            return torch.zeros((), device=self.accelerator.device)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
+    # Wrong use
+
+    def _check_prompts(self) -> None:
+        """Refuse prompts that leave no room for an answer."""
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context is None or not isinstance(self.train_dataset, Dataset):
+            return
+        room, prompts = context - self.max_completion_length, self.train_dataset["prompt"][:]
+        parts = (prompts[start : start + 1000] for start in range(0, len(prompts), 1000))
+        lengths = [len(ids) for part in parts for ids in self._tokenize_prompts(part)[0]]
+        if too_long := [length for length in lengths if length > room]:
+            raise ValueError(
+                f"{len(too_long):,} of {len(lengths):,} prompts have more than {room} tokens, up to {max(too_long):,}: "
+                f"with max_completion_length={self.max_completion_length} that is beyond the model's {context:,} "
+                "positions. Shorten or drop them, or lower max_completion_length."
+            )
+
+    def _check_rollout(self, scores: Tensor, ended: Tensor, mode: str) -> None:
+        """Refuse scores that are no numbers; say once where scores or answers cannot teach anything."""
+        scores, ended = self.accelerator.gather(scores), self.accelerator.gather(ended)
+        names = ", ".join(self.reward_func_names)
+        if bad := int((~scores.isfinite()).sum()):
+            raise ValueError(
+                f"{bad} of {len(scores)} answers got a score that is no number (NaN, None or infinite) from {names}. "
+                "Return a number for every answer, or leave their prompts out."
+            )
+        if mode == "train" and len(scores) > 1 and bool((scores == scores[0]).all()):
+            self._warn_once(
+                "constant",
+                f"All {len(scores)} answers of a rollout have the same score, {scores[0].item():g}: nothing to learn "
+                f"from. See what {names} makes of them: log_completions=True shows them.",
+            )
+        if mode == "train" and not ended.any():
+            self._warn_once(
+                "endless",
+                f"None of a rollout's {len(ended)} answers has ended within {self.max_completion_length} tokens. Raise "
+                "max_completion_length, or start from a model that was taught to end its answers.",
+            )
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned and self.accelerator.is_main_process:
+            logger.warning(message)
+        self._warned.add(kind)
+
+
+class RolloutBoundaries(TrainerCallback):
+    """Saves where a rollout ends: no checkpoint holds one, so only from there a resumed run is the same run."""
+
+    def __init__(self, trainer: PPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Round `save_steps` up, and count batches from where a resumed run goes on."""
+        self.trainer._step = state.global_step * args.gradient_accumulation_steps
+        rollout = self.trainer.updates_per_rollout
+        if args.save_strategy == "steps" and state.save_steps % rollout:
+            state.save_steps = math.ceil(state.save_steps / rollout) * rollout
+            logger.warning(f"Saving every {state.save_steps} updates: a rollout is {rollout} of them.")
