@@ -219,42 +219,51 @@ def _best(
 
 def verdict(results: Mapping[str, Any]) -> list[str]:
     """In plain words: which won, by how much, whether that is more than noise, and at what cost."""
-    said = [f"{len(results['failed'])} of the stages failed, so that this is a part of the comparison: "
-            f"{', '.join(results['failed'])}."] if results["failed"] else []  # fmt: skip
+    said = []
+    if failed := results["failed"]:
+        said.append(f"This is a part of the comparison, as some stages failed: {', '.join(failed)}.")
     said += [f"Not an equal match: {check['detail']}" for check in results["fairness"] if not check["held"]]
     models = {model["label"]: model for model in results["models"]}
-    for duel in results["duels"] or results["against_start"]:
-        said.append(_in_words(duel, models[duel["one"]], models[duel["other"]]))
-    return said or ["No model was trained, so that there is nothing to compare."]
+    pairs = results["duels"] or results["against_start"]
+    said += [_in_words(pair, models[pair["one"]], models[pair["other"]]) for pair in pairs]
+    if results["duels"]:
+        rates = [f"{pair['one']} {_percent(pair['win_rate']['mean'])}" for pair in results["against_start"]]
+        said.append(f"Against the model that all started from: {', '.join(rates)} of the prompts.")
+    return said if pairs else [*said, "No model was trained, so that there is nothing to compare."]
 
 
-def _in_words(duel: Mapping[str, Any], one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    rate, level = duel["win_rate"], duel["length_controlled"]
-    first, second = duel["one"], duel["other"]
-    share = rate["mean"]
-    if statistics.is_noise(rate):
-        words = f"Neither won: {first} is no better than noise against {second}. Its answer was the better one"
-    else:
-        first, second, share = (first, second, share) if share > 0.5 else (second, first, 1 - share)
-        words = f"{first} won against {second}: its answer was the better one"
-    turned = share != rate["mean"]
-    low, high = (1 - rate["high"], 1 - rate["low"]) if turned else (rate["low"], rate["high"])
-    words += f" for {share:.0%} of {rate['n']} prompts, ties counting one half"
-    words += f" (95 % interval over prompts {low:.0%} to {high:.0%}"
-    if rate["seeds_low"] is None:
-        words += "; one seed, so that another training might say otherwise). "
-    else:
-        low, high = rate["seeds_low"], rate["seeds_high"]
-        low, high = (max(0.0, 1 - high), min(1.0, 1 - low)) if turned else (max(0.0, low), min(1.0, high))
-        words += f", over {len(rate['by_seed'])} seeds {low:.0%} to {high:.0%}). "
-    equal = 1 - level["mean"] if turned else level["mean"]
-    words += f"At equal length it would be {equal:.0%}. "
-    words += f"The judge's reward is {one['judge']['mean']:.3f} for {duel['one']} and {other['judge']['mean']:.3f} for "
-    words += f"{duel['other']}, at a KL of {one['kl']['mean']:.1f} and {other['kl']['mean']:.1f} nats"
+def _in_words(pair: Mapping[str, Any], one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    rate, noise = pair["win_rate"], statistics.is_noise(pair["win_rate"])
+    turned = rate["mean"] < 0.5 and not noise
+    winner, loser = (pair["other"], pair["one"]) if turned else (pair["one"], pair["other"])
+
+    def share(found: float) -> float:
+        return min(1.0, max(0.0, 1 - found if turned else found))
+
+    def interval(low: float, high: float) -> str:
+        return "{} to {}".format(*(_percent(end) for end in sorted((share(low), share(high)))))
+
+    over_seeds = "; one seed, so that another training might say otherwise"
+    if rate["seeds_low"] is not None:
+        over_seeds = f", {interval(rate['seeds_low'], rate['seeds_high'])} over {len(rate['by_seed'])} seeds"
+    result = (
+        f"Neither won: {winner} is no better than noise against {loser}" if noise else f"{winner} won against {loser}"
+    )
+    words = [
+        f"{result}: the judge prefers its answer to {_percent(share(rate['mean']))} of {rate['n']} prompts, ties "
+        f"counting one half (95 % interval {interval(rate['low'], rate['high'])} over prompts{over_seeds}).",
+        f"At equal length it would be {_percent(share(pair['length_controlled']['mean']))}.",
+        f"The judge's reward is {one['judge']['mean']:.3f} for {pair['one']} and {other['judge']['mean']:.3f} for "
+        f"{pair['other']}, at a KL to the start of {one['kl']['mean']:.1f} and {other['kl']['mean']:.1f} nats.",
+    ]
     if one["cost"] and other["cost"]:
-        spent = [model["cost"]["seconds"] for model in (one, other)]
-        words += f"; training took {_minutes(spent[0])} and {_minutes(spent[1])}, the reward model included"
-    return words + "."
+        spent = [_minutes(model["cost"]["seconds"]) for model in (one, other)]
+        words.append(f"Training took {spent[0]} and {spent[1]} a seed, reward models included.")
+    return " ".join(words)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _minutes(seconds: float) -> str:

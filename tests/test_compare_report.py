@@ -1,0 +1,395 @@
+"""What the comparison says: numbers that can be computed again from results.json, and words that follow from them."""
+
+import html
+import json
+import math
+import re
+import statistics as plain
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.optimize import minimize
+
+from dpo_recipes.compare import results as made
+from dpo_recipes.compare import statistics
+from dpo_recipes.compare.plan import Stage
+from dpo_recipes.compare.report import write_report
+from dpo_recipes.launch import Launch
+
+HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>{{ 7 * 7 }} | a | b"
+PROMPTS, PAIRS, BETAS, SEEDS = 60, 80, ("0.1", "0.3"), (0, 1, 2)
+
+
+def run_of(seed, *, reward, kl, tokens=40.0, model=True):
+    """Columns of a run as `columns` returns them, drawn."""
+    draw = np.random.default_rng(seed)
+    lengths = np.round(draw.normal(tokens, 6, PROMPTS))
+    nll = lengths * draw.uniform(0.4, 0.6, PROMPTS)
+    judged = np.clip(np.round(4 * draw.normal(reward, 0.3, PROMPTS)) / 4, 0, 1)
+    return {
+        "judge": judged.tolist(),
+        "kl": (kl + draw.normal(0, 0.5, PROMPTS) * (kl > 0)).tolist(),
+        "tokens": lengths.tolist(),
+        "repetition": draw.uniform(0, 0.1, PROMPTS).tolist(),
+        "reward_model": (judged + draw.normal(0, 0.2, PROMPTS)).tolist() if model else None,
+        "unended": (draw.uniform(size=PROMPTS) < 0.05).astype(float).tolist(),
+        "nll": nll.tolist(),
+        "scored": (lengths + 1).tolist(),
+        "preference_accuracy": draw.choice([0.0, 0.5, 1.0], PAIRS).tolist(),
+        "distinct_1": draw.uniform(0.2, 0.3, 3).tolist(),
+        "distinct_2": draw.uniform(0.5, 0.6, 3).tolist(),
+    }
+
+
+def cost(seconds, samples, **more):
+    return {"seconds": seconds, "gpu_hours": None, "memory_mib": 900, "samples": samples, "tokens": 1000.0} | more
+
+
+def stage(kind, name, needs=(), beta=None, seed=None):
+    return Stage(kind, name, Launch(Path("r"), Path("p"), Path("a"), ()), Path(name), tuple(needs), beta, seed)
+
+
+def compared(*, betas=BETAS, seeds=SEEDS, ppo=0.75, dpo=0.6, failed=(), without=()):
+    """What results.json holds, of drawn runs."""
+    runs = {f"sft-{seed}": run_of(seed, reward=0.45, kl=0.0) for seed in seeds}
+    stages, costs = [], {}
+    for seed in seeds:
+        reward = stage("reward", f"reward-{seed}", seed=seed)
+        costs[reward.name] = cost(50.0, 1408)
+        for number, beta in enumerate(betas):
+            for kind, level, needs in (("dpo", dpo, []), ("ppo", ppo, [reward])):
+                one = stage(kind, f"{kind}-{beta}-{seed}", needs, beta, seed)
+                if one.name in without:
+                    continue
+                stages.append(one)
+                costs[one.name] = cost({"dpo": 60.0, "ppo": 200.0}[kind], 1408)
+                offset = 1000 * (number + 1) + (500 if kind == "ppo" else 0)
+                runs[one.name] = run_of(seed + offset, reward=level - 0.1 * number, kl=3.0 - number, tokens=38.0)
+    about = {
+        "title": "DPO against PPO",
+        "recipe": "quickstart",
+        "made": "2027-01-01T00:00+00:00",
+        "start": "outputs/quickstart_sft",
+        "seeds": list(seeds),
+        "betas": list(betas),
+        "budget": {"kind": "samples", "detail": "DPO sees 1,408 pairs a seed."},
+        "sampling": {"temperature": 1.0, "max_new_tokens": 72},
+        "judge": {"name": "the exact reward", "detail": "It is exact.", "order": "No order."},
+        "failed": list(failed),
+        "prompts": PROMPTS,
+        "fairness": [{"held": True, "detail": "All started from the same weights."}],
+        "hardware": "a machine",
+        "versions": ["trl 1.16.0"],
+    }
+    results = about | made.collect(stages, runs, costs, betas=betas)
+    results["verdict"] = made.verdict(results)
+    answer = {"label": "DPO, beta 0.1", "algorithm": "dpo", "judge": 0.5, "ended": False, "text": HOSTILE}
+    results["samples"] = [{"number": 7, "prompt": HOSTILE, "answers": [answer]}]
+    return json.loads(json.dumps(results))
+
+
+@pytest.fixture(scope="module")
+def results():
+    return compared()
+
+
+# Computed again, by nothing but the standard library and what results.json holds.
+
+
+def mean_of_seeds(results, model, name):
+    return plain.mean(plain.mean(results["runs"][run][name]) for run in model["names"].values())
+
+
+def t_interval(values):
+    quantile = {2: 12.7062, 3: 4.30265}[len(values)]  # of Student's t, 97.5 %, by number of seeds
+    half = quantile * plain.stdev(values) / math.sqrt(len(values))
+    return plain.mean(values) - half, plain.mean(values) + half
+
+
+def win_rate(one, other):
+    return plain.mean(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(one, other, strict=True))
+
+
+def test_the_measures_of_every_model_can_be_computed_again(results):
+    assert [model["label"] for model in results["models"]] == [
+        "SFT",
+        *("DPO, beta 0.1", "DPO, beta 0.3", "PPO, beta 0.1", "PPO, beta 0.3"),
+    ]
+    for model in results["models"]:
+        for name in made.MEASURES:
+            found = model[name]
+            if name == "surprise":
+                own = [results["runs"][run] for run in model["names"].values()]
+                begun = [results["runs"][f"sft-{seed}"] for seed in model["names"]]
+                values = [
+                    (sum(a["nll"]) / sum(a["scored"])) / (sum(b["nll"]) / sum(b["scored"]))
+                    for a, b in zip(own, begun, strict=True)
+                ]
+            else:
+                values = [plain.mean(results["runs"][run][name]) for run in model["names"].values()]
+            assert found["by_seed"] == pytest.approx(values)
+            assert found["mean"] == pytest.approx(plain.mean(values))
+            assert (found["seeds_low"], found["seeds_high"]) == pytest.approx(t_interval(values), rel=1e-4, abs=1e-9)
+            assert found["low"] <= found["mean"] <= found["high"]
+            length = {"preference_accuracy": PAIRS, "distinct_1": 3, "distinct_2": 3}.get(name, PROMPTS)
+            assert found["n"] == length
+        kl = [
+            plain.mean(values)
+            for values in zip(*(results["runs"][r]["kl"] for r in model["names"].values()), strict=True)
+        ]
+        assert model["kl"]["standard_error"] == pytest.approx(plain.stdev(kl) / math.sqrt(PROMPTS))
+
+
+def test_the_rates_and_the_choice_of_beta_can_be_computed_again(results):
+    by_label = {model["label"]: model for model in results["models"]}
+    for pair in results["against_start"]:
+        one, other = (list(by_label[pair[side]]["names"].values()) for side in ("one", "other"))
+        judged = [[results["runs"][run]["judge"] for run in pairs] for pairs in zip(one, other, strict=True)]
+        rates = [win_rate(*both) for both in judged]
+        assert pair["win_rate"]["by_seed"] == pytest.approx(rates)
+        ties = plain.mean(plain.mean(float(a == b) for a, b in zip(*both, strict=True)) for both in judged)
+        assert pair["ties"]["mean"] == pytest.approx(ties)
+        gap = plain.mean(plain.mean(both[0]) - plain.mean(both[1]) for both in judged)
+        assert pair["difference"]["mean"] == pytest.approx(gap)
+    # The beta is chosen by every second prompt, and what is said of the chosen ones is said of the others.
+    [duel] = results["duels"]
+    for side, kind in (("one", "dpo"), ("other", "ppo")):
+        models = [model for model in results["models"] if model["algorithm"] == kind]
+        even = {
+            model["label"]: plain.mean(
+                plain.mean(results["runs"][run]["judge"][::2]) for run in model["names"].values()
+            )
+            for model in models
+        }
+        assert duel[side] == max(even, key=even.get)
+    judged = [
+        [results["runs"][by_label[duel[side]]["names"][str(seed)]]["judge"][1::2] for side in ("one", "other")]
+        for seed in duel["seeds"]
+    ]
+    assert duel["win_rate"]["by_seed"] == pytest.approx([win_rate(*both) for both in judged])
+    assert duel["win_rate"]["n"] == PROMPTS // 2
+
+
+def test_the_costs_can_be_computed_again(results):
+    costs = {model["label"]: model["cost"] for model in results["models"]}
+    assert costs["SFT"] is None
+    assert costs["DPO, beta 0.1"] == cost(60.0, 1408)
+    assert costs["PPO, beta 0.1"] == cost(
+        250.0, 1408, tokens=2000.0
+    )  # with the reward model, whose pairs are no samples
+
+
+def test_one_seed_has_no_interval_over_seeds():
+    model = compared(seeds=(0,), betas=("0.1",))["models"][1]
+    assert model["judge"]["seeds_low"] is None
+    assert model["judge"]["seeds_high"] is None
+
+
+def test_the_bootstrap_interval_is_as_wide_as_theory_says():
+    """Of a mean: 1.96 standard errors to each side, within a few per cent, and paired over seeds."""
+    draw = np.random.default_rng(0)
+    one = draw.normal(size=400)
+    found = statistics.estimate(statistics.mean, [[one]])
+    expected = 1.96 * one.std() / 20
+    assert found["high"] - found["mean"] == pytest.approx(expected, rel=0.12)
+    assert found["mean"] - found["low"] == pytest.approx(expected, rel=0.12)
+    twice = statistics.estimate(statistics.mean, [[one], [one]])  # the same prompts: a second copy adds nothing
+    assert twice["high"] - twice["low"] == pytest.approx(found["high"] - found["low"])
+    against = statistics.estimate(statistics.mean, [[one], [-one]])  # resampled together: they cancel
+    assert (against["low"], against["high"]) == (pytest.approx(0, abs=1e-12), pytest.approx(0, abs=1e-12))
+
+
+def test_ties_count_one_half():
+    rates = statistics.wins(np.array([1.0, 0.5, 0.2]), np.array([0.5, 0.5, 0.4]))
+    assert rates.tolist() == [1.0, 0.5, 0.0]
+
+
+def test_the_length_controlled_rate_is_the_regressions_at_equal_length():
+    draw = np.random.default_rng(0)
+    longer = draw.normal(10, 10, 4000)
+    chance = 1 / (1 + np.exp(-(0.4 + 1.5 * np.tanh(longer / longer.std()))))
+    won = (draw.uniform(size=4000) < chance).astype(float)
+    found = statistics.length_controlled(won, longer)
+    assert won.mean() > 0.75  # most of it is length
+    assert found == pytest.approx(1 / (1 + math.exp(-0.4)), abs=0.03)
+    won[:500] = 0.5
+
+    def loss(weights):  # L2 on the slope alone, as scikit-learn has it by default
+        logit = weights[0] + weights[1] * np.tanh(longer / longer.std())
+        return (won * np.logaddexp(0, -logit) + (1 - won) * np.logaddexp(0, logit)).sum() + weights[1] ** 2 / 2
+
+    best = minimize(loss, np.zeros(2)).x
+    assert statistics.length_controlled(won, longer) == pytest.approx(1 / (1 + math.exp(-best[0])), abs=1e-3)
+    assert statistics.length_controlled(won, np.zeros(4000)) == pytest.approx(won.mean())
+    assert statistics.length_controlled(np.ones(9), np.arange(9.0)) == 1.0
+
+
+def test_distinct_and_repetition_by_hand():
+    assert statistics.repetition("a b c d a b c d") == pytest.approx(1 - 4 / 5)  # 5 4-grams, abcd twice
+    assert statistics.repetition("a b") == 0.0
+    shares = statistics.distinct(["a b a", "a b"] * 15, 1)
+    assert shares.tolist() == pytest.approx([2 / 50, 2 / 25])  # groups of 20 and of 10 answers
+    assert statistics.distinct(["a b a"], 2).tolist() == [1.0]
+
+
+NULL = json.loads((Path(__file__).parent / "fixtures" / "null_answers.json").read_text())
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_two_copies_of_one_model_are_reported_as_no_different(seeds):
+    """Rewards and lengths of one SFT model's real answers to 200 prompts, sampled by 40 seeds: 20 pairs of copies."""
+    base = run_of(0, reward=0.5, kl=0.0)
+    constant = {name: values for name, values in base.items() if name not in ("judge", "tokens")}
+
+    def run(index):
+        rewards = [int(digit) / 4 for digit in NULL["rewards"][index]]
+        return constant | {"judge": rewards, "tokens": [float(n) for n in NULL["tokens"][index]]}
+
+    said = []
+    for first in range(0, 40, 2 * seeds):
+        pairs = [(run(first + 2 * seed), run(first + 2 * seed + 1)) for seed in range(seeds)]
+        rates = made.against(*(list(side) for side in zip(*pairs, strict=True)))
+        said.append(statistics.is_noise(rates["win_rate"]))
+    assert len(said) == 20 // seeds
+    assert sum(said) >= len(said) - 1
+
+
+def test_the_verdict_names_the_winner_by_how_much_and_at_what_cost():
+    words, against_start = compared(betas=("0.1",), dpo=0.4, ppo=0.9)["verdict"]
+    assert words.startswith("PPO, beta 0.1 won against DPO, beta 0.1: the judge prefers its answer to ")
+    numbers = re.search(r"to (\d+) % of 60 prompts.*?interval (\d+) % to (\d+) % over prompts", words).groups()
+    share, low, high = map(int, numbers)
+    assert 50 < low <= share <= high <= 100
+    assert re.search(r", \d+ % to \d+ % over 3 seeds\)", words)
+    assert "Training took 60 seconds and 4.2 minutes a seed, reward models included." in words
+    assert re.fullmatch(r"Against the model.*: DPO, beta 0.1 \d+ %, PPO, beta 0.1 \d+ % of the prompts.", against_start)
+    turned = compared(betas=("0.1",), dpo=0.9, ppo=0.4)["verdict"][0]
+    assert turned.startswith("DPO, beta 0.1 won against PPO, beta 0.1")
+
+
+def test_the_verdict_says_when_it_is_noise():
+    words = compared(betas=("0.1",), dpo=0.6, ppo=0.6)["verdict"][0]
+    assert words.startswith("Neither won: DPO, beta 0.1 is no better than noise against PPO, beta 0.1")
+
+
+def test_prompts_alone_do_not_make_a_winner_where_the_seeds_disagree():
+    found = {"low": 0.55, "high": 0.65, "seeds_low": 0.45, "seeds_high": 0.75}
+    assert statistics.is_noise(found)
+    assert not statistics.is_noise(found | {"seeds_low": 0.51})
+    assert statistics.is_noise(found | {"seeds_low": None, "seeds_high": None, "low": 0.5})
+    assert not statistics.is_noise(found | {"seeds_low": None, "seeds_high": None})
+
+
+def test_one_seed_failures_and_an_unequal_match_are_told_first():
+    results = compared(betas=("0.1",), seeds=(0,), failed=["ppo-0.1-1 (exit 1)"])
+    results["fairness"].append({"held": False, "detail": "All learned from the same prompts, but for ppo-0.1-0."})
+    words = made.verdict(results)
+    assert words[0] == "This is a part of the comparison, as some stages failed: ppo-0.1-1 (exit 1)."
+    assert words[1] == "Not an equal match: All learned from the same prompts, but for ppo-0.1-0."
+    assert "one seed, so that another training might say otherwise" in words[2]
+
+
+def test_what_failed_leaves_a_comparison_over_the_seeds_that_both_have():
+    results = compared(betas=("0.1",), without=["ppo-0.1-1"])
+    assert results["duels"][0]["seeds"] == [0, 2]
+    gone = compared(betas=("0.1",), without=[f"ppo-0.1-{seed}" for seed in SEEDS], failed=["ppo-0.1-0 (exit 1)"])
+    assert not gone["duels"]
+    assert gone["verdict"][1].startswith("DPO, beta 0.1 won against SFT")
+
+
+class Reader(HTMLParser):
+    """The text of a page, and what in it a browser would fetch or run."""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.active, self.inside = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.inside.append(tag)
+        for name, value in attrs:
+            if name.startswith("on") or (name in ("src", "href") and not value.startswith("data:")):
+                self.active.append((tag, name, value))
+        if tag in ("script", "iframe", "object", "embed", "form"):
+            self.active.append((tag, None, None))
+
+    def handle_data(self, data):
+        if "style" not in self.inside[-1:]:
+            self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def report(results, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    paths = write_report(folder, results)
+    return folder, [path.name for path in paths]
+
+
+def test_the_report_is_one_page_that_fetches_and_runs_nothing(report):
+    folder, names = report
+    assert names == ["report.html", "report.md", "reward_kl.png", "two_rewards.png"]
+    text = (folder / "report.html").read_text()
+    reader = Reader()
+    reader.feed(text)
+    assert reader.active == []
+    assert text.count("data:image/png;base64,") == 2
+    assert html.unescape(HOSTILE) in "".join(reader.text)
+    assert "http" not in text.replace("http-equiv", "")
+
+
+def test_the_page_shows_every_number_with_its_interval_and_n(report, results):
+    folder, _ = report
+    reader = Reader()
+    reader.feed((folder / "report.html").read_text())
+    text = " ".join("".join(reader.text).split())
+    markdown = (folder / "report.md").read_text()
+    for model in results["models"]:
+        for name, (label, places, _) in made.MEASURES.items():
+            found = model[name]
+            mean, low, high = (
+                f"{found[key]:,.{places}f}".replace("-", "\N{MINUS SIGN}") for key in ("mean", "low", "high")
+            )
+            assert f"{mean} [{low}, {high}]" in text, (model["label"], label)
+            assert f"{mean} [{low}, {high}]" in markdown
+            assert f"n = {found['n']}" in text
+            assert f"| {label}, n = {found['n']} |" in markdown
+    for paragraph in results["verdict"]:
+        assert paragraph in text
+        assert paragraph in markdown
+    assert "60 s" in text
+    assert "4.2 min" in text
+    for check in results["fairness"]:
+        assert check["detail"] in text
+
+
+def test_the_plots_have_a_point_for_every_run(report, results, monkeypatch):
+    folder, _ = report
+    for name in ("reward_kl.png", "two_rewards.png"):
+        with Image.open(folder / name) as picture:
+            assert min(picture.size) > 500
+    from matplotlib.axes import Axes
+
+    drawn = []
+    monkeypatch.setattr(Axes, "scatter", lambda self, x, y, **_: drawn.extend(zip(x, y, strict=True)))
+    write_report(folder, results)
+    runs = [run for model in results["models"] for run in model["names"].values()]
+    expected = [
+        (plain.mean(results["runs"][run][across]), plain.mean(results["runs"][run]["judge"]))
+        for across in ("kl", "reward_model")
+        for run in runs
+    ]
+    assert [value for point in drawn for value in point] == pytest.approx([v for point in expected for v in point])
+    assert len(drawn) == 2 * len(runs) == 2 * (3 + 2 * 2 * 3)
+
+
+def test_without_a_reward_model_its_column_and_its_plot_are_left_out(tmp_path):
+    results = compared(betas=("0.1",), seeds=(0,), without=["ppo-0.1-0"])
+    for run in results["runs"].values():
+        run["reward_model"] = None
+    stages = [stage("dpo", "dpo-0.1-0", beta="0.1", seed=0)]
+    results |= json.loads(json.dumps(made.collect(stages, results["runs"], results["costs"], betas=["0.1"])))
+    names = [path.name for path in write_report(tmp_path, results)]
+    assert names == ["report.html", "report.md", "reward_kl.png"]
+    assert "reward model's score" not in (tmp_path / "report.md").read_text()
