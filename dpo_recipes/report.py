@@ -16,6 +16,14 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Margin": ("margin", "eval_margin"),
     "Score": ("min_reward", "mean_reward", "max_reward"),
     "Token accuracy": ("mean_token_accuracy", "eval_mean_token_accuracy"),
+    "Score of the answers": ("reward", "eval_reward"),
+    "KL to the start, as the trainer logs it": ("kl", "eval_kl"),
+    "Entropy of a token (nats)": ("entropy", "eval_entropy"),
+    "Tokens of an answer": ("completions/mean_length", "eval_completions/mean_length"),
+    "Answers cut short": ("completions/clipped_ratio", "eval_completions/clipped_ratio"),
+    "Policy: clipped, KL from the rollout": ("clip_ratio/region_mean", "policy/approx_kl"),
+    "Critic: explained variance": ("value/explained_variance",),
+    "Critic: loss, clipped": ("value/loss", "value/clip_ratio"),
     "Gradient norm": ("grad_norm",),
 }
 

@@ -20,7 +20,8 @@ from dpo_recipes.evaluation import Messages
 from dpo_recipes.files import write_json, write_jsonl, write_text
 from dpo_recipes.guards import add_guards
 from dpo_recipes.outcome import Score, measure, readable, sharded
-from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, RecipeArguments, settings_hash
+from dpo_recipes.ppo import CRITIC
+from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, RecipeArguments, settings_hash
 from dpo_recipes.record import LIBRARIES, cost, data_hash, hardware, model_card, weights_hash
 from dpo_recipes.report import plot_curves, side_by_side, table
 from dpo_recipes.rewards import check_reloads
@@ -62,9 +63,10 @@ def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
     start_tracking(trainer, script_args.settings)
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in trainer.model.parameters())
+    unit = "answers" if isinstance(script_args, OnlineArguments) else "pairs"
     say(
         f"Training {trainable:,} of {total:,} weights on {trainer.accelerator.device}. An update: "
-        f"{script_args.pairs_per_update} pairs = {trainer.args.per_device_train_batch_size} a device x "
+        f"{script_args.pairs_per_update} {unit} = {trainer.args.per_device_train_batch_size} a device x "
         f"{trainer.args.world_size} process(es) x {trainer.args.gradient_accumulation_steps} accumulated."
     )
 
@@ -95,6 +97,12 @@ class ProgressLines(ProgressCallback):
         "eval_accuracy": "accuracy {:.3f}",
         "margin": "margin {:+.3f}",
         "logps/chosen": "chosen {:.1f} nats",
+        "reward": "score {:+.3f}",
+        "eval_reward": "held-out score {:+.3f}",
+        "kl": "KL {:.3f}",
+        "entropy": "entropy {:.2f}",
+        "completions/mean_length": "{:.0f} tokens",
+        "value/explained_variance": "explained variance {:.2f}",
         "grad_norm": "gradient {:.2f}",
     }
 
@@ -191,7 +199,8 @@ def _save(trainer: Trainer, folder: Path, *, merge: bool) -> None:
     if not trainer.is_world_process_zero():
         return
     if not sharded(trainer):
-        check_saved(folder, trained_weights(model))
+        weights = trained_weights(model)
+        check_saved(folder, {name: weights[name] for name in weights if CRITIC not in name})
     is_reward_model = isinstance(trainer, RewardTrainer)
     if not (is_reward_model or (merge and isinstance(model, PeftModel))):
         return
