@@ -1,18 +1,23 @@
 """The comparison: which stages run, on which data, within which budget, and when they run again."""
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 import runpy
+import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
-from conftest import RECIPES
+from conftest import RECIPES, run_command
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, RewardConfig, RLOOConfig
@@ -514,3 +519,74 @@ def test_the_report_does_not_make_a_run_another(folder, monkeypatch):
     assert stage.launch.request() == request
     assert hashed
     assert not read & {*hashed}
+
+
+TINY = {
+    **{"max_length": 256, "pairs_per_update": 4, "per_device_train_batch_size": 4, "warmup_steps": 0},
+    **{"max_prompt_length": 128, "max_completion_length": 8, "generation_batch_size": 8, "num_iterations": 2},
+    **{"dpo.max_steps": 4, "reward.max_steps": 3, "save_steps": 1, "eval_strategy": "no", "learning_rate": 1e-3},
+}
+
+
+def started(dpo_recipes, folder, *, wait_for=None):
+    """A comparison of the tiny model, killed with all that it started once `wait_for` exists."""
+    words = [word for key, value in TINY.items() for word in (f"--{key}", str(value))]
+    call = [dpo_recipes, "compare", "hh-rlhf-lora", "--profile", "cpu", "--seeds", "0,1", "--prompts", "12", *words]
+    call += ["--dataset_name", "rows.jsonl", "--model_name_or_path", "start", "--output_dir", "out"]
+    if wait_for is None:
+        return run_command(*call, cwd=folder, timeout=1800)
+    log = (folder / "killed.log").open("a")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = psutil.Popen([str(word) for word in call], cwd=folder, env=environment, stdout=log, stderr=log)
+    end = time.monotonic() + 900
+    while not (folder / "out" / wait_for).exists():
+        assert process.poll() is None, (folder / "killed.log").read_text()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    for each in [*process.children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs([process], timeout=60)
+    return None
+
+
+@pytest.mark.slow
+def test_a_comparison_that_was_killed_goes_on_to_the_same_result(tmp_path, tiny_model, hh_rows, dpo_recipes):
+    """One in one go, one killed in DPO, in PPO and among the answers; a third stage fails and is told."""
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        shutil.copytree(tiny_model, tmp_path / name / "start")
+        shutil.copy(hh_rows, tmp_path / name / "rows.jsonl")
+    result = started(dpo_recipes, tmp_path / "whole")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Stage 7 of 7: ppo-0.1-1; " in result.stdout
+    assert " min left" in result.stdout
+    out = tmp_path / "whole" / "out"
+    whole = json.loads((out / "results.json").read_text())
+    assert [model["label"] for model in whole["models"]] == ["SFT", "DPO, beta 0.1", "PPO, beta 0.1"]
+    assert all(check["held"] for check in whole["fairness"]), whole["fairness"]
+    assert len(whole["fairness"]) == 6  # a judge was trained
+    assert whole["costs"]["ppo-0.1-0"]["samples"] == whole["costs"]["dpo-0.1-0"]["samples"] == 16
+    assert all(run["reward_model"] is not None for run in whole["runs"].values())
+    assert len(whole["runs"]["ppo-0.1-0"]["judge"]) == whole["prompts"] <= 12
+    parts = {name: part["prompts"] for name, part in whole["parts"].items()}
+    assert parts["learn"] > parts["judge"] > parts["test"] > 0
+    assert len((out / "records.jsonl").read_text().splitlines()) == 6 * whole["prompts"]
+
+    for place in ("dpo-0.1-0/checkpoint-2/trainer_state.json", "ppo-0.1-0/checkpoint-4", "answers/dpo-0.1-1.json"):
+        started(dpo_recipes, tmp_path / "killed", wait_for=place)
+    result = started(dpo_recipes, tmp_path / "killed")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("finished before") == 7
+    killed = json.loads((tmp_path / "killed" / "out" / "results.json").read_text())
+    assert killed["runs"] == whole["runs"]
+    assert "Resuming from" in (tmp_path / "killed" / "killed.log").read_text()
+
+    (tmp_path / "killed" / "out" / "reward-1" / "done.json").unlink()
+    (tmp_path / "killed" / "out" / "reward-1" / "settings.json").write_text("{}")  # none of ours: not replaced
+    result = started(dpo_recipes, tmp_path / "killed")
+    assert result.returncode == 1, result.stdout + result.stderr
+    told = json.loads((tmp_path / "killed" / "out" / "results.json").read_text())
+    assert told["failed"] == ["reward-1 (exit 2)", "ppo-0.1-1 (not begun)"]
+    assert told["duels"][0]["seeds"] == [0]
+    assert told["verdict"][0].startswith("This is a part of the comparison")

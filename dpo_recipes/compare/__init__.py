@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from datasets import Dataset
 
 from dpo_recipes.compare.answers import Entry, Sampling, answer_all, exact_judge, keep_answerable, model_judge, records
 from dpo_recipes.compare.budget import budget_in_words, check_match, samples_of, updates_within
-from dpo_recipes.compare.plan import ALGORITHMS, ONLINE, Recipe, Stage, plan_stages, read_recipes, start_stage
+from dpo_recipes.compare.plan import ALGORITHMS, ONLINE, Recipe, Stage, plan_stages, read_recipes
 from dpo_recipes.compare.report import write_report
 from dpo_recipes.compare.results import NAMES, collect, columns, stage_cost, verdict
 from dpo_recipes.compare.stages import Clock, run_stages
@@ -104,23 +105,19 @@ def compare(
         prompts=prompts,
         judge=recipes["dpo"].namespace.get("judge"),
     )
-    clock = Clock()
-    before = run_stages([*start_stage(recipes["dpo"])], clock)
+    clock, root = Clock(), comparison.root
+    stages_with = partial(plan_stages, recipes, betas=comparison.betas, seeds=comparison.seeds, root=root)
+    planned = stages_with(updates=dict.fromkeys(ONLINE, 0))  # the budget needs the tokenizer that SFT leaves
+    say("\n".join([f"{len(planned)} stages:", *(f"  {stage.name:<16} {stage.folder}" for stage in planned)]))
+    before = run_stages([stage for stage in planned if stage.kind == "sft"], clock, total=len(planned))
     if status := next(iter(before.values()), 0):
         return status if status in STOPPED else 1
     comparison.parts = _divide(recipes["dpo"], with_judge=comparison.judge is None)
     learn = len(comparison.parts["learn"])
     online = [recipes[kind] for kind in ONLINE if kind in recipes]
     comparison.updates = {each.kind: updates_within(each, kind=budget, recipes=recipes, pairs=learn) for each in online}
-    planned = plan_stages(
-        recipes,
-        betas=comparison.betas,
-        seeds=comparison.seeds,
-        root=comparison.root,
-        updates=comparison.updates,
-    )
-    say("\n".join([f"\n{len(planned)} stages:", *(f"  {stage.name:<16} {stage.folder}" for stage in planned)]))
-    statuses = run_stages(planned, clock)
+    planned = stages_with(updates=comparison.updates)
+    statuses = before | run_stages(planned[len(before) :], clock, done=len(before), total=len(planned))
     if stopped := [status for status in statuses.values() if status in STOPPED]:
         return stopped[0] or 1
     failed = {name: status for name, status in statuses.items() if status != 0}

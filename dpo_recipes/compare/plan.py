@@ -95,7 +95,8 @@ def read_recipes(launch: Launch, stages: Sequence[str], *, flags: Sequence[str])
     Args:
         launch: Of the DPO recipe, without flags.
         stages: Kinds that are asked for.
-        flags: `--key value` goes to every recipe that has such a setting, `--ppo.key value` to that one.
+        flags: `--key value` goes to every recipe that has such a setting, `--ppo.key value` to that one,
+            `--reward.key value` to the judge too.
 
     Raises:
         RecipeError: If a recipe is missing, a stage or flag is none of theirs, or a value is refused.
@@ -104,7 +105,8 @@ def read_recipes(launch: Launch, stages: Sequence[str], *, flags: Sequence[str])
     if not kinds or not {*stages} <= {*ALGORITHMS, "sft", "reward"}:
         raise RecipeError(f"Got --stages {','.join(stages)}, which needs some of {', '.join(ALGORITHMS)}.")
     given = grouped(flags)
-    if taken := [name for name, _ in given if name.rpartition(".")[2] in RESERVED and name != "dpo.max_steps"]:
+    free = ("dpo.max_steps", "reward.max_steps", "judge.max_steps")
+    if taken := [name for name, _ in given if name.rpartition(".")[2] in RESERVED and name not in free]:
         raise RecipeError(f"--{taken[0]} is for the comparison to set. Give {RESERVED[taken[0].rpartition('.')[2]]}.")
     is_judged = "judge" not in runpy.run_path(str(launch.recipe))
     needs_reward = is_judged or {*ONLINE} & {*kinds}
@@ -116,24 +118,23 @@ def read_recipes(launch: Launch, stages: Sequence[str], *, flags: Sequence[str])
         for kind, namespace in namespaces.items()
     }
     recipes: dict[str, Recipe] = {}
+    taken_by: set[str] = set()
     for kind, namespace in namespaces.items():
-        own = [
-            word
-            for name, values in given
-            if name.rpartition(".")[0] in ("", kind) and name.rpartition(".")[2] in known[kind]
-            for word in (f"--{name.rpartition('.')[2]}", *values)
-        ]
+        own = []
+        for name, values in given:
+            of, _, key = name.rpartition(".")
+            if of in ("", kind, "reward" if kind == "judge" else kind) and key in known[kind]:
+                own += [f"--{key}", *values]
+                taken_by.add(name)
         if kind != "dpo":  # all start from the same model
             own += ["--model_name_or_path", str(recipes["dpo"].model_args.model_name_or_path)]
         parsed = parse_namespace(namespace, files[kind], profile=launch.profile, flags=own)
         recipes[kind] = Recipe(kind, namespace, replace(launch, recipe=files[kind], flags=tuple(own)), *parsed)
-    for name, _ in given:
-        of, _, key = name.rpartition(".")
-        if not any(key in known[kind] for kind in known if of in ("", kind)):
-            raise RecipeError(
-                f"--{name} is a setting of none of the recipes {', '.join(known)}. One alone gets --ppo.learning_rate "
-                "1e-5, for example."
-            )
+    if unknown := [name for name, _ in given if name not in taken_by]:
+        raise RecipeError(
+            f"--{unknown[0]} is a setting of none of the recipes {', '.join(known)}. One alone gets, for example, "
+            "--ppo.learning_rate 1e-5."
+        )
     return recipes
 
 

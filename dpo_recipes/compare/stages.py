@@ -29,18 +29,26 @@ class Clock:
         return f"; {(time.monotonic() - self.begun) / 60:.0f} min so far, about {left / 60:.0f} min left"
 
 
-def run_stages(stages: Sequence[Stage], clock: Clock) -> dict[str, int | None]:
+def run_stages(
+    stages: Sequence[Stage], clock: Clock, *, done: int = 0, total: int | None = None
+) -> dict[str, int | None]:
     """The exit status of each stage by its name; None where what it needs failed.
 
     A stage that a signal stopped is the last.
+
+    Args:
+        stages: In an order in which each comes after those among them that it needs.
+        clock: Learns how long they take.
+        done: Stages that were run before these.
+        total: Stages of the whole comparison, for the progress.
     """
     statuses: dict[str, int | None] = {}
-    for number, stage in enumerate(stages, start=1):
-        if any(statuses.get(needed.name) != 0 for needed in stage.needs):
+    for number, stage in enumerate(stages):
+        if any(statuses.get(needed.name, 0) != 0 for needed in stage.needs):
             statuses[stage.name] = None
             continue
-        state = ", finished before" if is_done(stage) else clock.left(stages[number - 1 :])
-        say(f"\nStage {number} of {len(stages)}: {stage.name}{state}")
+        state = ", finished before" if is_done(stage) else clock.left(stages[number:])
+        say(f"\nStage {done + number + 1} of {total or len(stages)}: {stage.name}{state}")
         statuses[stage.name] = _run(stage, clock)
         if statuses[stage.name] in STOPPED:
             say(f"The comparison was stopped in {stage.folder}. The same command goes on there.")
