@@ -19,7 +19,9 @@ from trl import DPOConfig, ModelConfig, TrlParser
 
 from dpo_recipes.catalog import find_recipe, find_settings, recipe_setting
 from dpo_recipes.cli import _parser
+from dpo_recipes.compare.plan import read_recipes
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.launch import prepare
 from dpo_recipes.ledger import Ledger
 from dpo_recipes.preflight.findings import CHECKS, THRESHOLDS
 from dpo_recipes.recipe import RecipeArguments
@@ -127,6 +129,14 @@ def check_inspect(words: list[str]) -> None:
     check_flags(find_recipe(name), flags)
 
 
+def check_compare(words: list[str]) -> None:
+    """The recipe and its siblings are there, and every flag is known to one of them."""
+    options, flags = _parser().parse_known_args(words)
+    launch = prepare(options.recipe, profile="cpu")
+    recipes = read_recipes(launch, options.stages or ["dpo", "ppo"], flags=flags)
+    assert {"dpo", "reward", "ppo"} <= {*recipes}
+
+
 def check_launch(words: list[str]) -> None:
     at = next(number for number, word in enumerate(words) if word.endswith(".py"))
     assert words[0] == "--config_file"
@@ -144,6 +154,8 @@ def check_command(command: str) -> None:
             check_train(rest)
         case [".venv/bin/dpo-recipes", "inspect", *rest]:
             check_inspect(rest)
+        case [".venv/bin/dpo-recipes", "compare", *_]:
+            check_compare(words[1:])
         case [".venv/bin/dpo-recipes", "copy", name, "mine.py"]:
             assert find_recipe(name).is_file()
         case [".venv/bin/dpo-recipes", "merge" | "sample" | "try", *_]:
@@ -186,6 +198,7 @@ def test_documented_command_could_run(document, command):
         ("make train RECIPE=hh-rlhf-lora PROFILE=tpu", "recipes/profiles has no tpu"),
         ('make train RECIPE=hh-rlhf-lora ARGS="--betta 0.3"', "--betta"),
         (".venv/bin/dpo-recipes train hh-rlhf-lora --accelerate zero9", "recipes/accelerate has no zero9"),
+        ('make compare ARGS="--ppo.betta 1"', "--ppo.betta"),
         (".venv/bin/dpo-recipes tune hh-rlhf-lora", "how to check"),
         (".venv/bin/dpo-recipes merge outputs/x --into y", "2"),
         ('make train RECIPE=hh-rlhf-lora ARGS="--sweep betta=0.1,0.2"', "--betta"),
