@@ -119,7 +119,7 @@ def train(case: dict[str, Any], *, tokens: int, batch: int, hidden: int, layers:
     peak.start()
     config, args = run(hidden=hidden, layers=layers)
     settings = args.to_dict() | lora
-    parts = memory_parts(config, count_weights(config, settings), settings, preference=True)
+    parts = memory_parts(config, count_weights(config, settings), settings, task="preference")
     return {"estimate": sum(parts.values()), "measured": peak.bytes - before, **parts}
 
 

@@ -116,7 +116,7 @@ def merge_adapter(model: PeftModel, probe: Mapping[str, torch.Tensor]) -> PreTra
     before = model(**probe).logits.float()
     merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
     after = merged(**probe).logits.float()
-    error = ((after - before).abs().max() / before.abs().max()).item()
+    error = ((after - before).abs().max() / before.abs().max().clamp(min=1.0)).item()  # a score may be near 0
     if not error <= (1e-4 if merged.dtype == torch.float32 else 5e-2):  # NaN is refused too
         raise RuntimeError(f"Merging the LoRA adapter moved the logits by {error:.1e} of their largest: not saved.")
     return merged

@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
 
     training = commands.add_parser(
         "train",
-        help="train a recipe, and the stage it starts from",
+        help="train a recipe, and the stages it starts from",
         usage="%(prog)s RECIPE [--profile P] [--accelerate A] [--beta 0.3 --max_steps 100 ...] [--sweep beta=0.05,0.1]",
         epilog="Every other flag is a TRL argument and goes to the recipe, where it beats the profile and RECIPE.",
         allow_abbrev=False,

@@ -1,7 +1,7 @@
 """Measures a tuned model against its start: preference accuracy by log-probs, and answers side by side."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
@@ -11,10 +11,18 @@ import torch
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 from peft import PeftModel
+from scipy.special import expit
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
-from trl import DPOTrainer
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+    Trainer,
+)
+from trl import DPOTrainer, RewardTrainer
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from dpo_recipes.dataset_adapters import Drop
@@ -41,26 +49,27 @@ class PreferenceLogps:
         chosen, rejected = self.chosen, self.rejected
         if per_token:
             chosen, rejected = chosen / self.chosen_tokens, rejected / self.rejected_tokens
-        return _share_ahead(chosen - rejected)
+        return share_ahead(chosen - rejected)
 
     def accuracy_against(self, start: "PreferenceLogps") -> Estimate:
         """Share of pairs with the higher implicit reward, beta log(policy / reference), on the chosen completion."""
-        return _share_ahead((self.chosen - start.chosen) - (self.rejected - start.rejected))
+        return share_ahead((self.chosen - start.chosen) - (self.rejected - start.rejected))
 
 
-def _share_ahead(margins: NDArray[np.float64]) -> Estimate:
+def share_ahead(margins: NDArray[np.float64]) -> Estimate:
+    """The share of margins above 0, a tie counting one half."""
     return wilson(float((margins > 0).sum() + (margins == 0).sum() / 2), len(margins))
 
 
 @contextmanager
-def reference_model(trainer: DPOTrainer) -> Iterator[Any]:
+def reference_model(trainer: Trainer) -> Iterator[Any]:
     """The model that the policy started from, while the block lasts.
 
-    It is TRL's own; with LoRA the policy without its LoRA adapter, or with TRL's copy "ref" of it; and where TRL kept
-    the log-probs alone (`precompute_ref_log_probs`) the start is read again.
+    It is TRL's own; with LoRA the policy without its LoRA adapter, or with TRL's copy "ref" of it; and where TRL has
+    none (`precompute_ref_log_probs`, a beta of 0) or one that moves (`sync_ref_model`) the start is read again.
     """
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.ref_model is not None:
+    if trainer.ref_model is not None and not trainer.args.sync_ref_model:
         yield trainer.ref_model
     elif isinstance(policy, PeftModel):
         with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
@@ -68,7 +77,7 @@ def reference_model(trainer: DPOTrainer) -> Iterator[Any]:
     else:
         options = trainer.args.model_init_kwargs or {}
         start = AutoModelForCausalLM.from_pretrained(policy.config.name_or_path, **options)
-        add_fused_lm_head(start)
+        add_fused_lm_head(start, temperature=getattr(trainer.args, "temperature", 1.0))
         yield start.to(trainer.accelerator.device, policy.dtype)
 
 
@@ -77,24 +86,85 @@ def preference_logps(trainer: DPOTrainer, *, reference: bool = False) -> Prefere
 
     Runs on all processes; each gets the result for all pairs.
     """
-    rows = []
-    # In the order of the pairs, and all of them, whatever the trainer's own loader is told to do.
+
+    def logps_and_tokens(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        logps = model(**inputs, labels=labels, fused_lm_head=True, use_cache=False).log_probs.float().sum(dim=1)
+        tokens = batch["completion_mask"][:, 1:].sum(dim=1)
+        return torch.stack([*logps.chunk(2), *tokens.float().chunk(2)], dim=1)  # (pairs, 4)
+
+    name = "Log-probs before" if reference else "Log-probs after"
+    with reference_model(trainer) if reference else nullcontext(trainer.model_wrapped) as model:
+        return PreferenceLogps(*_over_held_out_pairs(trainer, model, logps_and_tokens, name))
+
+
+def pair_scores(trainer: RewardTrainer) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The scores of the evaluation pairs' chosen and rejected completions. Each has shape (pairs,).
+
+    Runs on all processes; each gets the result for all pairs.
+    """
+
+    def scores(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return torch.stack(model(**inputs, use_cache=False).logits.float().squeeze(-1).chunk(2), dim=1)  # (pairs, 2)
+
+    chosen, rejected = _over_held_out_pairs(trainer, trainer.model_wrapped, scores, "Scores")
+    return chosen, rejected
+
+
+def _over_held_out_pairs(
+    trainer: Trainer, model: Any, measured: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor], name: str
+) -> NDArray[np.float64]:
+    """What is measured of each evaluation pair, in their order. Shape (measures, pairs)."""
+    # All of the pairs, whatever the trainer's own loader is told to do.
     pairs = DataLoader(
         trainer.eval_dataset, batch_size=trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator
     )
     loader = trainer.accelerator.prepare(pairs)
-    name = "Log-probs before" if reference else "Log-probs after"
-    of_model: Any = reference_model(trainer) if reference else nullcontext(trainer.model_wrapped)
-    with torch.no_grad(), of_model as model, trainer.accelerator.autocast():
-        model.eval()
+    rows = []
+    model.eval()
+    with torch.no_grad(), trainer.accelerator.autocast():
         for batch in tqdm(loader, desc=name, disable=not trainer.is_world_process_zero()):
-            labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            logps = model(**inputs, labels=labels, fused_lm_head=True, use_cache=False).log_probs.float().sum(dim=1)
-            tokens = batch["completion_mask"][:, 1:].sum(dim=1)
-            row = torch.stack([*logps.chunk(2), *tokens.float().chunk(2)], dim=1)  # (pairs, 4)
-            rows.append(trainer.accelerator.gather_for_metrics(row).cpu())
-    return PreferenceLogps(*torch.cat(rows).double().numpy().T)
+            rows.append(trainer.accelerator.gather_for_metrics(measured(model, batch)).cpu())
+    stacked: NDArray[np.float64] = torch.cat(rows).double().numpy().T
+    return stacked
+
+
+def calibration(margins: NDArray[np.float64], *, bins: int = 10) -> dict[str, Any]:
+    """How far sigmoid(margin) is the probability that chosen is better (Bradley and Terry 1952).
+
+    Of each pair the side with the higher score is the favourite, with the probability sigmoid(|margin|); it is right
+    where it is the chosen one, and half right where the scores are equal.
+
+    Args:
+        margins: Score of chosen minus score of rejected. Shape (pairs,).
+        bins: Of equal width over the favourite's probability, from 0.5 to 1.
+
+    Returns:
+        `log_loss` in nats and `brier` of sigmoid(margin); `expected_calibration_error`, the mean over pairs of how far
+        their bin's share of right favourites is from its mean probability (Guo et al. 2017, eq. 3); and `reliability`,
+        the bins that have pairs: `low`, `high`, `n`, `said` (mean probability), `right`.
+    """
+    said, right = expit(np.abs(margins)), np.where(margins == 0, 0.5, margins > 0)
+    edges = np.linspace(0.5, 1, bins + 1)
+    which = np.clip(np.digitize(said, edges) - 1, 0, bins - 1)
+    table = [
+        {
+            "low": float(edges[each]),
+            "high": float(edges[each + 1]),
+            "n": int((which == each).sum()),
+            "said": float(said[which == each].mean()),
+            "right": float(right[which == each].mean()),
+        }
+        for each in np.unique(which)
+    ]
+    return {
+        "log_loss": float(np.logaddexp(0, -margins).mean()),
+        "brier": float(np.square(expit(-margins)).mean()),
+        "expected_calibration_error": sum(row["n"] * abs(row["said"] - row["right"]) for row in table) / len(margins),
+        "reliability": table,
+    }
 
 
 def generate(
@@ -203,8 +273,10 @@ def sample_tokens(
 
 
 @torch.no_grad()
-def sampled_kl(trainer: DPOTrainer, prompts: Sequence[Messages], *, max_new_tokens: int) -> dict[str, Any]:
-    """KL(policy || reference) of the answers, estimated by one that the policy samples at temperature 1 to each prompt.
+def sampled_kl(trainer: Trainer, prompts: Sequence[Messages], *, max_new_tokens: int) -> dict[str, Any]:
+    """KL(policy || reference) of the answers, estimated by one that the policy samples to each prompt.
+
+    The temperature is 1, or the one that an online trainer samples at, whose log-probs are those of that temperature.
 
     An answer counts with the sum over its tokens, the end token included, of log p_policy - log p_reference (Schulman
     2020, k1: unbiased). Where answers are cut it is the divergence of their first `max_new_tokens` tokens. Runs on one
@@ -214,7 +286,8 @@ def sampled_kl(trainer: DPOTrainer, prompts: Sequence[Messages], *, max_new_toke
         `nats` (the mean over prompts), `standard_error` (None for one prompt), `n` prompts, `tokens` sampled.
     """
     policy, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
-    options = dict(max_new_tokens=max_new_tokens, temperature=1.0, seed=trainer.args.seed)
+    temperature = getattr(trainer.args, "temperature", 1.0)  # DPOConfig has none
+    options = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=trainer.args.seed)
     sampled = [both for both in sample_tokens(policy, tokenizer, prompts, **options) if both[1]]
     ratios = _answer_logps(policy, sampled)
     with reference_model(trainer) as reference:

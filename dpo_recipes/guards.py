@@ -1,4 +1,4 @@
-"""Guards on a DPO run: the reference is the start, what is trained is float32, an interrupt saves before it ends."""
+"""Guards on a run: the reference is the start, what is trained is float32, an interrupt saves before it ends."""
 
 import logging
 import math
@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import DPOTrainer
+from trl import DPOTrainer, RewardTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ def add_guards(trainer: Trainer, *, reference_is_start: bool = True) -> None:
     - Trained weights become float32. TRL casts the LoRA adapter of a 4-bit base to bfloat16, where a learning rate of
       5e-6 moves 3 % of its weights; full fine-tuning of 16-bit weights loses small updates in the same way. A separate
       reference model becomes float32 with them, lest it round otherwise.
+    - The score head of a reward model gets what 16-bit layers give it in its own float32.
     - With full fine-tuning DPOTrainer loads the reference model from disk. Where the policy was changed in memory
       since (a merged LoRA adapter, say), the reference gets the policy's weights.
     - 4-bit layers on a CPU keep their layout. On one with AVX512-BF16, bitsandbytes 0.50.2 repacks them for good in the
@@ -50,6 +51,10 @@ def add_guards(trainer: Trainer, *, reference_is_start: bool = True) -> None:
     for parameter in [*trained, *(reference.parameters() if reference is not None else [])]:
         if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
+    if isinstance(trainer, RewardTrainer):
+        for head in trainer.model.modules():
+            if isinstance(head, torch.nn.Linear) and head.out_features == 1 and head.weight.requires_grad:
+                head.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype),))
     for module in trainer.model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False

@@ -22,6 +22,7 @@ from dpo_recipes.terminal import say
 
 # Flags that change the way to a result, not the result.
 HOW_NOT_WHAT = ("overwrite", "resume_from_checkpoint", "dry_run", "threshold")
+STARTS = ("model_name_or_path", "reward_model_name_or_path")  # each may name the output of another recipe
 BFLOAT16 = 8.0  # compute capability; a card below it computes in float16
 LOCAL_CARD = 30_000  # MiB; below it the profile for one 24 GB card, above it the one for 80 GB
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's share: microseconds of CPU time in a period, or "max"
@@ -66,31 +67,42 @@ class Launch:
     flags: tuple[str, ...]
 
     def run(self) -> int:
-        """Trains the stage before where it is missing or was asked for differently, then this recipe.
+        """Trains the stages before where they are missing or were asked for differently, then this recipe.
 
         Returns:
             The exit status of the first training that fails, or 128 + n if signal n ended it.
         """
-        before = self._stage_before()
-        if before and (reason := self._why_retrain(before)):
-            if self.is_dry_run():
-                return self._dry_run(before, reason)
-            say(f"{self.recipe.stem} starts from {before.recipe.stem}, which is trained first: {reason}.")
-            if status := self.check() or before.run():
+        needed = self._stages_to_train()
+        if needed and self.is_dry_run():
+            return self._dry_run(needed)
+        if needed and (status := self.check()):
+            return status
+        for stage, reason in needed.values():
+            say(f"{self.recipe.stem} needs {stage.recipe.stem}, which is trained first: {reason}.")
+            if status := stage.run():
                 return status
         command = self._arguments()
         say(shlex.join(["accelerate", "launch", *command]))
         return supervise(command, self._environment())
 
-    def _dry_run(self, before: "Launch", reason: str) -> int:
-        """The plan of the stage before, then this one's, with the tokenizer and configuration that the stage has."""
-        say(f"{self.recipe.stem} starts from {before.recipe.stem}, which would be trained first: {reason}.")
+    def _dry_run(self, needed: dict[str, tuple["Launch", str]]) -> int:
+        """The plans of the stages before, then this one's, with the tokenizers and configurations that those have."""
         with tempfile.TemporaryDirectory() as folder:
-            start = str(Path(folder) / "outputs" / before.recipe.stem)
-            os.environ["DPO_RECIPES_DRY_RUN"] = start
-            status = replace(before, flags=("--dry_run", "true")).run()
-            del os.environ["DPO_RECIPES_DRY_RUN"]
-            return status or replace(self, flags=(*self.flags, "--model_name_or_path", start)).run()
+            planned: dict[str, str] = {}
+            for name, (stage, reason) in needed.items():
+                say(f"{self.recipe.stem} needs {name}, which would be trained first: {reason}.")
+                place = os.environ["DPO_RECIPES_DRY_RUN"] = str(Path(folder) / "outputs" / name)
+                status = replace(stage, flags=("--dry_run", "true", *stage._named(planned))).run()
+                del os.environ["DPO_RECIPES_DRY_RUN"]
+                if status:
+                    return status
+                planned[name] = place
+            return replace(self, flags=(*self.flags, *self._named(planned))).run()
+
+    def _named(self, planned: dict[str, str]) -> list[str]:
+        """Flags that name the folders of the stages before, where these were planned."""
+        before = {key: stage.recipe.stem for key, stage in self._stages_before().items()}
+        return [word for key, name in before.items() if name in planned for word in (f"--{key}", planned[name])]
 
     def is_dry_run(self) -> bool:
         """Whether nothing is to be started."""
@@ -108,7 +120,7 @@ class Launch:
         return subprocess.run(command, stdout=subprocess.DEVNULL).returncode
 
     def request(self) -> str:
-        """A hash of what is asked for: recipe, profile, flags, local dataset, this package, and the stage before."""
+        """A hash of what is asked for: recipe, profile, flags, local dataset, this package, and the stages before."""
         root = Path(__file__).parent
         parts = [*root.rglob("*.py"), *root.rglob("*.toml")]
         package = [path for path in parts if "recipes" not in path.relative_to(root).parts]
@@ -117,8 +129,7 @@ class Launch:
         data_files = [path for part in data for path in (part, *part.rglob("*")) if path.is_file()]
         files = [self.recipe, self.profile, *sorted(package), *sorted(data_files)]
         flags = [group for group in grouped(self.flags) if group[0] not in HOW_NOT_WHAT]
-        before = self._stage_before()
-        asked = f"{flags} {before.request() if before else ''}"
+        asked = " ".join([str(flags), *(stage.request() for stage in self._stages_before().values())])
         digest = hashlib.sha256(asked.encode())
         for file in files:
             with file.open("rb") as stream:
@@ -130,15 +141,25 @@ class Launch:
         given = [" ".join(values) for name, values in grouped(self.flags) if name == key]
         return given[-1] if given else read_yaml(self.profile).get(key) or recipe_setting(self.recipe, key)
 
-    def _stage_before(self) -> "Launch | None":
-        """The launch whose output this one starts from: `outputs/NAME`, where NAME is another recipe."""
-        named = re.fullmatch(r"(?:\./)?outputs/([\w-]+)/?", self.setting("model_name_or_path") or "")
-        if named is None or named[1].replace("-", "_") == self.recipe.stem:
-            return None
-        with suppress(RecipeError):
-            recipe = find_recipe(named[1], beside=self.recipe.parent)
-            return Launch(recipe, self.profile, self.accelerate, flags=()).going_on()
-        return None
+    def _stages_before(self) -> dict[str, "Launch"]:
+        """The launches whose outputs this one starts from, by the setting that names `outputs/NAME`, another recipe."""
+        stages = {}
+        for key in STARTS:
+            named = re.fullmatch(r"(?:\./)?outputs/([\w-]+)/?", self.setting(key) or "")
+            if named is None or named[1].replace("-", "_") == self.recipe.stem:
+                continue
+            with suppress(RecipeError):
+                recipe = find_recipe(named[1], beside=self.recipe.parent)
+                stages[key] = Launch(recipe, self.profile, self.accelerate, flags=()).going_on()
+        return stages
+
+    def _stages_to_train(self) -> dict[str, tuple["Launch", str]]:
+        """Each stage that must be trained before this one, with the reason, by its name; first what others need."""
+        needed: dict[str, tuple[Launch, str]] = {}
+        for key, stage in self._stages_before().items():
+            if reason := self._why_retrain(stage, Path(self.setting(key) or ""), flag=key):
+                needed |= stage._stages_to_train() | {stage.recipe.stem: (stage, reason)}
+        return needed
 
     def going_on(self) -> "Launch":
         """This stage, told what to do with what its output folder holds: continue the same run, replace another."""
@@ -150,10 +171,9 @@ class Launch:
         flags = (f"--{word}", "true") if request else ()
         return Launch(self.recipe, self.profile, self.accelerate, flags=flags)
 
-    def _why_retrain(self, stage: "Launch") -> str | None:
-        """Why the finished stage, if there is one, will not do; None if it will."""
-        model = Path(self.setting("model_name_or_path") or "")
-        if "model_name_or_path" in dict(grouped(self.flags)) and (model / "config.json").exists():
+    def _why_retrain(self, stage: "Launch", model: Path, *, flag: str) -> str | None:
+        """Why the stage's finished model, if there is one, will not do; None if it will."""
+        if flag in dict(grouped(self.flags)) and (model / "config.json").exists():
             return None  # a model named by a flag is taken as it stands
         done = read_json(model / "done.json")
         if not done:
@@ -162,7 +182,7 @@ class Launch:
             return None
         if (model / "adapter_config.json").exists():
             return None  # a LoRA adapter alone, which another training would leave again: the recipe says what to do
-        return f"it was made from another recipe, profile, flags, data or code (--model_name_or_path {model} keeps it)"
+        return f"it was made from another recipe, profile, flags, data or code (--{flag} {model} keeps it)"
 
     def _processes(self) -> int:
         return int(read_yaml(self.accelerate).get("num_processes") or max(1, len(gpu_cards())))
@@ -254,7 +274,8 @@ def check_settings() -> None:
     calls = json.loads(sys.argv[2])
     recipe = runpy.run_path(sys.argv[1])
     parts = argument_classes(recipe)
-    for flags in calls if "RECIPE" in recipe and RecipeArguments in parts else []:
+    ours = any(issubclass(part, RecipeArguments) for part in parts)
+    for flags in calls if "RECIPE" in recipe and ours else []:
         sys.argv[1:] = flags
         parse_recipe(recipe["RECIPE"], parts)
 

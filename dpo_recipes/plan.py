@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from datasets import DatasetDict
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
-from trl import DPOConfig, ModelConfig, get_peft_config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from trl import DPOConfig, ModelConfig, RewardConfig, get_peft_config
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 FOUR_BIT = 0.52  # bytes a weight: 4 bits and the quantised scales
@@ -30,15 +30,20 @@ def plan_lines(script_args: Any, training_args: Any, tokenizer: Any, pairs: Data
     name = settings.get("model_name_or_path") or tokenizer.name_or_path
     config = AutoConfig.from_pretrained(name, revision=settings.get("model_revision") or "main")
     if folder := os.environ.get(START_FOLDER):
+        if task_of(training_args) == "reward":  # what the trained stage would leave
+            config.architectures, config.num_labels = ["AutoModelForSequenceClassification"], 1
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    weights = count_weights(config, settings)
+    task = task_of(training_args)
+    weights = count_weights(config, settings, task=task)
     batch, steps = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
-    preference = isinstance(training_args, DPOConfig)  # else one answer a row
     updates = count_updates(script_args, training_args, len(pairs["train"]))
-    memory = memory_parts(config, weights, settings, preference=preference)
+    memory = memory_parts(config, weights, settings, task=task)
+    if task == "online":
+        memory |= online_parts(config, settings | {"world_size": training_args.world_size})
     kept = training_args.save_total_limit or max(1, math.ceil(updates / max(1, training_args.save_steps)))
     checkpoint, result = 12 * weights["trained"], 4 * weights["trained"]
+    unit = "answers" if task == "online" else "pairs"
     return [
         "",
         "Settings that differ from TRL's defaults",
@@ -46,9 +51,9 @@ def plan_lines(script_args: Any, training_args: Any, tokenizer: Any, pairs: Data
         "",
         "Plan",
         f"  model        {name}: {weights['frozen'] + weights['trained']:,} weights, {weights['trained']:,} trained",
-        f"  update       {script_args.pairs_per_update} pairs = {batch} a device x {training_args.world_size} "
+        f"  update       {script_args.pairs_per_update} {unit} = {batch} a device x {training_args.world_size} "
         f"process(es) x {steps} accumulated",
-        f"  updates      {updates:,}" + ("" if preference else " for each answer of a pair that is trained on"),
+        f"  updates      {updates:,}" + (" for each answer of a pair that is trained on" if task == "answer" else ""),
         f"  memory       about {size_text(sum(memory.values()))} a device, beside the libraries: "
         + ", ".join(f"{part} {size_text(size)}" for part, size in memory.items()),
         f"  disk         about {size_text(checkpoint * (kept + 1) + result)}: up to {kept} + 1 checkpoints of "
@@ -57,11 +62,23 @@ def plan_lines(script_args: Any, training_args: Any, tokenizer: Any, pairs: Data
     ]
 
 
+def task_of(training_args: Any) -> str:
+    """What a row is: a `preference` between two answers, the same for a `reward` model, an `answer`, or `online`."""
+    if hasattr(training_args, "generation_batch_size"):  # GRPOConfig, its subclass and RLOOConfig, slow to import
+        return "online"
+    kinds = {DPOConfig: "preference", RewardConfig: "reward"}
+    return next((task for kind, task in kinds.items() if isinstance(training_args, kind)), "answer")
+
+
 def count_updates(script_args: Any, training_args: Any, pairs: int) -> int:
-    """The optimizer steps of a run on so many pairs."""
+    """The optimizer steps of a run on so many pairs, or prompts."""
     if training_args.max_steps > 0:
         return int(training_args.max_steps)
     epoch: int = math.ceil(pairs / script_args.pairs_per_update)
+    if task_of(training_args) == "online":  # rollouts are whole, and learned from several times
+        prompts = training_args.generation_batch_size // training_args.num_generations
+        answers = pairs // prompts * training_args.generation_batch_size * training_args.num_iterations
+        epoch = answers // script_args.pairs_per_update
     return math.ceil(epoch * float(training_args.num_train_epochs))
 
 
@@ -76,12 +93,14 @@ def changed_settings(script_args: Any, training_args: Any) -> list[tuple[str, An
     return [(key, settings[key]) for key in settings if key not in follow and settings[key] != defaults.get(key)]
 
 
-def count_weights(config: Any, settings: Mapping[str, Any]) -> dict[str, int]:
+def count_weights(config: Any, settings: Mapping[str, Any], *, task: str = "answer") -> dict[str, int]:
     """Numbers of weights: `trained`, `frozen`, and `quantised` among the frozen."""
+    loader = AutoModelForSequenceClassification if task == "reward" else AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = loader.from_config(config)
         in_layers = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
-        in_layers -= model.get_output_embeddings().weight.numel()
+        head = model.score if task == "reward" else model.get_output_embeddings()
+        in_layers -= head.weight.numel()
         known = {entry.name for entry in fields(ModelConfig) if entry.init}
         chosen = {key: value for key, value in settings.items() if key in known}
         if peft_config := get_peft_config(ModelConfig(**chosen)):
@@ -92,7 +111,7 @@ def count_weights(config: Any, settings: Mapping[str, Any]) -> dict[str, int]:
 
 
 def memory_parts(
-    config: Any, weights: Mapping[str, int], settings: Mapping[str, Any], *, preference: bool
+    config: Any, weights: Mapping[str, int], settings: Mapping[str, Any], *, task: str
 ) -> dict[str, float]:
     """Bytes on one device, nothing sharded; the formula is in recipes/README.md.
 
@@ -100,13 +119,14 @@ def memory_parts(
         config: Of the model.
         weights: As `count_weights` gives them.
         settings: All settings in force.
-        preference: Whether a row is a pair (two sequences) and, where all weights are trained, a reference is held.
+        task: As `task_of` names it. A pair is two sequences; a reference is held where DPO, or an online trainer whose
+            beta is above 0, trains all weights.
     """
     stored = BYTES.get(str(settings.get("dtype")), 4)
     compute = 2 if settings.get("bf16") or settings.get("fp16") else 4
     optimizer = 2 if "8bit" in str(settings.get("optim")) else 8
-    length = settings.get("max_length") or 1024
-    tokens = settings["per_device_train_batch_size"] * (2 if preference else 1) * length
+    length = _longest(settings)
+    tokens = settings["per_device_train_batch_size"] * (2 if task in ("preference", "reward") else 1) * length
     text = config.get_text_config()
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     layer = tokens * (8 * text.hidden_size + 4 * inner) * compute  # what one layer keeps for its backward pass
@@ -114,16 +134,42 @@ def memory_parts(
     checkpointing = settings.get("activation_checkpointing") or settings.get("gradient_checkpointing")
     tile = min(tokens, TILE[0]) * min(text.vocab_size, TILE[1])
     plain = weights["frozen"] - weights["quantised"]
-    reference = stored * weights["trained"] if preference and not weights["frozen"] else 0
+    has_reference = task == "preference" or (task == "online" and settings.get("beta"))
+    reference = stored * weights["trained"] if has_reference and not weights["frozen"] else 0
     parts = {
         "frozen weights": stored * plain + FOUR_BIT * weights["quantised"] + reference,
         "trained weights": 4.0 * weights["trained"],
         "gradients": 4.0 * weights["trained"],
         "optimizer": float(optimizer * weights["trained"]),
         "activations": float(at_rest + layer if checkpointing else layer * text.num_hidden_layers),
-        "logits": float(tile * (4 * CPU_TILES if settings.get("use_cpu") else compute)),
+        "logits": float(tile * (4 * CPU_TILES if settings.get("use_cpu") else compute)) if task != "reward" else 0.0,
     }
     return {part: size for part, size in parts.items() if size}
+
+
+def _longest(settings: Mapping[str, Any]) -> int:
+    """Tokens of the longest sequence."""
+    if "max_prompt_length" in settings:
+        return int(settings["max_prompt_length"] + settings["max_completion_length"])
+    return settings.get("max_length") or 1024
+
+
+def online_parts(config: Any, settings: Mapping[str, Any]) -> dict[str, float]:
+    """Bytes on one device of what sampling and scoring take beside the policy's training.
+
+    They are the reward model, held whole, and the keys and values of all answers of a rollout, sampled at once.
+    """
+    stored = BYTES.get(str(settings.get("dtype")), 4)
+    parts = {}
+    if name := settings.get("reward_model_name_or_path"):
+        judge = AutoConfig.from_pretrained(name, revision=settings.get("model_revision") or "main")
+        parts["reward model"] = float(stored * sum(count_weights(judge, {}, task="reward").values()))
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    answers = settings["generation_batch_size"] / settings["world_size"]
+    parts["keys and values"] = answers * _longest(settings) * text.num_hidden_layers * 2 * heads * width * stored
+    return parts
 
 
 def size_text(size: float) -> str:

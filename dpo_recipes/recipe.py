@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 from transformers.hf_argparser import HfArg
-from trl import ModelConfig, ScriptArguments, TrlParser
+from trl import DPOConfig, ModelConfig, RewardConfig, ScriptArguments, TrlParser
 
 from dpo_recipes.catalog import read_yaml
 from dpo_recipes.checkpoints import incomplete_reason, latest_checkpoint
@@ -61,10 +61,23 @@ class RecipeArguments(ScriptArguments):
     """All settings in force, set by `parse_recipe`; not a flag."""
 
 
+@dataclass
+class OnlineArguments(RecipeArguments):
+    """Those of a recipe that samples answers and scores them; `pairs_per_update` counts answers there."""
+
+    reward_model_name_or_path: str | None = HfArg(
+        default=None, help="Folder or Hub name of the reward model that scores the answers."
+    )
+    max_prompt_length: int = HfArg(
+        default=512, help="Tokens of a prompt. Its oldest turns go first; one that is still longer is dropped."
+    )
+
+
 def argument_classes(namespace: Mapping[str, Any]) -> list[type]:
     """The dataclasses of settings among the names of a recipe file: RecipeArguments, a TRL config, ModelConfig."""
     classes = [value for value in namespace.values() if isinstance(value, type)]
-    return [part for part in classes if issubclass(part, (TrainingArguments, RecipeArguments, ModelConfig))]
+    parts = [part for part in classes if issubclass(part, (TrainingArguments, RecipeArguments, ModelConfig))]
+    return [part for part in parts if not any(part in other.__mro__[1:] for other in parts)]  # one of each kind
 
 
 def parse_recipe(recipe: Mapping[str, Any], dataclass_types: Sequence[type]) -> tuple[Any, ...]:
@@ -101,8 +114,12 @@ def parse_recipe(recipe: Mapping[str, Any], dataclass_types: Sequence[type]) -> 
     model_args = next((args for args in parsed if isinstance(args, ModelConfig)), None)
 
     check_trackers(training_args)
+    _refuse_ignored(script_args, training_args, given)
     _set_accumulation(script_args, training_args)
+    if isinstance(script_args, OnlineArguments):
+        _set_rollout(script_args, training_args, given)
     if model_args is not None:
+        _check_task_type(training_args, model_args)
         if model_args.model_name_or_path is None:
             raise RecipeError("No model is named. Give a folder or a Hub name with --model_name_or_path.")
         training_args.model_init_kwargs = {
@@ -136,6 +153,40 @@ def _set_accumulation(script_args: RecipeArguments, training_args: TrainingArgum
             f"{training_args.world_size} process(es). Change one of them."
         )
     training_args.gradient_accumulation_steps = steps
+
+
+def _refuse_ignored(script_args: RecipeArguments, training_args: TrainingArguments, given: set[str]) -> None:
+    """A flag that is accepted and then ignored would be a bug."""
+    ignored = {} if isinstance(training_args, DPOConfig) else {"shared_prefix": "only DPO has two answers to a prompt"}
+    if isinstance(script_args, OnlineArguments):
+        ignored["steps_per_generation"] = "it follows from generation_batch_size, the answers of a rollout"
+        ignored["train_sampling_strategy"] = "TRL draws the prompts of a rollout itself"
+    for name in given & set(ignored):
+        raise RecipeError(f"{name} has no effect here: {ignored[name]}. Leave it out.")
+
+
+def _set_rollout(script_args: OnlineArguments, training_args: Any, given: set[str]) -> None:
+    """Answers a rollout, by default those of one update, and the batches that they are learned from in."""
+    if "generation_batch_size" not in given:
+        training_args.generation_batch_size = script_args.pairs_per_update
+    answers, group = training_args.generation_batch_size, training_args.num_generations
+    update = script_args.pairs_per_update
+    if answers % update or answers % group:
+        raise RecipeError(
+            f"A rollout of generation_batch_size={answers} answers must be a multiple of pairs_per_update={update}, "
+            f"the answers of an update, and of num_generations={group}, those of a prompt. Change one of them."
+        )
+    at_a_time = training_args.per_device_train_batch_size * training_args.world_size
+    training_args.steps_per_generation = answers // at_a_time  # pairs_per_update is a multiple of it
+
+
+def _check_task_type(training_args: TrainingArguments, model_args: ModelConfig) -> None:
+    needed = "SEQ_CLS" if isinstance(training_args, RewardConfig) else "CAUSAL_LM"
+    if model_args.use_peft and model_args.lora_task_type != needed:
+        raise RecipeError(
+            f"lora_task_type is {model_args.lora_task_type}, and {type(training_args).__name__} needs {needed}: a "
+            "score head is trained and saved with SEQ_CLS alone. Set it in RECIPE or with --lora_task_type."
+        )
 
 
 def _effective_settings(parsed: Sequence[Any]) -> dict[str, Any]:
@@ -184,11 +235,11 @@ def _refuse_another_run(script_args: RecipeArguments, training_args: TrainingArg
     folder = Path(training_args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"{folder} is a file. Name a folder with --output_dir.")
-    start = script_args.settings.get("model_name_or_path")
-    if start and folder.resolve() == Path(start).resolve():
-        raise RecipeError(
-            f"{folder} is the model to start from, which the run would replace. Choose another --output_dir."
-        )
+    starts = {"model to start from": "model_name_or_path", "reward model": "reward_model_name_or_path"}
+    for what, key in starts.items():
+        start = script_args.settings.get(key)
+        if start and folder.resolve() == Path(start).resolve():
+            raise RecipeError(f"{folder} is the {what}, which the run would replace. Choose another --output_dir.")
     checkpoints = sorted(folder.glob("checkpoint-*"))
     weights = [*folder.glob("*.safetensors")]
     if script_args.overwrite or not (checkpoints or weights or (folder / SETTINGS_FILE).exists()):

@@ -12,7 +12,18 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Reward accuracy": ("rewards/accuracies", "eval_rewards/accuracies"),
     "Implicit reward": ("rewards/chosen", "rewards/rejected"),
     "Log-prob of a completion (nats)": ("logps/chosen", "logps/rejected"),
+    "Accuracy": ("accuracy", "eval_accuracy"),
+    "Margin": ("margin", "eval_margin"),
+    "Score": ("min_reward", "mean_reward", "max_reward"),
     "Token accuracy": ("mean_token_accuracy", "eval_mean_token_accuracy"),
+    "Score of the answers": ("reward", "eval_reward"),
+    "KL to the start, as the trainer logs it": ("kl", "eval_kl"),
+    "Entropy of a token (nats)": ("entropy", "eval_entropy"),
+    "Tokens of an answer": ("completions/mean_length", "eval_completions/mean_length"),
+    "Answers cut short": ("completions/clipped_ratio", "eval_completions/clipped_ratio"),
+    "Policy: clipped, KL from the rollout": ("clip_ratio/region_mean", "policy/approx_kl"),
+    "Critic: explained variance": ("value/explained_variance",),
+    "Critic: loss, clipped": ("value/loss", "value/clip_ratio"),
     "Gradient norm": ("grad_norm",),
 }
 
@@ -52,7 +63,7 @@ def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path, *,
 
 
 def _points(log_history: Sequence[Mapping[str, float]], name: str) -> list[tuple[float, float]]:
-    return [(entry["step"], entry[name]) for entry in log_history if name in entry]
+    return [(entry["step"], entry[name]) for entry in log_history if entry.get(name) is not None]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
+from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from dpo_recipes.checkpoints import check_saved, merge_adapter
 from dpo_recipes.dataset_adapters import DROP_REASONS, Drop
@@ -39,15 +47,16 @@ def run_settings(name: str | Path) -> dict[str, Any]:
 
 
 def open_model(
-    name: str, *, base: str | None = None, as_trained: bool = True
+    name: str, *, base: str | None = None, as_trained: bool = True, reward_model: bool = False
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """A causal language model on the accelerator, if there is one, and its tokenizer, which can pad.
+    """A causal language model or a reward model, on the accelerator if there is one, and its tokenizer, which can pad.
 
     Args:
         name: The folder or Hub name of a full model, or the folder of a LoRA adapter: a run's or a checkpoint's.
         base: Of the LoRA adapter; by default the one that it was trained on.
         as_trained: Whether a LoRA adapter's base gets the dtype and the 4 bits that it was trained with, or its own
             weights. A model as trained has a chat template.
+        reward_model: Whether it is one, with a score head.
 
     Raises:
         RecipeError: If the model or its base cannot be loaded, or lacks the chat template.
@@ -63,8 +72,13 @@ def open_model(
     )
     if lora and as_trained:
         options |= {"dtype": settings.get("dtype") or "auto", **_quantization(settings)}
+    loader, quietly = AutoModelForCausalLM, nullcontext
+    if reward_model:  # TRL's context leaves out the warning that the base has no score head
+        loader, quietly = AutoModelForSequenceClassification, suppress_seqcls_warning
+        options["num_labels"] = 1
     try:
-        model = AutoModelForCausalLM.from_pretrained(start, **options)
+        with quietly():
+            model = loader.from_pretrained(start, **options)
         if lora:
             what = f"{name} on {start}"
             model = PeftModel.from_pretrained(model, name)
@@ -76,6 +90,8 @@ def open_model(
         raise RecipeError(f"The tokenizer of {name} has no chat template: it is no model that answers. Name another.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if reward_model:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # the score is read before the padding
     return model.eval(), tokenizer
 
 

@@ -75,6 +75,12 @@ if __name__ == "__main__":
 '''
 
 
+REWARD = STAGE.replace("first", "reward").replace("dict(", 'dict(model_name_or_path="outputs/first", ')
+
+THIRD = SECOND.replace("second", "third").replace("dict(", 'dict(reward_model_name_or_path="outputs/reward", ')
+"""A stand-in that starts from `first` and from `reward`, which starts from `first` too."""
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder of recipes without torch, whose profile is empty."""
@@ -311,6 +317,8 @@ def stages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[
     recipes = folder / "recipes"
     (recipes / "first.py").write_text(STAGE)
     (recipes / "second.py").write_text(SECOND)
+    (recipes / "reward.py").write_text(REWARD)
+    (recipes / "third.py").write_text(THIRD)
     (folder / "rows.jsonl").write_text("{}\n")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -332,7 +340,7 @@ def stages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[
 
 def test_a_missing_stage_is_trained_first(stages: Callable, capfd: pytest.CaptureFixture) -> None:
     assert stages("--beta", "0.3") == ["first", "second --beta 0.3"]
-    said = "second starts from first, which is trained first: outputs/first/done.json is missing"
+    said = "second needs first, which is trained first: outputs/first/done.json is missing"
     assert said in capfd.readouterr().out
 
 
@@ -413,6 +421,62 @@ def test_a_model_from_elsewhere_needs_no_stage(stages: Callable) -> None:
 def test_the_profile_can_name_the_stage(stages: Callable) -> None:
     Path("recipes/profiles/cpu.yaml").write_text("use_cpu: true\nmodel_name_or_path: some/model\n")
     assert stages() == ["second"]
+
+
+def test_two_stages_are_trained_once_each_what_the_other_needs_first(stages: Callable) -> None:
+    assert stages(name="third") == ["first", "reward", "third"]
+    assert stages(name="third") == ["third"]
+
+
+def test_a_stage_that_only_the_other_stage_needs_is_trained_first(stages: Callable) -> None:
+    model = "--model_name_or_path=some/model"
+    assert stages(model, name="third") == ["first", "reward", f"third {model}"]
+
+
+def test_a_changed_first_stage_changes_what_was_made_from_it(stages: Callable) -> None:
+    stages(name="third")
+    with open("recipes/first.py", "a") as file:
+        file.write("\n")
+    assert stages(name="third") == ["first --overwrite true", "reward --overwrite true", "third"]
+
+
+def test_a_changed_reward_stage_leaves_the_first_alone(stages: Callable) -> None:
+    stages(name="third")
+    request = launch.prepare("third").request()
+    with open("recipes/reward.py", "a") as file:
+        file.write("\n")
+    assert launch.prepare("third").request() != request
+    assert stages(name="third") == ["reward --overwrite true", "third"]
+
+
+def test_a_finished_reward_model_named_by_a_flag_is_taken_as_it_stands(stages: Callable) -> None:
+    stages("--max_steps", "3", name="reward")
+    named = ("--reward_model_name_or_path", "outputs/reward")
+    assert stages(*named, name="third") == ["third --reward_model_name_or_path outputs/reward"]
+    assert stages(name="third") == ["reward --overwrite true", "third"]
+
+
+def test_a_failed_stage_ends_the_run_before_the_next_begins(stages: Callable) -> None:
+    Path("fail").touch()
+    assert stages(name="third", status=7) == ["first"]
+
+
+def test_a_dry_run_plans_each_stage_once_from_what_the_others_would_leave(
+    stages: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[str | None] = []
+    directly = launch.supervise
+
+    def remember(arguments: list[str], environment: dict[str, str]) -> int:
+        places.append(environment.get("DPO_RECIPES_DRY_RUN"))
+        return directly(arguments, environment)
+
+    monkeypatch.setattr(launch, "supervise", remember)
+    first, reward, third = stages("--dry_run", "true", name="third")
+    assert places[2] is None
+    assert first == "first --dry_run true"
+    assert reward == f"reward --dry_run true --model_name_or_path {places[0]}"
+    assert third == f"third --dry_run true --model_name_or_path {places[0]} --reward_model_name_or_path {places[1]}"
 
 
 def test_a_changed_package_changes_the_request(

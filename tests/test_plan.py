@@ -27,7 +27,7 @@ LAYER = 400 * (8 * 10 + 4 * 20)  # values; 2 pairs = 4 sequences = 400 tokens
 
 def test_memory_of_all_weights_holds_a_reference_model():
     weights = {"trained": 1000, "frozen": 0, "quantised": 0}
-    assert memory_parts(CONFIG, weights, SETTINGS | {"dtype": "bfloat16"}, preference=True) == {
+    assert memory_parts(CONFIG, weights, SETTINGS | {"dtype": "bfloat16"}, task="preference") == {
         "frozen weights": 2000,  # the reference model
         "trained weights": 4000,
         "gradients": 4000,
@@ -35,7 +35,7 @@ def test_memory_of_all_weights_holds_a_reference_model():
         "activations": 3 * LAYER * 4,
         "logits": 400 * 50 * 4,
     }
-    assert "frozen weights" not in memory_parts(CONFIG, weights, SETTINGS, preference=False)
+    assert "frozen weights" not in memory_parts(CONFIG, weights, SETTINGS, task="answer")
 
 
 def test_the_tile_of_logits_is_trls_and_held_several_times_on_a_cpu():
@@ -46,15 +46,15 @@ def test_the_tile_of_logits_is_trls_and_held_several_times_on_a_cpu():
     weights = {"trained": 10, "frozen": 1000, "quantised": 0}
     large = LlamaConfig(hidden_size=10, num_attention_heads=1, intermediate_size=20, vocab_size=100_000)
     settings = SETTINGS | {"bf16": True, "max_length": 2000}
-    assert memory_parts(large, weights, settings, preference=True)["logits"] == 2 * 4096 * 32768
-    on_cpu = memory_parts(large, weights, settings | {"use_cpu": True}, preference=True)
+    assert memory_parts(large, weights, settings, task="preference")["logits"] == 2 * 4096 * 32768
+    on_cpu = memory_parts(large, weights, settings | {"use_cpu": True}, task="preference")
     assert on_cpu["logits"] == 9 * 4 * 4096 * 32768
 
 
 def test_memory_of_lora_on_four_bits_with_checkpointing():
     weights = {"trained": 10, "frozen": 1000, "quantised": 900}
     settings = SETTINGS | {"dtype": "bfloat16", "bf16": True, "activation_checkpointing": True, "optim": "adamw_8bit"}
-    parts = memory_parts(CONFIG, weights, settings, preference=True)
+    parts = memory_parts(CONFIG, weights, settings, task="preference")
     assert parts["frozen weights"] == pytest.approx(2 * 100 + 0.52 * 900)
     assert parts["optimizer"] == 20
     assert parts["activations"] == 2 * (3 * 400 * 10 + LAYER)
@@ -83,7 +83,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, tiny_model, hh_r
 def test_a_dry_run_plans_the_stage_before_without_training_it(tmp_path, dpo_recipes):
     result = run_command(dpo_recipes, "train", "quickstart", "--profile", "cpu", "--dry_run", "true", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "quickstart starts from quickstart_sft, which would be trained first" in result.stdout
+    assert "quickstart needs quickstart_sft, which would be trained first" in result.stdout
     updates = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("  updates ")]
     assert updates == ["425", "88"]
     assert not any(tmp_path.iterdir())

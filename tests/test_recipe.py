@@ -4,11 +4,21 @@ import sys
 
 import pytest
 from conftest import CHAT_TEMPLATE
-from trl import DPOConfig, ModelConfig, SFTConfig
+from transformers import TrainingArguments
+from trl import DPOConfig, ModelConfig, RewardConfig, RLOOConfig, ScriptArguments, SFTConfig
 
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.ppo import PPOConfig
 from dpo_recipes.presets import LORA, QLORA
-from dpo_recipes.recipe import RecipeArguments, load_tokenizer, parse_recipe, run, settings_hash
+from dpo_recipes.recipe import (
+    OnlineArguments,
+    RecipeArguments,
+    argument_classes,
+    load_tokenizer,
+    parse_recipe,
+    run,
+    settings_hash,
+)
 
 TYPES = (RecipeArguments, DPOConfig, ModelConfig)
 
@@ -88,6 +98,91 @@ def test_a_missing_profile_is_refused(monkeypatch):
 def test_gradient_accumulation_follows_from_pairs_per_update(parse, pairs, batch, expected):
     _, args, _ = parse("--pairs_per_update", str(pairs), "--per_device_train_batch_size", str(batch))
     assert args.gradient_accumulation_steps == expected
+
+
+@pytest.fixture(params=[RLOOConfig, PPOConfig])
+def parse_online(request, monkeypatch, tmp_path):
+    """Parses a small recipe that samples answers, for one of the trainers and so many processes."""
+    monkeypatch.chdir(tmp_path)
+    recipe = dict(
+        model_name_or_path="some/model",
+        reward_model_name_or_path="some/reward",
+        output_dir="outputs/x",
+        beta=0.1,
+        pairs_per_update=16,
+        num_generations=2,
+        num_generations_eval=1,
+        per_device_train_batch_size=4,
+        **{"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none"},
+    )
+
+    def parse(*flags, processes=1, **settings):
+        monkeypatch.setattr(TrainingArguments, "world_size", processes)
+        monkeypatch.setattr(sys, "argv", ["recipe.py", *flags])
+        return parse_recipe(recipe | settings, (OnlineArguments, request.param, ModelConfig))
+
+    return parse
+
+
+@pytest.mark.parametrize(
+    ("batch", "processes", "answers", "accumulation", "batches"),
+    [(4, 1, 64, 4, 16), (2, 2, 64, 4, 16), (16, 1, 16, 1, 1), (1, 2, 32, 8, 16)],
+)
+def test_a_rollout_is_learned_from_in_whole_updates(parse_online, batch, processes, answers, accumulation, batches):
+    flags = ["--per_device_train_batch_size", str(batch), "--generation_batch_size", str(answers)]
+    _, args, _ = parse_online(*flags, processes=processes)
+    assert (args.gradient_accumulation_steps, args.steps_per_generation) == (accumulation, batches)
+    assert args.generation_batch_size == answers
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_rollout_is_one_update_unless_it_is_said(parse_online, processes):
+    _, args, _ = parse_online(processes=processes)
+    assert args.generation_batch_size == 16
+    assert args.steps_per_generation == args.gradient_accumulation_steps == 4 // processes
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--generation_batch_size", "24"], "must be a multiple of pairs_per_update=16"),
+        (["--generation_batch_size", "8"], "must be a multiple of pairs_per_update=16"),
+        (["--steps_per_generation", "4"], "steps_per_generation has no effect here: it follows from"),
+        (["--shared_prefix", "false"], "shared_prefix has no effect here: only DPO"),
+        (["--train_sampling_strategy", "group_by_length"], "train_sampling_strategy has no effect here"),
+        (["--max_length", "512"], "max_length"),
+        (["--output_dir", "some/reward"], "is the reward model, which the run would replace"),
+        (["--use_peft", "true", "--lora_task_type", "SEQ_CLS"], "needs CAUSAL_LM"),
+        (["--gradient_accumulation_steps", "2"], "follow from pairs_per_update"),
+    ],
+)
+def test_what_an_online_recipe_cannot_do_is_refused(parse_online, flags, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_online(*flags)
+
+
+def test_the_score_head_of_a_reward_model_must_be_trained(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--use_cpu", "true", "--bf16", "false"])
+    recipe = dict(model_name_or_path="some/model", output_dir="outputs/x", activation_checkpointing=False, **LORA)
+    with pytest.raises(RecipeError, match="lora_task_type is CAUSAL_LM, and RewardConfig needs SEQ_CLS"):
+        parse_recipe(recipe, (RecipeArguments, RewardConfig, ModelConfig))
+    parse_recipe(recipe | {"lora_task_type": "SEQ_CLS"}, (RecipeArguments, RewardConfig, ModelConfig))
+
+
+def test_of_a_recipes_settings_the_narrower_class_counts():
+    namespace = {part.__name__: part for part in (RecipeArguments, OnlineArguments, PPOConfig, ModelConfig)}
+    assert set(argument_classes(namespace)) == {OnlineArguments, PPOConfig, ModelConfig}
+    assert set(argument_classes({"a": RecipeArguments, "b": DPOConfig})) == {RecipeArguments, DPOConfig}
+
+
+def test_recipe_arguments_stay_few():
+    """Under ten of our own, those of online recipes included."""
+    trls = ScriptArguments.__dataclass_fields__
+    ours = [name for name, entry in OnlineArguments.__dataclass_fields__.items() if entry.init and name not in trls]
+    assert "pairs_per_update" in ours
+    assert len(ours) < 10
+
 
 
 def test_model_settings_reach_the_trainer(parse):

@@ -17,25 +17,39 @@ import torch
 from conftest import RECIPES, REPOSITORY, run_command
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
-from trl import DPOConfig, ModelConfig, SFTConfig, TrlParser, get_quantization_config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+)
+from trl import DPOConfig, ModelConfig, TrlParser, get_quantization_config
 
 from dpo_recipes.loading import load_rows
-from dpo_recipes.recipe import RecipeArguments
+from dpo_recipes.recipe import RecipeArguments, argument_classes
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.py"))
 PROFILES = sorted(path.stem for path in (RECIPES / "profiles").glob("*.yaml"))
 HH_RLHF = ["hh_rlhf_full", "hh_rlhf_lora", "hh_rlhf_qlora", "hh_rlhf_sft"]
+REWARD = ["hh_rlhf_reward", "quickstart_reward"]
 ON_DATASETS = [*HH_RLHF, "mixture_lora", "oasst1_lora", "shp_lora", "ultrafeedback_qlora"]
 
 
 def test_there_are_recipes_and_profiles():
-    assert {"quickstart", "quickstart_sft", *ON_DATASETS} <= set(NAMES)
+    assert {"quickstart", "quickstart_sft", *ON_DATASETS, *REWARD} <= set(NAMES)
     assert {"cpu", "local", "gpu", "turing"} <= set(PROFILES)
 
 
+def classes_of(name):
+    """RecipeArguments or its subclass, the TRL config, ModelConfig."""
+    kinds = argument_classes(runpy.run_path(str(RECIPES / f"{name}.py")))
+    order = (RecipeArguments, TrainingArguments, ModelConfig)
+    return tuple(next(kind for kind in [*kinds, ModelConfig] if issubclass(kind, wanted)) for wanted in order)
+
+
 def config_of(name):
-    return SFTConfig if "SFTConfig" in (RECIPES / f"{name}.py").read_text() else DPOConfig
+    return classes_of(name)[1]
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -45,7 +59,7 @@ def test_every_recipe_parses_under_every_profile(name, profile, monkeypatch):
     assert {"RECIPE", "load_pairs", "main"} <= set(recipe)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    parser = TrlParser((RecipeArguments, config_of(name), ModelConfig))
+    parser = TrlParser(classes_of(name))
     assert parser.set_defaults_with_config(**recipe["RECIPE"]) == []
     flags = ["--config", str(RECIPES / "profiles" / f"{profile}.yaml"), "--use_cpu", "true"]
     script_args, training_args, model_args = parser.parse_args_and_config(flags)
@@ -65,10 +79,10 @@ def test_every_recipe_parses_under_every_profile(name, profile, monkeypatch):
         assert model_args.dtype == ("bfloat16" if model_args.load_in_4bit else "float32")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if config_of(name) is DPOConfig])
-def test_dpo_recipes_share_their_optimiser_and_bookkeeping(name, tmp_path):
+@pytest.mark.parametrize("name", NAMES)
+def test_recipes_share_their_optimiser_and_bookkeeping(name, tmp_path):
     recipe = runpy.run_path(str(RECIPES / f"{name}.py"))["RECIPE"]
-    parser = TrlParser((RecipeArguments, DPOConfig, ModelConfig))
+    parser = TrlParser(classes_of(name))
     parser.set_defaults_with_config(**recipe)
     flags = ["--use_cpu", "true", "--bf16", "false", "--activation_checkpointing", "false"]
     _, args, _ = parser.parse_args_and_config([*flags, "--output_dir", str(tmp_path)])
@@ -87,8 +101,8 @@ def test_dpo_recipes_share_their_optimiser_and_bookkeeping(name, tmp_path):
 def test_recipes_differ_only_where_they_must():
     """The code of two recipes differs in names and settings, line for line."""
     reference = (RECIPES / "hh_rlhf_lora.py").read_text().splitlines()
-    words = ("DPO", "SFT", "answers", 'pairs["', "merge=True", "shared_prefix=")
-    for name in HH_RLHF:
+    words = ("DPO", "SFT", "Reward", "answers", 'pairs["', "merge=True", "shared_prefix=")
+    for name in [*HH_RLHF, "hh_rlhf_reward"]:
         other = (RECIPES / f"{name}.py").read_text().splitlines()
         start = [
             lines.index("def load_pairs(script_args: RecipeArguments) -> DatasetDict:") for lines in (reference, other)
@@ -99,6 +113,25 @@ def test_recipes_differ_only_where_they_must():
             if line[0] in "+-" and not any(word in line for word in words)
         ]
         assert changed in ([], ["-     finish_run(trainer, script_args)"]), name
+
+
+@pytest.mark.parametrize(
+    ("name", "sibling"),
+    [(name, "hh_rlhf_lora" if name.startswith("hh_rlhf") else "quickstart") for name in ["hh_rlhf_sft", *REWARD]],
+)
+def test_settings_that_two_algorithms_share_read_the_same(name, sibling):
+    """Same groups in the same order, and the same line for the same setting but for what must differ."""
+    lines = {}
+    for each in (sibling, name):
+        text = (RECIPES / f"{each}.py").read_text()
+        settings = text[text.index("RECIPE = dict(") : text.index("\ndef load_pairs")].splitlines()[1:]
+        lines[each] = {line.partition("=")[0].strip() if "=" in line else line.strip(): line for line in settings}
+    groups = [[key for key in lines[each] if key.startswith("# ")] for each in lines]
+    assert groups[0] == groups[1] == ["# Data", "# Model", "# Optimisation", "# Bookkeeping"]
+    may_change = {"model_name_or_path", "learning_rate", "num_train_epochs", "output_dir"}
+    shared = set(lines[sibling]) & set(lines[name]) - may_change
+    assert len(shared) > 15
+    assert {key: lines[name][key] for key in shared} == {key: lines[sibling][key] for key in shared}
 
 
 @pytest.mark.parametrize("name", [name for name in ON_DATASETS if config_of(name) is DPOConfig])
@@ -137,10 +170,10 @@ RANK = {  # imports point from high to low
     for rank, names in enumerate(
         [
             {"errors", "files", "intervals", "ledger", "presets", "processes", "terminal", "__init__"},
-            {"dataset_adapters", "tokenization", "reference_cache", "checkpoints", "report", "catalog"},
+            {"dataset_adapters", "tokenization", "reference_cache", "checkpoints", "report", "catalog", "rewards"},
             {"shared_prefix", "loading", "evaluation", "playground", "plan", "tracking"},
             {"guards", "recipe", "tryout"},
-            {"preflight", "sampling"},
+            {"preflight", "sampling", "record", "outcome"},
             {"runs", "launch"},
             {"sweep"},
             {"cli"},
@@ -236,6 +269,71 @@ def reloads_to_the_same_logps(name, run, dataset):
     tolerance = 2e-2 if name.endswith("qlora") else 1e-5  # bfloat16 products, batched otherwise
     assert sum(logps) / 4 == pytest.approx(measured["after"], rel=tolerance)
     assert measured["after"] != measured["before"]
+
+
+KINDS = {
+    "LoRA": [],
+    "4-bit": ["--load_in_4bit", "true", "--use_bnb_nested_quant", "true", "--dtype", "bfloat16"],
+    "full": ["--use_peft", "false"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reward_model_reloads_whole_and_scores_as_it_did(kind, tmp_path, tiny_model, rows_of, dpo_recipes):
+    result = run_command(
+        *(dpo_recipes, "train", "hh-rlhf-reward", "--profile", "cpu", "--dataset_name", rows_of["hh"]),
+        *("--model_name_or_path", tiny_model, "--output_dir", "run", "--max_steps", "5", "--pairs_per_update", "4"),
+        *("--eval_pairs", "4", "--logging_steps", "1", "--warmup_steps", "0", "--learning_rate", "1e-2", *KINDS[kind]),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    run = tmp_path / "run"
+    files = {path.name for path in run.iterdir()}
+    assert {"model.safetensors", "tokenizer_config.json", "chat_template.jinja", "curves.png", "done.json"} <= files
+    assert "adapter_config.json" not in files
+    checkpoint = load_file(next((run / "checkpoint-5").glob("*model.safetensors")))
+    start, weights = (load_file(folder / "model.safetensors") for folder in (tiny_model, run))
+    assert set(weights) == {*start, "score.weight"} - {"lm_head.weight"}
+    moved = {key for key in set(start) & set(weights) if not torch.equal(start[key], weights[key])}
+    assert moved == set(start) & set(weights) if kind == "full" else {key for key in start if "_proj." in key}
+    trained = checkpoint["score.weight" if kind == "full" else "base_model.model.score.weight"]
+    assert torch.equal(weights["score.weight"], trained.to(weights["score.weight"].dtype))
+    assert {weight.dtype for weight in checkpoint.values()} == {torch.float32}
+
+    model = AutoModelForSequenceClassification.from_pretrained(run).eval()
+    assert model.config.num_labels == 1
+    metrics = json.loads((run / "metrics.json").read_text())
+    measured, tokenizer = metrics["reward_scores"], AutoTokenizer.from_pretrained(run)
+    pairs = runpy.run_path(str(RECIPES / "hh_rlhf_reward.py"))["load_pairs"](
+        RecipeArguments(dataset_name=str(rows_of["hh"]))
+    )["test"]
+    assert len(pairs) == metrics["reward_accuracy"]["all"]["n"] == 4
+    for side in ("chosen", "rejected"):
+        scores = []
+        for pair in pairs:
+            ids = tokenizer.apply_chat_template(pair["prompt"] + pair[side], return_dict=False)
+            with torch.no_grad():
+                scores.append(model(torch.tensor([ids])).logits.item())
+        tolerance = (
+            0.2 if kind == "4-bit" else 1e-4
+        )  # what was measured in 4 bits is merged into the base's own weights
+        assert sum(scores) / 4 == pytest.approx(measured[f"score of {side}"]["mean"], abs=tolerance)
+    assert measured["margin"]["mean"] > 0.2
+    assert "reward accuracy   " in result.stdout
+    assert "WARNING: The reward model" not in result.stdout
+
+
+def test_a_reward_model_that_learned_nothing_is_no_success(tmp_path, tiny_model, rows_of, dpo_recipes):
+    result = run_command(
+        *(dpo_recipes, "train", "hh-rlhf-reward", "--profile", "cpu", "--dataset_name", rows_of["hh"]),
+        *("--model_name_or_path", tiny_model, "--output_dir", "run", "--max_steps", "1", "--pairs_per_update", "4"),
+        *("--eval_pairs", "4", "--learning_rate", "0"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search("WARNING: The reward model ranks the held-out pairs .* than a coin would", result.stdout)
+    assert "**Warning.** The reward model ranks" in (tmp_path / "run" / "README.md").read_text()
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["warnings"]
 
 
 def starts_dpo(run, folder, hh_rows, dpo_recipes):

@@ -60,6 +60,8 @@ DROP_REASONS = {
     "identical_completions": "chosen and rejected say the same",
     "prompt_in_test": "the prompt is in the test split as well",
     "too_long": "last user turn + completion over max_length",
+    "prompt_too_long": "last user turn over max_prompt_length",
+    "same_prompt": "a prompt that came before",
     "template_refuses": "the chat template refuses the conversation",
     "no_room": "the prompt fills the model's context",
     "empty_in_template": "the chat template leaves nothing of a completion",

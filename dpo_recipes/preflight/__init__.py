@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, Value
+from transformers import AutoConfig
 from trl import SFTConfig
 
 from dpo_recipes.errors import RecipeError
@@ -16,13 +17,21 @@ from dpo_recipes.files import write_json
 from dpo_recipes.ledger import Ledger, current_ledger
 from dpo_recipes.loading import drop_prompts_in_test
 from dpo_recipes.plan import plan_lines
-from dpo_recipes.preflight.account import account_data, account_findings, account_lines, token_lines
+from dpo_recipes.preflight.account import (
+    account_data,
+    account_findings,
+    account_lines,
+    dropped_findings,
+    token_lines,
+)
 from dpo_recipes.preflight.findings import THRESHOLDS, Finding, finding_lines, judged, set_thresholds
-from dpo_recipes.preflight.tokens import MEASURES, describe, fit, rendered_pairs
+from dpo_recipes.preflight.tokens import MEASURES, describe, describe_prompts, fit, fit_prompts, rendered_pairs
+from dpo_recipes.rewards import check_reward_model, read_reward_config
 from dpo_recipes.terminal import say
 
 _REMEDIES = {
     "too_long": "Raise --max_length.",
+    "prompt_too_long": "Raise --max_prompt_length.",
     "template_refuses": "Take a model whose chat template accepts such conversations.",
 }
 
@@ -57,6 +66,34 @@ def prepare_pairs(
             finding is a failure.
         SystemExit: With status 0 after a dry run, which writes nothing.
     """
+    return _account_for(measure_pairs, load_pairs, script_args, training_args, tokenizer)
+
+
+def prepare_prompts(
+    load_pairs: Callable[[Any], DatasetDict], script_args: Any, training_args: Any, tokenizer: Any
+) -> DatasetDict:
+    """`train` and `test` prompts for an online trainer, each once, every row of the dataset accounted for.
+
+    A prompt over `max_prompt_length` tokens loses its oldest turns, and is dropped where that does not help. Columns
+    beside prompt, chosen and rejected are kept for reward functions. The rest is as in `prepare_pairs`.
+
+    Args:
+        load_pairs: The recipe's own.
+        script_args: OnlineArguments, passed to load_pairs. The reward model that they name is checked.
+        training_args: `max_completion_length`, `generation_batch_size`, `num_generations` and `output_dir` are read.
+        tokenizer: The one that the trainer is given.
+
+    Raises:
+        RecipeError: If the tokenizer has no chat template or EOS token, no prompt is left to train or to test on, a
+            prompt leaves no room for an answer, there are too few for a rollout, or the reward model cannot score.
+        SystemExit: With status 0 after a dry run, which writes nothing.
+    """
+    return _account_for(measure_prompts, load_pairs, script_args, training_args, tokenizer)
+
+
+def _account_for(measure: Callable[..., Measured], load_pairs: Any, script_args: Any, *others: Any) -> DatasetDict:
+    """What `measure` kept, once the account was printed and written and every failure refused."""
+    training_args, tokenizer = others
     if getattr(script_args, "dataset_streaming", False):
         raise RecipeError(
             "dataset_streaming is true, but every row is counted before training, which needs them all. Leave it out; "
@@ -68,12 +105,12 @@ def prepare_pairs(
     # all have come by, lest they hang.
     with state.main_process_first(), state.local_main_process_first():
         try:
-            measured = measure_pairs(load_pairs, script_args, training_args, tokenizer)
+            measured = measure(load_pairs, script_args, training_args, tokenizer)
         except RecipeError as error:
             measured = error
     if isinstance(measured, RecipeError):
         raise measured
-    pairs = measured.pairs.remove_columns(list(MEASURES))
+    pairs = measured.pairs.remove_columns([name for name in measured.pairs["train"].column_names if name in MEASURES])
     if getattr(script_args, "dry_run", False):
         lines = [*measured.lines, *finding_lines(measured.findings)]
         say("\n".join([*lines, *plan_lines(script_args, training_args, tokenizer, pairs)]))
@@ -104,7 +141,7 @@ def measure_pairs(
         pairs["test"] = _draw_eval_pairs(pairs["test"], script_args)
         for split in pairs:
             ledger.accounts[split].shortened = sum(tokens > 0 for tokens in pairs[split]["cut_tokens"][:])
-    account = account_lines(ledger, max_length=max_length)
+    account = account_lines(ledger, limit="" if max_length is None else f"max_length {max_length}")
     _refuse_empty(pairs, ledger, account)
     data = account_data(ledger, name=script_args.dataset_name, max_length=max_length)
     data |= {"model": tokenizer.name_or_path, "chat_template": tokenizer.chat_template is not None}
@@ -113,6 +150,64 @@ def measure_pairs(
     findings = account_findings(ledger, data, thresholds)
     lines = [*account, *token_lines(data["tokens"])]
     return Measured(pairs, lines, data | {"thresholds": thresholds} | judged(findings), findings)
+
+
+def measure_prompts(
+    load_pairs: Callable[[Any], DatasetDict], script_args: Any, training_args: Any, tokenizer: Any
+) -> Measured:
+    """What `measure_pairs` is to pairs; the arguments are those of `prepare_prompts`.
+
+    Raises:
+        RecipeError: For every reason that `prepare_prompts` has but a finding.
+    """
+    thresholds, longest = thresholds_of(script_args, training_args), script_args.max_prompt_length
+    with Ledger() as ledger:
+        pairs = load_pairs(script_args)
+        _check_splits(pairs)
+        tokenizer = tokenizer_to_measure(tokenizer, pairs=pairs["train"])
+        fitted = {split: fit_prompts(pairs[split], tokenizer, longest, split=split) for split in ("train", "test")}
+        prompts = drop_prompts_in_test(DatasetDict(fitted), stage="preflight")
+        prompts["test"] = _draw_eval_pairs(prompts["test"], script_args)
+        for split in prompts:
+            ledger.accounts[split].shortened = sum(tokens > 0 for tokens in prompts[split]["cut_tokens"][:])
+    account = account_lines(ledger, limit=f"max_prompt_length {longest}", kept="prompts")
+    _refuse_empty(prompts, ledger, account)
+    check_prompts(prompts, script_args, training_args, tokenizer)
+    data = account_data(ledger, name=script_args.dataset_name, max_length=longest)
+    data |= {"model": tokenizer.name_or_path, "reward_model": script_args.reward_model_name_or_path}
+    data["tokens"] = {split: describe_prompts(rows) for split, rows in prompts.items()}
+    findings = dropped_findings(ledger, thresholds)
+    tokens = [data["tokens"][split]["prompt"] for split in prompts]
+    lines = [
+        f"{label:<54}" + "".join(f"{split[key]:>10,.0f}" for split in tokens)
+        for label, key in (("tokens of the longest prompt", "max"), ("  of a prompt, on average", "mean"))
+    ]
+    return Measured(prompts, [*account, *lines], data | {"thresholds": thresholds} | judged(findings), findings)
+
+
+def check_prompts(prompts: DatasetDict, script_args: Any, training_args: Any, tokenizer: Any) -> None:
+    """Nothing, if the prompts can be answered, fill a rollout, and the reward model can score answers to them."""
+    rollout = training_args.generation_batch_size // training_args.num_generations
+    if len(prompts["train"]) < rollout:
+        raise RecipeError(
+            f"A rollout is generation_batch_size / num_generations = {rollout} prompts, and there are "
+            f"{len(prompts['train'])} to train on. Lower --generation_batch_size, or give more rows."
+        )
+    options = dict(trust_remote_code=training_args.trust_remote_code)
+    options["revision"] = script_args.settings.get("model_revision") or "main"  # TRL takes it for both models
+    config = AutoConfig.from_pretrained(tokenizer.name_or_path, **options).get_text_config()
+    longest, context = training_args.max_completion_length, getattr(config, "max_position_embeddings", None)
+    tokens = [count for rows in prompts.values() for count in rows["prompt_tokens"][:]]
+    if context is not None and (over := sum(count + longest > context for count in tokens)):
+        raise RecipeError(
+            f"{over:,} of {len(tokens):,} prompts leave no room for an answer of max_completion_length={longest} "
+            f"tokens in the {context} of {tokenizer.name_or_path}. Lower --max_completion_length, or have their oldest "
+            f"turns go: --max_prompt_length {max(1, context - longest)}."
+        )
+    if name := script_args.reward_model_name_or_path:
+        judge = read_reward_config(name, **options)
+        texts = [prompt for rows in prompts.values() for prompt in rows["prompt"][:]]
+        check_reward_model(*judge, texts, max_completion_length=longest)
 
 
 def thresholds_of(script_args: Any, training_args: Any) -> dict[str, float]:

@@ -11,13 +11,20 @@ from dpo_recipes.preflight.tokens import FAULTS
 
 _SHOWN_REASONS = 5  # on the screen; preflight.json has them all
 _NO_FAULT = {  # reasons by which good rows are left out: a choice of the dataset adapter, or of the settings
-    *("prompt_in_test", "too_long", "no_rating", "not_rated_higher", "low_score_ratio", "post_has_enough", "language"),
+    *("prompt_in_test", "same_prompt", "too_long", "prompt_too_long"),
+    *("no_rating", "not_rated_higher", "low_score_ratio", "post_has_enough", "language"),
     *("deleted", "synthetic", "not_reviewed", "thread_is_broken", "not_a_pair_of_replies", "removed_by_load_pairs"),
 }
 
 
-def account_lines(ledger: Ledger, *, max_length: int | None) -> list[str]:
-    """The account for the screen: one line a kind of row, one column a split, at most 14 lines."""
+def account_lines(ledger: Ledger, *, limit: str, kept: str = "pairs") -> list[str]:
+    """The account for the screen: one line a kind of row, one column a split, at most 14 lines.
+
+    Args:
+        ledger: Of all rows.
+        limit: The setting by which rows are too long, with its value in tokens; "" for none.
+        kept: What is left in the end.
+    """
     accounts = {split: ledger.accounts[split] for split in ("train", "test") if split in ledger.accounts}
     reasons = sorted(ledger.total().dropped.items(), key=lambda item: -item[1].count)
 
@@ -28,8 +35,8 @@ def account_lines(ledger: Ledger, *, max_length: int | None) -> list[str]:
     def dropped(label: str, names: list[str]) -> str:
         return line(f"  {label}", lambda account: -sum(account.dropped[n].count for n in names if n in account.dropped))
 
-    limit = "" if max_length is None else f" (max_length {max_length} tokens)"
-    lines = [f"{f'Data account{limit}':<54}" + "".join(f"{split:>10}" for split in accounts)]
+    title = f"Data account ({limit} tokens)" if limit else "Data account"
+    lines = [f"{title:<54}" + "".join(f"{split:>10}" for split in accounts)]
     lines.append(line("rows", lambda account: account.rows))
     lines += [dropped(_phrase(reason), [reason]) for reason, _ in reasons[:_SHOWN_REASONS]]
     if rest := [reason for reason, _ in reasons[_SHOWN_REASONS:]]:
@@ -41,7 +48,7 @@ def account_lines(ledger: Ledger, *, max_length: int | None) -> list[str]:
     if any(account.pairs_made for account in accounts.values()):
         lines.append(line("  messages that the pairs are made of", lambda account: -account.in_pairs))
         lines.append(line("  pairs made of them", lambda account: account.pairs_made, sign="+"))
-    lines.append(line("pairs", lambda account: account.kept))
+    lines.append(line(kept, lambda account: account.kept))
     lines.append(line("  of these, shortened by their oldest turns", lambda account: account.shortened))
     return lines
 
@@ -69,6 +76,13 @@ def token_lines(tokens: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [f"{label:<54}" + "".join(f"{number:>10,.0f}" for number in numbers) for label, *numbers in rows]
 
 
+def dropped_findings(ledger: Ledger, thresholds: Mapping[str, float]) -> list[Finding]:
+    """Whether more rows than usual were dropped by faults of their own."""
+    total = ledger.total()
+    faults = sum(drop.count for reason, drop in total.dropped.items() if reason not in _NO_FAULT)
+    return judge("dropped", faults, total.rows, thresholds)
+
+
 def account_findings(ledger: Ledger, data: Mapping[str, Any], thresholds: Mapping[str, float]) -> list[Finding]:
     """What is wrong with the rows, and with the pairs as tokens.
 
@@ -78,10 +92,9 @@ def account_findings(ledger: Ledger, data: Mapping[str, Any], thresholds: Mappin
         thresholds: As `THRESHOLDS` has them.
     """
     total = ledger.total()
-    faults = sum(drop.count for reason, drop in total.dropped.items() if reason not in _NO_FAULT)
     counts = {name: sum(split[name] for split in data["tokens"].values()) for name in FAULTS}
     counts["no_generation_prompt"] = 0 if all(pair["generation_prompt"] for pair in data["rendered"]) else total.kept
-    found = judge("dropped", faults, total.rows, thresholds)
+    found = dropped_findings(ledger, thresholds)
     # Of the test pairs, a sample is kept of those that fit.
     train, at_risk = ledger.accounts["train"], data["tokens"]["train"]["completion_at_risk"]
     words = {"too_long": at_risk - train.shortened, "shortened": train.shortened}

@@ -8,9 +8,8 @@ import psutil
 import torch
 from datasets import Dataset
 from transformers import AutoConfig
-from trl import DPOConfig
 
-from dpo_recipes.plan import count_updates, count_weights, memory_parts, size_text
+from dpo_recipes.plan import count_updates, count_weights, memory_parts, size_text, task_of
 from dpo_recipes.preflight.findings import Finding, judge
 
 
@@ -30,7 +29,8 @@ def estimate_cost(
         settings: All settings in force; the model's configuration is read.
         card: Name and bytes of what the run is to fit; None: this machine.
     """
-    preference = isinstance(training_args, DPOConfig)  # else one answer a row
+    task = task_of(training_args)
+    preference = task in ("preference", "reward")  # else one answer a row
     prompt, chosen, rejected = (np.array(pairs[f"{side}_tokens"][:]) for side in ("prompt", "chosen", "rejected"))
     longest = prompt + (np.maximum(chosen, rejected) if preference else chosen)
     real = 2 * prompt + chosen + rejected if preference else longest
@@ -42,7 +42,7 @@ def estimate_cost(
         settings["model_name_or_path"], revision=settings.get("model_revision") or "main"
     )
     at_most = {**settings, "max_length": int(longest.max()), "per_device_train_batch_size": min(batch, len(pairs))}
-    memory = memory_parts(config, count_weights(config, settings), at_most, preference=preference)
+    memory = memory_parts(config, count_weights(config, settings, task=task), at_most, task=task)
     total = sum(memory.values())
     name, size = card or this_machine(training_args)
     return {
@@ -53,8 +53,8 @@ def estimate_cost(
         "padded_tokens": padded,
         "padding_share": 1 - float(real.sum()) / padded,
         # The second copy of each prompt; without it and without padding, if time goes with the number of tokens:
-        "prefix_share": float(prompt.sum() / real.sum()) if preference else 0.0,
-        "shared_prefix_speedup": padded / float((prompt + chosen + rejected).sum()) if preference else 1.0,
+        "prefix_share": float(prompt.sum() / real.sum()) if task == "preference" else 0.0,
+        "shared_prefix_speedup": padded / float((prompt + chosen + rejected).sum()) if task == "preference" else 1.0,
         "memory": memory,
         "memory_total": total,
         "fits": {"name": name, "bytes": size, "fits": total <= size},

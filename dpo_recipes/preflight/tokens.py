@@ -9,7 +9,8 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig
 
 from dpo_recipes.dataset_adapters import Drop, Message, check_pair, keep_pairs, map_rows
-from dpo_recipes.ledger import SplitAccount
+from dpo_recipes.ledger import SplitAccount, current_ledger
+from dpo_recipes.loading import prompt_hashes
 from dpo_recipes.tokenization import PairIds, encode_pairs
 
 SIDES = ("prompt", "chosen", "rejected")
@@ -46,6 +47,57 @@ def fit(pairs: Dataset, tokenizer: Any, max_length: int | None, *, split: str) -
         stops=stop_ids(tokenizer),
     )
     return keep_pairs(marked, name="preflight", split=split)
+
+
+def fit_prompts(pairs: Dataset, tokenizer: Any, max_prompt_length: int, *, split: str) -> Dataset:
+    """The distinct prompts of the pairs, of at most `max_prompt_length` tokens, with the columns of their first pairs.
+
+    Long ones lose their oldest turns as in `fit`, and are dropped where that does not help. `chosen` and `rejected` go;
+    `prompt_tokens` and `cut_tokens` are added.
+    """
+    tokenizer("settle")  # a tokenizer's first call changes its state, and with it the key of the map's cache
+    kept = {name: kind for name, kind in pairs.features.items() if name not in ("chosen", "rejected")}
+    counts = {name: MEASURES[name] for name in ("prompt_tokens", "cut_tokens")}
+    marked = map_rows(
+        pairs,
+        _fit_prompts,
+        features=Features({**kept, **counts, "drop_reason": Value("string")}),
+        desc=f"measuring prompts ({split})",
+        tokenizer=tokenizer,
+        max_prompt_length=max_prompt_length,
+    )
+    prompts = keep_pairs(marked, name="preflight", split=split)
+    first = {key: row for row, key in reversed(list(enumerate(prompt_hashes(prompts))))}
+    again = sorted(set(range(len(prompts))).difference(first.values()))
+    dropped = {"same_prompt": again} if again else {}
+    current_ledger().record("preflight", split, came=len(prompts), kept=len(first), dropped=dropped)
+    return prompts.select(sorted(first.values()))
+
+
+def _fit_prompts(batch: dict[str, list[Any]], *, tokenizer: Any, max_prompt_length: int) -> dict[str, list[Any]]:
+    prompts, reasons, tokens, cut = [], [], [], []
+    for prompt, chosen, rejected in zip(*(batch[side] for side in SIDES), strict=True):
+        count = first = 0
+        reason = None
+        try:
+            while True:
+                text = render(prompt, chosen, rejected, tokenizer=tokenizer)[0]
+                count = len(tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
+                first = first or count
+                if count <= max_prompt_length:
+                    break
+                shorter = None if isinstance(prompt, str) else without_oldest_exchange(prompt)
+                if shorter is None:
+                    raise Drop("prompt_too_long")
+                prompt = shorter
+        except Drop as drop:
+            reason = str(drop)
+        prompts.append(prompt)
+        reasons.append(reason)
+        tokens.append(count)
+        cut.append(first - count)
+    columns = {name: values for name, values in batch.items() if name not in ("chosen", "rejected")}
+    return {**columns, "prompt": prompts, "prompt_tokens": tokens, "cut_tokens": cut, "drop_reason": reasons}
 
 
 def without_oldest_exchange(prompt: list[Message]) -> list[Message] | None:
@@ -102,6 +154,13 @@ def describe(pairs: Dataset, *, account: SplitAccount) -> dict[str, Any]:
         "completion_at_risk": account.shortened + too_long,  # TRL alone would cut into these
         **{name: int(columns[name].sum()) for name in FAULTS},
     }
+
+
+def describe_prompts(prompts: Dataset) -> dict[str, Any]:
+    """The token statistics of one split, of prompts as `fit_prompts` returns them, for preflight.json."""
+    tokens = np.array(prompts["prompt_tokens"][:], dtype=np.int64)
+    cut = int(np.sum(prompts["cut_tokens"][:]))
+    return {"prompt": _statistics(tokens, np.histogram_bin_edges(tokens, bins=_BINS)), "cut_from": {"prompt": cut}}
 
 
 def rendered_pairs(pairs: Dataset, tokenizer: Any, *, split: str) -> list[dict[str, Any]]:

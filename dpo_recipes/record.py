@@ -1,0 +1,121 @@
+"""What a run leaves on record: what it ran on, from what, at what cost, and the model card that says so."""
+
+import hashlib
+import json
+import platform
+import resource
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import Trainer
+
+from dpo_recipes.recipe import RecipeArguments
+
+LIBRARIES = ("dpo-recipes", "trl", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "torch")
+
+
+def cost(trainer: Trainer) -> dict[str, Any]:
+    """Updates, seconds and peak memory of a finished run."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    spent: dict[str, Any] = {
+        "updates": trainer.state.global_step,
+        "resumed_from_update": trainer._initial_global_step,  # the seconds are those since then
+        "train_seconds": next(
+            (log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log), None
+        ),
+        "peak_memory_mib": round(peak / 2**20),
+    }
+    if torch.cuda.is_available():
+        spent["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    return spent
+
+
+def hardware(trainer: Trainer) -> str:
+    """The machine in words: cards, or processor and threads."""
+    if trainer.accelerator.device.type == "cuda":
+        return f"{trainer.args.world_size} x {torch.cuda.get_device_name()}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {trainer.args.world_size} process(es) x {torch.get_num_threads()} thread(s)"
+
+
+def data_hash(dataset: Dataset) -> str:
+    """A hash of the pairs themselves, in order; the same whether they came from a cache or not."""
+    columns = [name for name in ("prompt", "chosen", "rejected", "completion") if name in dataset.column_names]
+    digest = hashlib.sha256()
+    for rows in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        digest.update(json.dumps(rows.to_pylist()).encode())
+    return digest.hexdigest()[:16]
+
+
+def weights_hash(config: Any) -> str | None:
+    """What a model was loaded from: a hash of a local folder's weights, or the Hub's commit."""
+    files = sorted(Path(config.name_or_path).glob("*.safetensors")) if config.name_or_path else []
+    if not files:
+        commit: str | None = getattr(config, "_commit_hash", None)
+        return commit
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def model_card(
+    trainer: Trainer, script_args: RecipeArguments, spent: dict[str, Any], report: str, warnings: Sequence[str]
+) -> str:
+    """The README.md of a run's folder.
+
+    Args:
+        trainer: After training.
+        script_args: As `parse_recipe` returned them.
+        spent: As `cost` returns it.
+        report: The table of results; "" for none.
+        warnings: What must be known before the model is used.
+    """
+    settings = script_args.settings
+    base = settings.get("model_name_or_path")
+    method = trainer._name
+    is_adapter = (Path(trainer.args.output_dir) / "adapter_config.json").exists()
+    shown = (
+        "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "pairs_per_update",
+        "beta", "loss_type", "loss_weights", "max_length", "center_rewards_coefficient", "reward_model_name_or_path",
+        "max_prompt_length", "max_completion_length", "generation_batch_size", "num_generations", "num_iterations",
+        "temperature", "gamma", "lam", "vf_coef", "adam_beta2", "weight_decay", "use_peft", "lora_r", "lora_alpha",
+        "load_in_4bit", "dtype", "bf16", "seed",
+    )  # fmt: skip
+    header = [
+        "---",
+        *([] if base is None or Path(base).exists() else [f"base_model: {base}"]),
+        f"library_name: {'peft' if is_adapter else 'transformers'}",
+        "tags:\n- trl\n- " + method.lower(),
+        "---",
+    ]
+    versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    return "\n".join(
+        [
+            *header,
+            f"# {Path(trainer.args.output_dir).name}",
+            f"\n{method} of `{base}` on `{script_args.dataset_name}` ({len(trainer.train_dataset):,} training rows; "
+            "every row is accounted for in `preflight.json`).",
+            *(f"\n**Warning.** {warning}" for warning in warnings),
+            *(["\n## Results on held-out pairs (95 % intervals)", f"\n```\n{report}\n```"] if report else []),
+            "\n![curves](curves.png)",
+            "\n## Settings\n",
+            *(f"- {name}: {settings[name]}" for name in shown if settings.get(name) not in (None, -1)),
+            "\nAll of them are in `settings.json`, the installed packages in `environment.txt`.",
+            "\n## Made with\n",
+            f"- {versions}",
+            f"- {hardware(trainer)}; {spent['updates']} updates, {spent['train_seconds']} s since update "
+            f"{spent['resumed_from_update']}, peak memory {spent['peak_memory_mib']} MiB",
+            "",
+        ]
+    )

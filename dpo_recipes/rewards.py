@@ -1,0 +1,215 @@
+"""Scores completions with a reward model, and refuses one that cannot before anything is generated."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from trl.data_utils import apply_chat_template
+
+from dpo_recipes.errors import RecipeError
+
+Text = str | list[dict[str, str]]
+"""Plain text, or the messages of a conversation."""
+
+_LOADING = (OSError, ValueError, RuntimeError, SafetensorError)  # no such name, a size that does not fit, a cut file
+
+
+def load_reward_model(
+    name: str, *, revision: str = "main", dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A reward model on the accelerator, if there is one, and its own tokenizer, which can pad.
+
+    Args:
+        name: The folder or Hub name of a full sequence-classification model with one output.
+        revision: On the Hub.
+        dtype: Of the weights; by default as they were saved.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        RecipeError: If it cannot be loaded, or is no reward model.
+    """
+    config, tokenizer = read_reward_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    check_reward_model(config, tokenizer, [])
+    options = dict(revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    options["device_map"] = {"": torch.accelerator.current_accelerator() or "cpu"}
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(name, **options)
+    except _LOADING as error:
+        raise RecipeError(f"Cannot load the reward model {name}: {textwrap.shorten(str(error), 300)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # the score is read before the padding
+    return model.eval(), tokenizer
+
+
+def read_reward_config(
+    name: str, *, revision: str = "main", trust_remote_code: bool = False
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """The configuration and the tokenizer of a reward model, no weights.
+
+    Raises:
+        RecipeError: If there are none.
+    """
+    options = dict(revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(name, **options), AutoTokenizer.from_pretrained(name, **options)
+    except _LOADING as error:
+        raise RecipeError(
+            f"Cannot load the reward model {name}: {textwrap.shorten(str(error), 300)} Train one (make train "
+            "RECIPE=hh-rlhf-reward), or name a folder or a Hub name with --reward_model_name_or_path."
+        ) from error
+
+
+def check_reward_model(
+    model: PreTrainedModel | PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Text],
+    *,
+    max_completion_length: int = 1,
+) -> None:
+    """Nothing, if the reward model can score answers to the prompts; call it before anything is generated.
+
+    Args:
+        model: The reward model or its configuration, which says as much.
+        tokenizer: The reward model's own.
+        prompts: All that will be answered; conversations with the same roles are looked at once.
+        max_completion_length: Tokens of the longest answer.
+
+    Raises:
+        RecipeError: If the model's score head is untrained or has several outputs, the tokenizer has no chat template,
+            refuses the conversations, cannot pad, or has more tokens than the model, or a prompt leaves no room.
+    """
+    config: Any = getattr(model, "config", model)
+    name = config.name_or_path or "the model"
+    # A model that was built in memory has no architectures yet.
+    others = [kind for kind in config.architectures or [] if not kind.endswith("ForSequenceClassification")]
+    if others:
+        raise RecipeError(
+            f"{name} is a {others[0]}, which has no score head: a random one would be put on. Name a reward model, or "
+            "train one: make train RECIPE=hh-rlhf-reward."
+        )
+    if config.num_labels != 1:
+        raise RecipeError(
+            f"{name} has {config.num_labels} outputs, where a reward model has one score. Name another, or turn its "
+            "outputs into one number in a reward function."
+        )
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise RecipeError(
+            f"The tokenizer of the reward model {name} can pad with nothing: it has neither a pad nor an EOS token. "
+            "Set pad_token in its tokenizer_config.json."
+        )
+    largest, rows = max(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
+    if largest >= rows:
+        raise RecipeError(
+            f"The tokenizer of the reward model {name} has token ids up to {largest}, but its embedding has {rows} "
+            "rows: they do not belong together. Put the tokenizer that it was trained with beside the model."
+        )
+    if not prompts:
+        return
+    chats = {str([turn["role"] for turn in prompt]): prompt for prompt in prompts if not isinstance(prompt, str)}
+    if chats and tokenizer.chat_template is None:
+        raise RecipeError(
+            f"The tokenizer of the reward model {name} has no chat template, but the prompts are conversations. Put "
+            "the template that it was trained with into its tokenizer, or name another reward model."
+        )
+    for prompt in chats.values():
+        try:
+            as_text(prompt, "An answer.", tokenizer)
+        except (TemplateError, TypeError, ValueError) as error:
+            roles = ", ".join(turn["role"] for turn in prompt)
+            raise RecipeError(
+                f"The chat template of the reward model {name} refuses conversations of {roles}, assistant: {error}. "
+                "Name a reward model whose template takes them."
+            ) from error
+    room = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(ids) for ids in _token_ids([as_text(prompt, "", tokenizer) for prompt in prompts], tokenizer))
+    if room is not None and longest + max_completion_length > room:
+        raise RecipeError(
+            f"The reward model {name} takes {room} tokens, but the longest prompt has {longest} of its tokens and an "
+            f"answer up to {max_completion_length}. Lower --max_prompt_length or --max_completion_length."
+        )
+
+
+def as_text(prompt: Text, completion: Text, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What TRL's online trainers show a reward model: the chat template on both, or plain text one after the other.
+
+    RewardTrainer shows it conversations in the same way; of plain text it adds an EOS token, which is left out here
+    since the trainers' answers come without.
+    """
+    if isinstance(prompt, str):
+        return prompt + str(completion)
+    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    return str(apply_chat_template({"messages": prompt + answer}, tokenizer)["text"])
+
+
+@torch.no_grad()
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
+    *,
+    batch_size: int = 16,
+) -> NDArray[np.float64]:
+    """The reward model's score of each completion, in order. Shape (completions,).
+
+    Args:
+        model: A reward model; its mode (train or eval) is left as it was.
+        tokenizer: The reward model's own, which can pad.
+        prompts: One for each completion.
+        completions: Plain text after a conversation is an assistant's turn.
+        batch_size: Completions at a time. They are sorted by length, so that little is padded.
+    """
+    texts = [as_text(*both, tokenizer) for both in zip(prompts, completions, strict=True)]
+    ids = _token_ids(texts, tokenizer)
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    scores = np.zeros(len(ids))
+    was_training = model.training
+    model.eval()
+    for start in tqdm(range(0, len(order), batch_size), desc="Scoring", leave=False):
+        rows = order[start : start + batch_size]
+        batch = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, padding_side="right", return_tensors="pt")
+        batch = batch.to(model.device)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        scores[rows] = logits[:, 0].double().cpu().numpy()
+    model.train(was_training)
+    return scores
+
+
+@torch.no_grad()
+def check_reloads(folder: str, model: PreTrainedModel, probe: Mapping[str, torch.Tensor]) -> None:
+    """Nothing, if the reward model in the folder gives a batch the scores of the one in memory.
+
+    Args:
+        folder: Where `model` was saved.
+        model: In memory; its mode is set to eval.
+        probe: `input_ids` and `attention_mask`. Shape (batch, tokens).
+
+    Raises:
+        RuntimeError: If a score differs.
+    """
+    reloaded, _ = load_reward_model(folder)
+    scores = model.eval()(**probe).logits.float()
+    again = reloaded.to(model.device)(**probe).logits.float()
+    error = (again - scores).abs().max().item()
+    if not error <= 1e-3 * max(1.0, scores.abs().max().item()):  # NaN is refused too
+        raise RuntimeError(f"The reward model in {folder} scores a batch differently by {error:.1e}: do not use it.")
+
+
+def _token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
