@@ -17,7 +17,8 @@ import functools
 import logging
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ class PPOConfig(GRPOConfig):
 class PolicyAndCriticOutput(FusedCausalLMOutput):
     """What the policy returns with `return_values=True`: a field of the output, so that DDP finds the tensor."""
 
-    values: Tensor | None = None
+    state_values: Tensor | None = None  # `values` is a method of every output
     """Value of the state after each token. Shape (batch, tokens)."""
 
 
@@ -171,7 +172,7 @@ def attach_critic(policy: Any, critic: Any) -> None:
     def values_of(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = classifier.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         values: Tensor = classifier.score(hidden.to(next(classifier.score.parameters()).dtype)).squeeze(-1)
-        return values.float()
+        return values.to(torch.promote_types(values.dtype, torch.float32))
 
     @functools.wraps(original)
     def forward(_: nn.Module, *args: Any, return_values: bool = False, values_only: bool = False, **inputs: Any) -> Any:
@@ -180,7 +181,7 @@ def attach_critic(policy: Any, critic: Any) -> None:
         output = original(*args, **inputs)
         if return_values:
             values = values_of(inputs["input_ids"], inputs["attention_mask"])
-            return PolicyAndCriticOutput(**output, values=values)
+            return PolicyAndCriticOutput(**output, state_values=values)
         return output
 
     policy.forward = types.MethodType(forward, policy)
@@ -277,6 +278,7 @@ class PPOTrainer(GRPOTrainer):
         if is_peft_model(policy):
             lora = copy.deepcopy(peft_config or policy.peft_config["default"])
             lora.task_type, lora.modules_to_save, lora.inference_mode = TaskType.SEQ_CLS, ["score"], False
+            lora.base_model_name_or_path = None
             critic = get_peft_model(critic, lora)
         attach_critic(policy, critic.to(policy.device))
         if self.use_vllm:  # the engine has no place for the critic's weights
@@ -296,30 +298,35 @@ class PPOTrainer(GRPOTrainer):
                 optimizer.add_param_group({**group, "params": own, "lr": rate})
         return optimizer
 
+    @contextmanager
+    def _without_critic(self) -> Iterator[Any]:
+        """The critic, which the policy is without while the block lasts."""
+        policy = self.accelerator.unwrap_model(self.model)
+        critic = policy._modules.pop(CRITIC)
+        try:
+            yield critic
+        finally:
+            policy.add_module(CRITIC, critic)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The policy as TRL saves it, and what of the critic is trained in a file beside it."""
         weights = self.model.state_dict() if state_dict is None else state_dict
-        super()._save(output_dir, {name: weight for name, weight in weights.items() if CRITIC not in name})
+        with self._without_critic() as critic:
+            super()._save(output_dir, {name: weight for name, weight in weights.items() if CRITIC not in name})
+            trained = [name for name, weight in critic.named_parameters() if weight.requires_grad]
         if self.args.should_save:
-            trained = (name for name, weight in self.model.named_parameters() if weight.requires_grad)
-            critic = {
-                name.partition(f"{CRITIC}.")[2]: weights[name].detach().contiguous().cpu()
-                for name in trained
-                if CRITIC in name
-            }
-            save_file(critic, Path(output_dir or self.args.output_dir) / CRITIC_FILE, metadata={"format": "pt"})
+            own = {name.partition(f"{CRITIC}.")[2]: weight for name, weight in weights.items() if CRITIC in name}
+            kept = {name: own[name].detach().contiguous().cpu() for name in trained}
+            save_file(kept, Path(output_dir or self.args.output_dir) / CRITIC_FILE, metadata={"format": "pt"})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.is_fsdp_enabled:
-            return  # FSDP's checkpoints hold the policy's submodules
-        critic = self.accelerator.unwrap_model(self.model).get_submodule(CRITIC)
+        if self.is_fsdp_enabled:  # whose checkpoints hold the policy's submodules
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        with self._without_critic() as critic:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         if unknown := critic.load_state_dict(load_file(Path(resume_from_checkpoint) / CRITIC_FILE), False)[1]:
             raise ValueError(f"{resume_from_checkpoint} holds another critic, with {unknown[0]}.")
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        load_result.missing_keys[:] = [name for name in load_result.missing_keys if CRITIC not in name]
-        super()._issue_warnings_after_load(load_result)
 
     # The rollout
 
@@ -378,7 +385,7 @@ class PPOTrainer(GRPOTrainer):
         """Mean and variance of each over the tokens of all processes."""
         sums = [mask.sum(), *(((each**power) * mask).sum() for each in tensors for power in (1, 2))]
         count, *totals = self.accelerator.reduce(torch.stack(sums).double(), reduction="sum")
-        means = [(total / count.clamp(min=1)).to(mask) for total in totals]
+        means = [(total / count.clamp(min=1)).to(tensors[0]) for total in totals]
         return [(mean, (square - mean**2).clamp(min=0)) for mean, square in zip(means[::2], means[1::2], strict=True)]
 
     def _log_mean(self, name: str, values: Tensor, mode: str) -> None:
@@ -401,7 +408,7 @@ class PPOTrainer(GRPOTrainer):
             self.beta = beta
         mode, args, mask = "train" if self.model.training else "eval", self.args, inputs["completion_mask"].float()
         kept, tokens = mask.shape[1], mask.sum().clamp(min=1)
-        values, logps = outputs[0].values[:, -kept - 1 : -1], outputs[0].log_probs[:, -kept:]
+        values, logps = outputs[0].state_values[:, -kept - 1 : -1], outputs[0].log_probs[:, -kept:]
         value_loss = clipped_value_loss(values, inputs["old_values"], inputs["returns"], mask, args.cliprange_value)
         with torch.no_grad():
             log_ratio = (logps - inputs["old_per_token_logps"]) * mask
@@ -464,23 +471,23 @@ class PPOTrainer(GRPOTrainer):
                 f"{bad} of {len(scores)} answers got a score that is no number (NaN, None or infinite) from {names}. "
                 "Return a number for every answer, or leave their prompts out."
             )
-        if mode == "train" and len(scores) > 1 and bool((scores == scores[0]).all()):
-            self._warn_once(
-                "constant",
+        same, endless = len(scores) > 1 and bool((scores == scores[0]).all()), not ended.any()
+        for wrong, message in (
+            (
+                same and "constant scores",
                 f"All {len(scores)} answers of a rollout have the same score, {scores[0].item():g}: nothing to learn "
                 f"from. See what {names} makes of them: log_completions=True shows them.",
-            )
-        if mode == "train" and not ended.any():
-            self._warn_once(
-                "endless",
+            ),
+            (
+                endless and "endless answers",
                 f"None of a rollout's {len(ended)} answers has ended within {self.max_completion_length} tokens. Raise "
                 "max_completion_length, or start from a model that was taught to end its answers.",
-            )
-
-    def _warn_once(self, kind: str, message: str) -> None:
-        if kind not in self._warned and self.accelerator.is_main_process:
-            logger.warning(message)
-        self._warned.add(kind)
+            ),
+        ):
+            if mode == "train" and wrong and wrong not in self._warned:
+                self._warned.add(wrong)
+                if self.accelerator.is_main_process:
+                    logger.warning(message)
 
 
 class RolloutBoundaries(TrainerCallback):
