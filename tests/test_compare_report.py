@@ -1,6 +1,7 @@
 """What the comparison says: numbers that can be computed again from results.json, and words that follow from them."""
 
 import html
+import itertools
 import json
 import math
 import re
@@ -21,6 +22,14 @@ from dpo_recipes.launch import Launch
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>{{ 7 * 7 }} | a | b"
 PROMPTS, PAIRS, BETAS, SEEDS = 60, 80, ("0.1", "0.3"), (0, 1, 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_fits():
+    """A regression for every resample is what takes the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "RESAMPLES_OF_FITS", 10)
+        yield
 
 
 def run_of(seed, *, reward, kl, tokens=40.0, model=True):
@@ -92,7 +101,7 @@ def compared(*, betas=BETAS, seeds=SEEDS, ppo=0.75, dpo=0.6, failed=(), without=
 
 
 @pytest.fixture(scope="module")
-def results():
+def results(few_fits):
     return compared()
 
 
@@ -213,7 +222,7 @@ def test_the_length_controlled_rate_is_the_regressions_at_equal_length():
     chance = 1 / (1 + np.exp(-(0.4 + 1.5 * np.tanh(longer / longer.std()))))
     won = (draw.uniform(size=4000) < chance).astype(float)
     found = statistics.length_controlled(won, longer)
-    assert won.mean() > 0.75  # most of it is length
+    assert won.mean() > 0.7  # most of it is length
     assert found == pytest.approx(1 / (1 + math.exp(-0.4)), abs=0.03)
     won[:500] = 0.5
 
@@ -238,23 +247,43 @@ def test_distinct_and_repetition_by_hand():
 NULL = json.loads((Path(__file__).parent / "fixtures" / "null_answers.json").read_text())
 
 
-@pytest.mark.parametrize("seeds", [1, 2])
-def test_two_copies_of_one_model_are_reported_as_no_different(seeds):
-    """Rewards and lengths of one SFT model's real answers to 200 prompts, sampled by 40 seeds: 20 pairs of copies."""
-    base = run_of(0, reward=0.5, kl=0.0)
-    constant = {name: values for name, values in base.items() if name not in ("judge", "tokens")}
+REWARDS = np.array([[int(digit) / 4 for digit in row] for row in NULL["rewards"]])
 
-    def run(index):
-        rewards = [int(digit) / 4 for digit in NULL["rewards"][index]]
-        return constant | {"judge": rewards, "tokens": [float(n) for n in NULL["tokens"][index]]}
 
+def reported_alike(pairs_of_seeds):
+    """The share of comparisons of one model with itself that name no winner."""
     said = []
-    for first in range(0, 40, 2 * seeds):
-        pairs = [(run(first + 2 * seed), run(first + 2 * seed + 1)) for seed in range(seeds)]
-        rates = made.against(*(list(side) for side in zip(*pairs, strict=True)))
-        said.append(statistics.is_noise(rates["win_rate"]))
-    assert len(said) == 20 // seeds
-    assert sum(said) >= len(said) - 1
+    for pairs in pairs_of_seeds:
+        won = [[statistics.wins(REWARDS[one], REWARDS[other])] for one, other in pairs]
+        said.append(statistics.is_noise(statistics.estimate(statistics.mean, won, resamples=400)))
+    return plain.mean(said)
+
+
+def test_two_copies_of_one_model_are_reported_as_no_different():
+    """The exact rewards of one SFT model's answers to 200 prompts, sampled by 40 seeds.
+
+    One seed each, every other pair of samplings: 19 in 20 is what a 95 % interval promises, and 20 pairs would not
+    tell. Three seeds each, as by default: either interval may hold one half, so that fewer go wrong.
+    """
+    assert REWARDS.shape == (40, 200)
+    assert reported_alike([[pair] for pair in [*itertools.combinations(range(40), 2)][::2]]) >= 0.95
+    draw = np.random.default_rng(0)
+    triples = [draw.permutation(40)[:6].reshape(3, 2).tolist() for _ in range(200)]
+    assert reported_alike(triples) >= 0.97
+
+
+def test_a_better_model_is_not_reported_as_no_different():
+    """The same answers, three in ten mended: what the test above passes must be able to fail."""
+    better = REWARDS.copy()
+    draw = np.random.default_rng(0)
+    better[draw.uniform(size=better.shape) < 0.3] = 1.0
+    found = [
+        statistics.estimate(statistics.mean, [[statistics.wins(better[2 * n], REWARDS[2 * n + 1])]], resamples=400)
+        for n in range(20)
+    ]
+    assert sum(not statistics.is_noise(each) and each["mean"] > 0.5 for each in found) >= 15
+    three = [[statistics.wins(better[2 * n], REWARDS[2 * n + 1])] for n in range(20)]
+    assert not statistics.is_noise(statistics.estimate(statistics.mean, three))
 
 
 def test_the_verdict_names_the_winner_by_how_much_and_at_what_cost():

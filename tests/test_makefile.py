@@ -9,7 +9,20 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-TARGETS = ["help", "install", "train", "inspect", "test", "test-all", "lint", "typecheck", "bench", "recipes", "clean"]
+TARGETS = [
+    "help",
+    "install",
+    "train",
+    "compare",
+    "inspect",
+    "test",
+    "test-all",
+    "lint",
+    "typecheck",
+    "bench",
+    "recipes",
+    "clean",
+]
 
 # A Python that is asked for its version, for venv, and to make one; `venv` decides what pip in there does.
 FAKE_PYTHON = """#!/bin/sh
