@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, RewardConfig, RLOOConfig
 
 from dpo_recipes import compare as comparing
-from dpo_recipes import launch
+from dpo_recipes import launch, record
 from dpo_recipes.cli import main
 from dpo_recipes.compare import answers, budget, plan, stages
 from dpo_recipes.errors import RecipeError
@@ -419,6 +419,13 @@ def test_an_unequal_tuning_budget_is_told(tmp_path, folder):
 def test_a_judge_that_saw_the_learners_prompts_is_no_judge(tmp_path, folder):
     runs = [finished(tmp_path, "dpo-0.1-0"), finished(tmp_path, "judge", prompts="j")]
     assert budget.check_match(runs, **MATCH)[-1]["held"]
+    (tmp_path / "judge" / "model.safetensors").write_bytes(b"weights")
+    raised = record.weights_hash(SimpleNamespace(name_or_path=str(tmp_path / "judge")))
+    ppo = finished(tmp_path, "ppo-0.1-0")
+    for hashes, alike in (["other"], False), ([raised], True):
+        (ppo.folder / "done.json").write_text(json.dumps({"start_hash": "s", "reward_model_hashes": hashes}))
+        with pytest.raises(RuntimeError, match="cannot judge") if alike else contextlib.nullcontext():
+            budget.check_match([*runs, ppo], **MATCH)
     (tmp_path / "judge" / "preflight.json").write_text(json.dumps({"prompts": {"train": "p"}}))
     with pytest.raises(RuntimeError, match="learned from other prompts than the judge's part"):
         budget.check_match(runs, **MATCH)

@@ -87,6 +87,7 @@ def compared(*, betas=BETAS, seeds=SEEDS, ppo=0.75, dpo=0.6, failed=(), without=
         "budget": {"kind": "samples", "detail": "DPO sees 1,408 pairs a seed."},
         "sampling": {"temperature": 1.0, "max_new_tokens": 72},
         "judge": {"name": "the exact reward", "detail": "It is exact.", "order": "No order."},
+        "reward_accuracy": {"reward-0": {"mean": 0.912, "low": 0.88, "high": 0.94, "n": 80}},
         "failed": list(failed),
         "prompts": PROMPTS,
         "fairness": [{"held": True, "detail": "All started from the same weights."}],
@@ -389,6 +390,7 @@ def test_the_page_shows_every_number_with_its_interval_and_n(report, results):
         assert paragraph in markdown
     assert "60 s" in text
     assert "4.2 min" in text
+    assert "reward-0 ranks 0.912 [0.880, 0.940]" in text
     for check in results["fairness"]:
         assert check["detail"] in text
 

@@ -18,6 +18,7 @@ from dpo_recipes.compare.report import write_report
 from dpo_recipes.compare.results import NAMES, collect, columns, stage_cost, verdict
 from dpo_recipes.compare.stages import Clock, run_stages
 from dpo_recipes.files import read_json, write_json, write_jsonl
+from dpo_recipes.intervals import Estimate
 from dpo_recipes.launch import prepare
 from dpo_recipes.loading import digest, prompt_hashes
 from dpo_recipes.preflight import measure_pairs
@@ -199,16 +200,18 @@ def _draw_prompts(test: Dataset, *, start: str, most: int) -> list[Any]:
 def _about(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[str, int | None]) -> dict[str, Any]:
     """What was compared, and how: everything but the numbers."""
     parts, sampling = comparison.parts, asdict(comparison.sampling)
-    judge: dict[str, Any] = {
-        "name": "the exact reward",
-        "detail": "The judge is the recipe's exact reward, not a model.",
+    judge = {"name": "the exact reward", "detail": "The judge is the recipe's exact reward, not a model."}
+    accuracies = {
+        stage.name: read_json(stage.folder / "metrics.json")["reward_accuracy"]["all"]
+        for stage in finished
+        if stage.kind in ("judge", "reward")
     }
     if comparison.judge is None:
-        metrics = read_json(comparison.root / "judge" / "metrics.json")
+        right = Estimate(**accuracies["judge"])
         judge = {
             "name": "a reward model of its own",
-            "detail": "The judge is a reward model, trained by another seed on prompts that no learner saw.",
-            "accuracy": metrics.get("accuracy") or metrics.get("preference_accuracy"),
+            "detail": "The judge is a reward model, trained by another seed on prompts that no learner saw. It finds "
+            f"chosen better in {right} of the {right.n} held-out pairs.",
         }
     hashes = {part: digest(parts[part]) if part in parts else None for part in ("learn", "judge")}
     learn = len(parts["learn"])
@@ -226,6 +229,7 @@ def _about(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[st
         },
         "sampling": sampling,
         "judge": judge | {"order": ORDER},
+        "reward_accuracy": accuracies,
         "failed": [
             f"{name} ({'not begun' if status is None else f'exit {status}'})" for name, status in failed.items()
         ],

@@ -1,13 +1,16 @@
 """How much an online algorithm may learn from, so that DPO had as much; and whether the match was a fair one."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from dpo_recipes.compare.plan import ALGORITHMS, ONLINE, Recipe, Stage
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json
 from dpo_recipes.plan import count_updates
+from dpo_recipes.record import weights_hash
 
 PRESET = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "dtype")
 # Passes forward through a model of this size; one backward counts as two.
@@ -93,7 +96,7 @@ def check_match(
         sampling: Temperature and token limit of the answers that are compared.
 
     Raises:
-        RuntimeError: If the judge learned from other prompts than its part.
+        RuntimeError: If the judge learned from other prompts than its part, or is what PPO or RLOO optimised.
     """
     settings = {stage.name: read_json(stage.folder / "settings.json") for stage in stages}
     seen = {stage.name: read_json(stage.folder / "preflight.json").get("prompts", {}).get("train") for stage in stages}
@@ -125,10 +128,13 @@ def check_match(
             f"All had the same tuning budget: beta {', '.join(betas)}, each with the same seeds.",
         ),
     ]
+    raised = [read_json(stage.folder / "done.json").get("reward_model_hashes", []) for stage in compared]
     for stage in stages:
         if stage.kind == "judge":
             if seen[stage.name] != prompts["judge"]:
                 raise RuntimeError(f"{stage.folder} learned from other prompts than the judge's part.")
+            if weights_hash(SimpleNamespace(name_or_path=str(stage.folder))) in itertools.chain(*raised):
+                raise RuntimeError(f"{stage.folder} is the reward model that was optimised: it cannot judge.")
             checks.append(
                 (True, "The judge learned from prompts that no learner saw, and is no model that PPO optimised.")
             )
