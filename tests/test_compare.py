@@ -395,8 +395,8 @@ MATCH = dict(betas=["0.1"], prompts={"learn": "p", "judge": "j"}, sampling={"tem
         ({"start": "other"}, "All started from the same weights."),
         ({"settings": {"lora_r": 8}}, "All were trained with the same LoRA settings."),
         ({"prompts": "other"}, "All learned from the same prompts, but for ppo-0.1-0."),
-        ({"settings": {"temperature": 0.7}}, "All answered the same prompts, by the same temperature"),
-        ({"settings": {"max_completion_length": 64}}, "All answered the same prompts, by the same temperature"),
+        ({"settings": {"temperature": 0.7}}, "All answered the same prompts, by the temperature"),
+        ({"settings": {"max_completion_length": 64}}, "All answered the same prompts, by the temperature"),
     ],
     ids=str,
 )

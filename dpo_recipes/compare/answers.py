@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from dpo_recipes.terminal import say
 from dpo_recipes.tokenization import encode_pairs
 from dpo_recipes.tryout import lora_config, open_model
 
+SIDES = ("chosen", "rejected")
 BATCH = 16  # answers, or completions of pairs, at a time
 Scorer = Callable[[Sequence[Messages], Sequence[str]], NDArray[np.float64]]
 
@@ -82,7 +84,7 @@ def answer_all(
     trained = next((entry.model for entry in entries if lora_config(entry.model)), None)
     base, tokenizer = open_model(trained or start)  # as it was trained on: its dtype, its 4 bits
     base = base.unload() if isinstance(base, PeftModel) else base
-    texts = [render(*(row[side] for side in ("prompt", "chosen", "rejected")), tokenizer=tokenizer) for row in pairs]
+    texts = [render(row["prompt"], *(row[side] for side in SIDES), tokenizer=tokenizer) for row in pairs]
     ids = encode_pairs(texts, tokenizer)
     for number, entry in enumerate(missing, start=1):
         say(f"Answers of {entry.name}, {number} of {len(missing)}.")
@@ -92,27 +94,19 @@ def answer_all(
             model = PeftModel.from_pretrained(base, entry.model).eval()
         else:
             model = open_model(entry.model)[0]
-        given = _answers(model, tokenizer, prompts, sampling=sampling, seed=entry.seed)
-        sampled = [(answer.pop("prompt_ids"), answer.pop("ids")) for answer in given]
-        sides = [
-            [(row.prompt, side) for row in ids for side in [getattr(row, name)]] for name in ("chosen", "rejected")
-        ]
+        options = asdict(sampling) | {"seed": entry.seed, "batch_size": BATCH}
+        sampled = sample_tokens(model, tokenizer, prompts, **options)
         policy = logps(model, sampled, temperature=sampling.temperature)
-        chosen, rejected = (logps(model, side) for side in sides)
-        if isinstance(model, PeftModel):
-            base = model.unload()
+        sides = {side: logps(model, [(row.prompt, getattr(row, side)) for row in ids]).tolist() for side in SIDES}
+        base = model.unload() if isinstance(model, PeftModel) else base
         begun = policy if model is base else logps(base, sampled, temperature=sampling.temperature)
-        for answer, both, of_policy, of_start in zip(given, sampled, policy, begun, strict=True):
-            answer |= {"policy": of_policy, "start": of_start, "scored": len(both[1])}
-        kept = {"key": keys[entry.name], "answers": given, "chosen": chosen.tolist(), "rejected": rejected.tolist()}
-        write_json(folder / f"{entry.name}.json", kept)
-        found[entry.name] = kept
+        answers = [
+            read_answer(base, tokenizer, tokens) | {"policy": own, "start": other, "scored": len(tokens)}
+            for (_, tokens), own, other in zip(sampled, policy.tolist(), begun.tolist(), strict=True)
+        ]
+        found[entry.name] = {"key": keys[entry.name], "answers": answers, **sides}
+        write_json(folder / f"{entry.name}.json", found[entry.name])
     return found
-
-
-def _answers(model: Any, tokenizer: Any, prompts: Sequence[Messages], *, sampling: Sampling, seed: int) -> list[Any]:
-    sampled = sample_tokens(model, tokenizer, prompts, **asdict(sampling), seed=seed, batch_size=BATCH)
-    return [read_answer(model, tokenizer, ids) | {"prompt_ids": prompt, "ids": ids} for prompt, ids in sampled]
 
 
 @torch.no_grad()
@@ -170,13 +164,11 @@ def model_judge(name: str | Path) -> Scorer:
 def keep_answerable(start: str, prompts: Iterable[Messages], most: int) -> list[Messages]:
     """The first `most` prompts that leave room for an answer and that the chat template takes."""
     model, tokenizer = open_model(start)
-    kept = []
+    kept: list[Messages] = []
     for prompt in prompts:
-        try:
+        with suppress(Drop):
             check_prompt(model, tokenizer, prompt)
-        except Drop:
-            continue
-        kept.append(prompt)
+            kept.append(prompt)
     return kept[:most]
 
 
@@ -191,32 +183,23 @@ def records(
         judge: Scores all answers.
         rewards: By name, the reward model that PPO optimised with the same seed, where there is one.
     """
-    names = list(found)
-    texts = {name: [answer["text"] for answer in found[name]["answers"]] for name in names}
-    # All answers at once: the judge is loaded once, and so is each reward model.
-    judged = _scores(judge, names, texts, prompts)
-    rewarded: dict[str, NDArray[np.float64]] = {}
+
+    def scores(scorer: Scorer, names: Sequence[str]) -> dict[str, list[float]]:
+        """All at once: a model is loaded once."""
+        texts = [answer["text"] for name in names for answer in found[name]["answers"]]
+        given = np.split(scorer([*prompts] * len(names), texts), len(names))
+        return {name: of_name.tolist() for name, of_name in zip(names, given, strict=True)}
+
+    judged = scores(judge, list(found))
+    rewarded: dict[str, Sequence[float | None]] = {name: [None] * len(prompts) for name in found}
     for scorer in set(rewards.values()):
-        rewarded |= _scores(scorer, [name for name in names if rewards.get(name) is scorer], texts, prompts)
-    return {
-        name: [
-            answer
-            | {
-                "prompt": number,
-                "judge": float(judged[name][number]),
-                "reward_model": float(rewarded[name][number]) if name in rewarded else None,
-                "kl": answer["policy"] - answer["start"],
-                "repetition": repetition(answer["text"]),
-            }
-            for number, answer in enumerate(found[name]["answers"])
+        rewarded |= scores(scorer, [name for name in found if rewards.get(name) is scorer])
+    kept: dict[str, list[dict[str, Any]]] = {}
+    for name, of_name in found.items():
+        rows = zip(of_name["answers"], judged[name], rewarded[name], strict=True)
+        kept[name] = [
+            {"prompt": number, **answer, "judge": good, "reward_model": reward}
+            | {"kl": answer["policy"] - answer["start"], "repetition": repetition(answer["text"])}
+            for number, (answer, good, reward) in enumerate(rows)
         ]
-        for name in names
-    }
-
-
-def _scores(
-    scorer: Scorer, names: Sequence[str], texts: Mapping[str, Sequence[str]], prompts: Sequence[Messages]
-) -> dict[str, NDArray[np.float64]]:
-    """By name, the score of each answer, all asked for at once."""
-    scores = scorer([*prompts] * len(names), [text for name in names for text in texts[name]])
-    return dict(zip(names, np.split(scores, len(names)), strict=True))
+    return kept

@@ -13,6 +13,7 @@ from dpo_recipes.plan import count_updates
 from dpo_recipes.record import weights_hash
 
 PRESET = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "dtype")
+SAMPLED_AS = {"temperature": "temperature", "max_new_tokens": "max_completion_length"}
 # Passes forward through a model of this size; one backward counts as two.
 DPO_PAIR = 2 * (3 + 1)  # two sequences, each trained on and read by the reference
 REWARD_PAIR = 2 * 3
@@ -100,31 +101,22 @@ def check_match(
     """
     settings = {stage.name: read_json(stage.folder / "settings.json") for stage in stages}
     seen = {stage.name: read_json(stage.folder / "preflight.json").get("prompts", {}).get("train") for stage in stages}
-    started = {stage.name: read_json(stage.folder / "done.json").get("start_hash") for stage in stages}
-    learners = [stage for stage in stages if stage.kind in (*ALGORITHMS, "reward")]
     compared = [stage for stage in stages if stage.kind in ALGORITHMS]
-    presets = {stage.name: str([settings[stage.name].get(key) for key in PRESET]) for stage in compared}
-    tried = {
-        kind: sorted((str(stage.beta), str(stage.seed)) for stage in compared if stage.kind == kind)
-        for kind in ALGORITHMS
-        if any(stage.kind == kind for stage in compared)
-    }
-    own = [
-        (settings[stage.name].get("temperature"), settings[stage.name].get("max_completion_length"))
-        for stage in compared
-        if stage.kind in ONLINE
-    ]
-    other = [stage.name for stage in learners if seen[stage.name] != prompts["learn"]]
+    learners = [stage for stage in stages if stage.kind in (*ALGORITHMS, "reward")]
+    starts = {read_json(stage.folder / "done.json").get("start_hash") for stage in learners}
+    presets = {str([settings[stage.name].get(key) for key in PRESET]) for stage in compared}
+    apart = ", ".join(stage.name for stage in learners if seen[stage.name] != prompts["learn"])
+    own = [settings[stage.name] for stage in compared if stage.kind in ONLINE]
+    alike = [{key: each.get(name) for key, name in SAMPLED_AS.items()} == sampling for each in own]
+    points = [{(stage.beta, stage.seed) for stage in compared if stage.kind == kind} for kind in ALGORITHMS]
+    tried = [of_kind for of_kind in points if of_kind]
     checks = [
-        (len({started[stage.name] for stage in learners}) == 1, "All started from the same weights."),
-        (len(set(presets.values())) == 1, "All were trained with the same LoRA settings."),
-        (not other, "All learned from the same prompts" + (f", but for {', '.join(other)}." if other else ".")),
+        (len(starts) == 1, "All started from the same weights."),
+        (len(presets) == 1, "All were trained with the same LoRA settings."),
+        (not apart, f"All learned from the same prompts{', but for ' if apart else ''}{apart}."),
+        (all(alike), "All answered the same prompts, by the temperature, token limit and seeds of the training."),
         (
-            all(given == (sampling["temperature"], sampling["max_new_tokens"]) for given in own),
-            "All answered the same prompts, by the same temperature, token limit and seeds, those of the training.",
-        ),
-        (
-            len({str(points) for points in tried.values()}) <= 1,
+            tried[1:] == tried[:-1],
             f"All had the same tuning budget: beta {', '.join(betas)}, each with the same seeds.",
         ),
     ]
