@@ -32,8 +32,9 @@ from transformers import (
 )
 from trl import GRPOTrainer
 
+from dpo_recipes.errors import RecipeError
 from dpo_recipes.guards import add_guards
-from dpo_recipes.ppo import CRITIC, CRITIC_FILE, PPOConfig, PPOTrainer, clipped_value_loss, gae
+from dpo_recipes.ppo import CRITIC, CRITIC_FILE, PPOConfig, PPOTrainer, clipped_value_loss, gae, without_padding
 
 PAD, EOS = 0, 1
 ACTIONS = range(2, 10)  # the tokens a policy may answer with
@@ -276,6 +277,29 @@ def test_values_and_advantages_of_a_rollout_are_those_of_an_independent_implemen
     own = expected[mask > 0]
     whitened = (expected - own.mean()) / own.std(unbiased=False) * mask
     torch.testing.assert_close(batch["advantages"].double(), whitened, rtol=1e-3, atol=1e-4)
+
+
+def test_padding_that_a_batch_does_not_need_changes_nothing(build, monkeypatch):
+    trainer = build(count_as, prompts=["w", "x y z w"] * 32, max_completion_length=6, beta=0.1)
+    batch = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in ("w", "x y z w") * 16])
+    trainer.current_gradient_accumulation_steps = 1
+    short = (batch["completion_mask"].sum(dim=1) < batch["completion_mask"].shape[1]) & (torch.arange(32) % 2 == 0)
+    few = {name: part[short] if part.dim() else part for name, part in batch.items() if torch.is_tensor(part)}
+    cut = without_padding(few)
+    assert cut["completion_ids"].shape[1] < few["completion_ids"].shape[1]
+    assert cut["prompt_ids"].shape[1] < few["prompt_ids"].shape[1]
+    assert (cut["completion_mask"].sum(), cut["prompt_mask"].sum()) == (
+        few["completion_mask"].sum(),
+        few["prompt_mask"].sum(),
+    )
+    gradients = []
+    for cutting in (without_padding, lambda batch: batch):
+        monkeypatch.setattr("dpo_recipes.ppo.without_padding", cutting)
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, few).backward()
+        gradients.append({name: weight.grad.clone() for name, weight in trainer.model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])
 
 
 def test_rewards_are_weighted_and_summed_or_the_least_of_an_ensemble_counts(build):
@@ -590,8 +614,14 @@ def test_a_critic_that_cannot_read_the_policys_tokens_is_refused(build, tiny_mod
 
 
 def test_prompts_without_room_for_an_answer_are_refused(build):
-    with pytest.raises(ValueError, match=r"1 of 65 prompts have more than 14 tokens, up to 15"):
+    with pytest.raises(RecipeError, match=r"1 of 65 prompts have more than 14 tokens, up to 15"):
         build(count_as, prompts=[*PROMPTS * 16, "w " * 15])
+
+
+def test_a_reward_model_that_cannot_score_is_refused_before_anything_is_generated(build, start):
+    """A language model would get a random score head."""
+    with pytest.raises(RecipeError, match="LlamaForCausalLM, which has no score head"):
+        build(str(start))
 
 
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf])
@@ -600,7 +630,7 @@ def test_a_score_that_is_no_number_ends_the_run(build, bad):
         return [bad] + [1.0] * (len(completion_ids) - 1)
 
     trainer = build(broken)
-    with pytest.raises(ValueError, match=r"1 of 32 answers got a score that is no number.* from broken"):
+    with pytest.raises(RecipeError, match=r"1 of 32 answers got a score that is no number.* from broken"):
         trainer.train()
 
 
