@@ -184,7 +184,6 @@ def test_recipe_arguments_stay_few():
     assert len(ours) < 10
 
 
-
 def test_model_settings_reach_the_trainer(parse):
     _, args, _ = parse("--dtype", "bfloat16", "--model_revision", "v2")
     assert args.model_init_kwargs == {"revision": "v2", "attn_implementation": None, "dtype": "bfloat16"}
