@@ -57,7 +57,7 @@ typecheck: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
 
 bench: $(STAMP) ## speed and memory, side by side with what they are compared with
-	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" $(ARGS); done
+	@set -e; for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" $(ARGS); done
 
 recipes: $(STAMP) ## the recipes there are
 	@exec $(BIN)/dpo-recipes list

@@ -17,14 +17,14 @@ import functools
 import logging
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
 from peft import PeftConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Tr
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.utils import FusedCausalLMOutput, disable_dropout_in_model, get_config_model_id
+
+from dpo_recipes.guards import RolloutCheck, check_online
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +109,7 @@ class PPOConfig(GRPOConfig):
 class PolicyAndCriticOutput(FusedCausalLMOutput):
     """What the policy returns with `return_values=True`: a field of the output, so that DDP finds the tensor."""
 
-    values: Tensor | None = None
+    state_values: Tensor | None = None  # `values` is a method of every output
     """Value of the state after each token. Shape (batch, tokens)."""
 
 
@@ -154,6 +156,23 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask
     return 0.5 * (error * mask).sum() / mask.sum().clamp(min=1)
 
 
+def without_padding(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of a rollout without the columns that are padding in all of its rows: the rollout's longest set them.
+
+    Args:
+        batch: As GRPOTrainer buffers it: prompts padded on the left, completions and what is theirs on the right.
+    """
+    whole = {part: batch[f"{part}_mask"].shape[1] for part in ("prompt", "completion")}
+    used = {part: int(batch[f"{part}_mask"].sum(dim=1).max()) for part in whole}
+    cut = dict(batch)
+    for name, tensor in batch.items():
+        if name.startswith("prompt_"):
+            cut[name] = tensor[:, whole["prompt"] - used["prompt"] :]
+        elif torch.is_tensor(tensor) and tensor.dim() == 2 and tensor.shape[1] == whole["completion"]:
+            cut[name] = tensor[:, : used["completion"]]
+    return cut
+
+
 def attach_critic(policy: Any, critic: Any) -> None:
     """Make the critic a submodule of the policy, and reach it by the policy's forward alone, as FSDP and DDP ask.
 
@@ -171,7 +190,7 @@ def attach_critic(policy: Any, critic: Any) -> None:
     def values_of(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = classifier.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         values: Tensor = classifier.score(hidden.to(next(classifier.score.parameters()).dtype)).squeeze(-1)
-        return values.float()
+        return values.to(torch.promote_types(values.dtype, torch.float32))
 
     @functools.wraps(original)
     def forward(_: nn.Module, *args: Any, return_values: bool = False, values_only: bool = False, **inputs: Any) -> Any:
@@ -180,7 +199,7 @@ def attach_critic(policy: Any, critic: Any) -> None:
         output = original(*args, **inputs)
         if return_values:
             values = values_of(inputs["input_ids"], inputs["attention_mask"])
-            return PolicyAndCriticOutput(**output, values=values)
+            return PolicyAndCriticOutput(**output, state_values=values)
         return output
 
     policy.forward = types.MethodType(forward, policy)
@@ -201,8 +220,9 @@ class PPOTrainer(GRPOTrainer):
         kwargs: GRPOTrainer's datasets, processing classes, callbacks and optimizers.
 
     Raises:
-        ValueError: If the critic's vocabulary is not the policy's, a prompt leaves no room for an answer, or a rollout
-            is not a whole number of optimizer steps.
+        ValueError: If the critic's vocabulary is not the policy's, or a rollout is no whole number of optimizer steps.
+        RecipeError: If a prompt leaves no room for an answer, or a reward model cannot score one (`check_online`); in
+            training, if a score is no number.
     """
 
     beta: float
@@ -239,13 +259,13 @@ class PPOTrainer(GRPOTrainer):
                 f"{args.num_iterations} epochs over {args.generation_batch_size} answers are {batches} batches, which "
                 f"make no whole number of updates of {args.gradient_accumulation_steps}: change generation_batch_size."
             )
-        self._check_prompts()
+        check_online(self)
         if critic is None or isinstance(critic, str):
             critic = self._load_critic(critic, quantization_config)
         self._add_critic(critic, peft_config)
         self._moved: list[Tensor] = []  # nats a token from the rollout's policy, of each batch of this update
         self._stopped = False  # for the rest of the rollout
-        self._warned: set[str] = set()
+        self._check_rollout = RolloutCheck(self)
         self.add_callback(RolloutBoundaries(self))
 
     # The critic
@@ -277,6 +297,7 @@ class PPOTrainer(GRPOTrainer):
         if is_peft_model(policy):
             lora = copy.deepcopy(peft_config or policy.peft_config["default"])
             lora.task_type, lora.modules_to_save, lora.inference_mode = TaskType.SEQ_CLS, ["score"], False
+            lora.base_model_name_or_path = None
             critic = get_peft_model(critic, lora)
         attach_critic(policy, critic.to(policy.device))
         if self.use_vllm:  # the engine has no place for the critic's weights
@@ -296,30 +317,35 @@ class PPOTrainer(GRPOTrainer):
                 optimizer.add_param_group({**group, "params": own, "lr": rate})
         return optimizer
 
+    @contextmanager
+    def _without_critic(self) -> Iterator[Any]:
+        """The critic, which the policy is without while the block lasts."""
+        policy = self.accelerator.unwrap_model(self.model)
+        critic = policy._modules.pop(CRITIC)
+        try:
+            yield critic
+        finally:
+            policy.add_module(CRITIC, critic)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The policy as TRL saves it, and what of the critic is trained in a file beside it."""
         weights = self.model.state_dict() if state_dict is None else state_dict
-        super()._save(output_dir, {name: weight for name, weight in weights.items() if CRITIC not in name})
+        with self._without_critic() as critic:
+            super()._save(output_dir, {name: weight for name, weight in weights.items() if CRITIC not in name})
+            trained = [name for name, weight in critic.named_parameters() if weight.requires_grad]
         if self.args.should_save:
-            trained = (name for name, weight in self.model.named_parameters() if weight.requires_grad)
-            critic = {
-                name.partition(f"{CRITIC}.")[2]: weights[name].detach().contiguous().cpu()
-                for name in trained
-                if CRITIC in name
-            }
-            save_file(critic, Path(output_dir or self.args.output_dir) / CRITIC_FILE, metadata={"format": "pt"})
+            own = {name.partition(f"{CRITIC}.")[2]: weight for name, weight in weights.items() if CRITIC in name}
+            kept = {name: own[name].detach().contiguous().cpu() for name in trained}
+            save_file(kept, Path(output_dir or self.args.output_dir) / CRITIC_FILE, metadata={"format": "pt"})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.is_fsdp_enabled:
-            return  # FSDP's checkpoints hold the policy's submodules
-        critic = self.accelerator.unwrap_model(self.model).get_submodule(CRITIC)
+        if self.is_fsdp_enabled:  # whose checkpoints hold the policy's submodules
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        with self._without_critic() as critic:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         if unknown := critic.load_state_dict(load_file(Path(resume_from_checkpoint) / CRITIC_FILE), False)[1]:
             raise ValueError(f"{resume_from_checkpoint} holds another critic, with {unknown[0]}.")
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        load_result.missing_keys[:] = [name for name in load_result.missing_keys if CRITIC not in name]
-        super()._issue_warnings_after_load(load_result)
 
     # The rollout
 
@@ -347,7 +373,7 @@ class PPOTrainer(GRPOTrainer):
         scores = self._scores.to(values)
         if args.missing_eos_penalty is not None:
             scores = torch.where(ended, scores, scores - args.missing_eos_penalty)
-        self._check_rollout(scores, ended, mode)
+        self._check_rollout(scores, ended)
 
         rewards = torch.zeros_like(values)
         if self.beta != 0.0:
@@ -378,7 +404,7 @@ class PPOTrainer(GRPOTrainer):
         """Mean and variance of each over the tokens of all processes."""
         sums = [mask.sum(), *(((each**power) * mask).sum() for each in tensors for power in (1, 2))]
         count, *totals = self.accelerator.reduce(torch.stack(sums).double(), reduction="sum")
-        means = [(total / count.clamp(min=1)).to(mask) for total in totals]
+        means = [(total / count.clamp(min=1)).to(tensors[0]) for total in totals]
         return [(mean, (square - mean**2).clamp(min=0)) for mean, square in zip(means[::2], means[1::2], strict=True)]
 
     def _log_mean(self, name: str, values: Tensor, mode: str) -> None:
@@ -388,7 +414,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """GRPO's clipped surrogate on per-token advantages, and the value loss of the same forward."""
-        outputs: list[Any] = []
+        inputs, outputs = without_padding(inputs), []
 
         def policy_and_critic(**tokens: Any) -> Any:  # GRPO only ever calls the model like this
             outputs.append(model(**tokens, return_values=True))
@@ -401,7 +427,7 @@ class PPOTrainer(GRPOTrainer):
             self.beta = beta
         mode, args, mask = "train" if self.model.training else "eval", self.args, inputs["completion_mask"].float()
         kept, tokens = mask.shape[1], mask.sum().clamp(min=1)
-        values, logps = outputs[0].values[:, -kept - 1 : -1], outputs[0].log_probs[:, -kept:]
+        values, logps = outputs[0].state_values[:, -kept - 1 : -1], outputs[0].log_probs[:, -kept:]
         value_loss = clipped_value_loss(values, inputs["old_values"], inputs["returns"], mask, args.cliprange_value)
         with torch.no_grad():
             log_ratio = (logps - inputs["old_per_token_logps"]) * mask
@@ -437,50 +463,6 @@ class PPOTrainer(GRPOTrainer):
             return torch.zeros((), device=self.accelerator.device)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
-
-    # Wrong use
-
-    def _check_prompts(self) -> None:
-        """Refuse prompts that leave no room for an answer."""
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if context is None or not isinstance(self.train_dataset, Dataset):
-            return
-        room, prompts = context - self.max_completion_length, self.train_dataset["prompt"][:]
-        parts = (prompts[start : start + 1000] for start in range(0, len(prompts), 1000))
-        lengths = [len(ids) for part in parts for ids in self._tokenize_prompts(part)[0]]
-        if too_long := [length for length in lengths if length > room]:
-            raise ValueError(
-                f"{len(too_long):,} of {len(lengths):,} prompts have more than {room} tokens, up to {max(too_long):,}: "
-                f"with max_completion_length={self.max_completion_length} that is beyond the model's {context:,} "
-                "positions. Shorten or drop them, or lower max_completion_length."
-            )
-
-    def _check_rollout(self, scores: Tensor, ended: Tensor, mode: str) -> None:
-        """Refuse scores that are no numbers; say once where scores or answers cannot teach anything."""
-        scores, ended = self.accelerator.gather(scores), self.accelerator.gather(ended)
-        names = ", ".join(self.reward_func_names)
-        if bad := int((~scores.isfinite()).sum()):
-            raise ValueError(
-                f"{bad} of {len(scores)} answers got a score that is no number (NaN, None or infinite) from {names}. "
-                "Return a number for every answer, or leave their prompts out."
-            )
-        if mode == "train" and len(scores) > 1 and bool((scores == scores[0]).all()):
-            self._warn_once(
-                "constant",
-                f"All {len(scores)} answers of a rollout have the same score, {scores[0].item():g}: nothing to learn "
-                f"from. See what {names} makes of them: log_completions=True shows them.",
-            )
-        if mode == "train" and not ended.any():
-            self._warn_once(
-                "endless",
-                f"None of a rollout's {len(ended)} answers has ended within {self.max_completion_length} tokens. Raise "
-                "max_completion_length, or start from a model that was taught to end its answers.",
-            )
-
-    def _warn_once(self, kind: str, message: str) -> None:
-        if kind not in self._warned and self.accelerator.is_main_process:
-            logger.warning(message)
-        self._warned.add(kind)
 
 
 class RolloutBoundaries(TrainerCallback):

@@ -313,7 +313,7 @@ def run(main: Callable[[], None]) -> None:
     0 done; 1 the work failed; 2 the call or the data was wrong and nothing was started; 130 or 143 interrupted.
     """
     # trl 1.16 and peft 0.21 read the old names of what transformers 5.23 calls activation checkpointing.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", r"`(is_gradient_checkpointing|gradient_checkpointing_\w+)` is", FutureWarning)
     try:
         main()
     except RecipeError as error:
