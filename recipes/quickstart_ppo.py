@@ -39,7 +39,7 @@ RECIPE = dict(
     learning_rate=1e-3,  # a model this small takes a high one
     lr_scheduler_type="cosine",
     warmup_steps=0.1,  # share of all updates
-    num_train_epochs=2,
+    num_train_epochs=1,
     pairs_per_update=32,  # answers; gradient accumulation follows from it
     per_device_train_batch_size=16,  # answers; the machine's profile may change it
     adam_beta2=0.95,
@@ -49,7 +49,7 @@ RECIPE = dict(
     logging_steps=4,  # updates
     eval_strategy="steps",
     eval_steps=88,
-    save_steps=88,
+    save_steps=88,  # a whole number of rollouts: no checkpoint holds one
     save_total_limit=3,
     report_to="none",  # wandb, trackio, tensorboard
 )
