@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.utils import FusedCausalLMOutput, disable_dropout_in_model, get_config_model_id
 
@@ -267,6 +268,9 @@ class PPOTrainer(GRPOTrainer):
         self._stopped = False  # for the rest of the rollout
         self._check_rollout = RolloutCheck(self)
         self.add_callback(RolloutBoundaries(self))
+        if args.sync_ref_model:
+            self.remove_callback(SyncRefModelCallback)
+            self.add_callback(SyncPolicyAlone(self))
 
     # The critic
 
@@ -318,7 +322,7 @@ class PPOTrainer(GRPOTrainer):
         return optimizer
 
     @contextmanager
-    def _without_critic(self) -> Iterator[Any]:
+    def without_critic(self) -> Iterator[Any]:
         """The critic, which the policy is without while the block lasts."""
         policy = self.accelerator.unwrap_model(self.model)
         critic = policy._modules.pop(CRITIC)
@@ -330,7 +334,7 @@ class PPOTrainer(GRPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The policy as TRL saves it, and what of the critic is trained in a file beside it."""
         weights = self.model.state_dict() if state_dict is None else state_dict
-        with self._without_critic() as critic:
+        with self.without_critic() as critic:
             super()._save(output_dir, {name: weight for name, weight in weights.items() if CRITIC not in name})
             trained = [name for name, weight in critic.named_parameters() if weight.requires_grad]
         if self.args.should_save:
@@ -342,7 +346,7 @@ class PPOTrainer(GRPOTrainer):
         if self.is_fsdp_enabled:  # whose checkpoints hold the policy's submodules
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        with self._without_critic() as critic:
+        with self.without_critic() as critic:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if unknown := critic.load_state_dict(load_file(Path(resume_from_checkpoint) / CRITIC_FILE), False)[1]:
             raise ValueError(f"{resume_from_checkpoint} holds another critic, with {unknown[0]}.")
@@ -463,6 +467,19 @@ class PPOTrainer(GRPOTrainer):
             return torch.zeros((), device=self.accelerator.device)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
+
+
+class SyncPolicyAlone(SyncRefModelCallback):
+    """TRL's moving-average reference, which pairs the weights of both models off: the critic is no part of it."""
+
+    def __init__(self, trainer: PPOTrainer) -> None:
+        super().__init__(ref_model=trainer.ref_model, accelerator=trainer.accelerator)
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the reference."""
+        with self.trainer.without_critic():
+            super().on_step_end(args, state, control, **kwargs)
 
 
 class RolloutBoundaries(TrainerCallback):
