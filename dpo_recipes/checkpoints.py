@@ -86,7 +86,7 @@ def check_saved(folder: str | Path, weights: Mapping[str, torch.Tensor]) -> None
         RuntimeError: If a tensor is missing or differs. Tied weights that safetensors leaves out are not missing.
     """
     saved: dict[str, torch.Tensor] = {}
-    for file in Path(folder).glob("*.safetensors"):
+    for file in Path(folder).glob("*model*.safetensors"):  # PPO's critic lies beside them
         with safe_open(file, framework="pt") as tensors:
             saved.update({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118 (not a mapping)
     kept_storage = {weights[name].data_ptr() for name in saved if name in weights}

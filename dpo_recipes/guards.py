@@ -10,9 +10,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from bitsandbytes.nn import Linear4bit
+from datasets import Dataset
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import DPOTrainer, RewardTrainer
+from trl import DPOTrainer, GRPOTrainer, RewardTrainer
+
+from dpo_recipes.errors import RecipeError
+from dpo_recipes.rewards import check_reward_model
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +121,79 @@ class FirstLossGuard(TrainerCallback):
                 f"{rejected:.4f}). Let TRL make the reference (ref_model=None), or pass the model that the policy "
                 "starts from."
             )
+
+
+def check_online(trainer: GRPOTrainer) -> None:
+    """Nothing, if every prompt leaves room for an answer and every reward model can score one.
+
+    Args:
+        trainer: Built, before `trainer.train`; of a streamed dataset no prompt is looked at.
+
+    Raises:
+        RecipeError: If not; nothing has been generated.
+    """
+    streamed = not isinstance(trainer.train_dataset, Dataset)
+    prompts = [] if streamed else trainer.train_dataset["prompt"][:]
+    answer = trainer.max_completion_length
+    for scorer, tokenizer in zip(trainer.reward_funcs, trainer.reward_processing_classes, strict=True):
+        if tokenizer is not None:
+            model = trainer.accelerator.unwrap_model(scorer)
+            check_reward_model(model, tokenizer, prompts, max_completion_length=answer)
+    context = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return
+    parts = (prompts[start : start + 1000] for start in range(0, len(prompts), 1000))
+    lengths = [len(ids) for part in parts for ids in trainer._tokenize_prompts(part)[0]]
+    if too_long := [length for length in lengths if length + answer > context]:
+        raise RecipeError(
+            f"{len(too_long):,} of {len(lengths):,} prompts have more than {context - answer} tokens, up to "
+            f"{max(too_long):,}: with max_completion_length={answer} that is beyond the model's {context:,} positions. "
+            "Shorten or drop them, or lower max_completion_length."
+        )
+
+
+class RolloutCheck:
+    """Refuses scores of a rollout that are no numbers; says once where scores or answers cannot teach anything."""
+
+    def __init__(self, trainer: GRPOTrainer) -> None:
+        self.trainer = trainer
+        self.said: set[str] = set()
+
+    def __call__(self, scores: torch.Tensor, ended: torch.Tensor) -> None:
+        """Look at the answers of all processes.
+
+        Args:
+            scores: Of this process's answers. Shape (answers,).
+            ended: Whether an answer gave its end token. Shape (answers,).
+
+        Raises:
+            RecipeError: If a score is None, NaN or infinite.
+        """
+        scores, ended = map(self.trainer.accelerator.gather, (scores, ended))
+        names = ", ".join(self.trainer.reward_func_names)
+        if bad := int((~scores.isfinite()).sum()):
+            raise RecipeError(
+                f"{bad} of {len(scores)} answers got a score that is no number (NaN, None or infinite) from {names}. "
+                "Return a number for every answer, or leave their prompts out."
+            )
+        if len(scores) > 1 and bool((scores == scores[0]).all()):
+            self._say(
+                f"All {len(scores)} answers of a rollout have the same score, {scores[0].item():g}: nothing to learn "
+                f"from. See what {names} makes of them: log_completions=True shows them.",
+                about="scores",
+            )
+        if not ended.any():
+            most = self.trainer.max_completion_length
+            self._say(
+                f"None of a rollout's {len(ended)} answers has ended within {most} tokens. Raise "
+                "max_completion_length, or start from a model that was taught to end its answers.",
+                about="ends",
+            )
+
+    def _say(self, message: str, *, about: str) -> None:
+        if about not in self.said and self.trainer.model.training and self.trainer.accelerator.is_main_process:
+            logger.warning(message)
+            self.said.add(about)
 
 
 class InterruptCallback(TrainerCallback):

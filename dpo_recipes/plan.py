@@ -40,7 +40,7 @@ def plan_lines(script_args: Any, training_args: Any, tokenizer: Any, pairs: Data
     updates = count_updates(script_args, training_args, len(pairs["train"]))
     memory = memory_parts(config, weights, settings, task=task)
     if task == "online":
-        memory |= online_parts(config, settings | {"world_size": training_args.world_size})
+        memory |= online_parts(config, weights, settings | {"world_size": training_args.world_size})
     kept = training_args.save_total_limit or max(1, math.ceil(updates / max(1, training_args.save_steps)))
     checkpoint, result = 12 * weights["trained"], 4 * weights["trained"]
     unit = "answers" if task == "online" else "pairs"
@@ -154,13 +154,16 @@ def _longest(settings: Mapping[str, Any]) -> int:
     return settings.get("max_length") or 1024
 
 
-def online_parts(config: Any, settings: Mapping[str, Any]) -> dict[str, float]:
+def online_parts(config: Any, weights: Mapping[str, int], settings: Mapping[str, Any]) -> dict[str, float]:
     """Bytes on one device of what sampling and scoring take beside the policy's training.
 
-    They are the reward model, held whole, and the keys and values of all answers of a rollout, sampled at once.
+    They are PPO's critic, which is trained as the policy is; the reward model, held whole; and the keys and values of
+    all answers of a rollout, sampled at once.
     """
     stored = BYTES.get(str(settings.get("dtype")), 4)
     parts = {}
+    if "vf_coef" in settings:
+        parts["critic"] = sum(memory_parts(config, weights, settings, task="reward").values())
     if name := settings.get("reward_model_name_or_path"):
         judge = AutoConfig.from_pretrained(name, revision=settings.get("model_revision") or "main")
         parts["reward model"] = float(stored * sum(count_weights(judge, {}, task="reward").values()))

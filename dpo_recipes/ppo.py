@@ -25,14 +25,16 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
 from peft import PeftConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.utils import FusedCausalLMOutput, disable_dropout_in_model, get_config_model_id
+
+from dpo_recipes.guards import RolloutCheck, check_online
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +157,23 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask
     return 0.5 * (error * mask).sum() / mask.sum().clamp(min=1)
 
 
+def without_padding(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of a rollout without the columns that are padding in all of its rows: the rollout's longest set them.
+
+    Args:
+        batch: As GRPOTrainer buffers it: prompts padded on the left, completions and what is theirs on the right.
+    """
+    whole = {part: batch[f"{part}_mask"].shape[1] for part in ("prompt", "completion")}
+    used = {part: int(batch[f"{part}_mask"].sum(dim=1).max()) for part in whole}
+    cut = dict(batch)
+    for name, tensor in batch.items():
+        if name.startswith("prompt_"):
+            cut[name] = tensor[:, whole["prompt"] - used["prompt"] :]
+        elif torch.is_tensor(tensor) and tensor.dim() == 2 and tensor.shape[1] == whole["completion"]:
+            cut[name] = tensor[:, : used["completion"]]
+    return cut
+
+
 def attach_critic(policy: Any, critic: Any) -> None:
     """Make the critic a submodule of the policy, and reach it by the policy's forward alone, as FSDP and DDP ask.
 
@@ -202,8 +221,9 @@ class PPOTrainer(GRPOTrainer):
         kwargs: GRPOTrainer's datasets, processing classes, callbacks and optimizers.
 
     Raises:
-        ValueError: If the critic's vocabulary is not the policy's, a prompt leaves no room for an answer, or a rollout
-            is not a whole number of optimizer steps.
+        ValueError: If the critic's vocabulary is not the policy's, or a rollout is no whole number of optimizer steps.
+        RecipeError: If a prompt leaves no room for an answer, or a reward model cannot score one (`check_online`); in
+            training, if a score is no number.
     """
 
     beta: float
@@ -240,14 +260,17 @@ class PPOTrainer(GRPOTrainer):
                 f"{args.num_iterations} epochs over {args.generation_batch_size} answers are {batches} batches, which "
                 f"make no whole number of updates of {args.gradient_accumulation_steps}: change generation_batch_size."
             )
-        self._check_prompts()
+        check_online(self)
         if critic is None or isinstance(critic, str):
             critic = self._load_critic(critic, quantization_config)
         self._add_critic(critic, peft_config)
         self._moved: list[Tensor] = []  # nats a token from the rollout's policy, of each batch of this update
         self._stopped = False  # for the rest of the rollout
-        self._warned: set[str] = set()
+        self._check_rollout = RolloutCheck(self)
         self.add_callback(RolloutBoundaries(self))
+        if args.sync_ref_model:
+            self.remove_callback(SyncRefModelCallback)
+            self.add_callback(SyncPolicyAlone(self))
 
     # The critic
 
@@ -299,7 +322,7 @@ class PPOTrainer(GRPOTrainer):
         return optimizer
 
     @contextmanager
-    def _without_critic(self) -> Iterator[Any]:
+    def without_critic(self) -> Iterator[Any]:
         """The critic, which the policy is without while the block lasts."""
         policy = self.accelerator.unwrap_model(self.model)
         critic = policy._modules.pop(CRITIC)
@@ -311,7 +334,7 @@ class PPOTrainer(GRPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The policy as TRL saves it, and what of the critic is trained in a file beside it."""
         weights = self.model.state_dict() if state_dict is None else state_dict
-        with self._without_critic() as critic:
+        with self.without_critic() as critic:
             super()._save(output_dir, {name: weight for name, weight in weights.items() if CRITIC not in name})
             trained = [name for name, weight in critic.named_parameters() if weight.requires_grad]
         if self.args.should_save:
@@ -323,7 +346,7 @@ class PPOTrainer(GRPOTrainer):
         if self.is_fsdp_enabled:  # whose checkpoints hold the policy's submodules
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        with self._without_critic() as critic:
+        with self.without_critic() as critic:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if unknown := critic.load_state_dict(load_file(Path(resume_from_checkpoint) / CRITIC_FILE), False)[1]:
             raise ValueError(f"{resume_from_checkpoint} holds another critic, with {unknown[0]}.")
@@ -354,7 +377,7 @@ class PPOTrainer(GRPOTrainer):
         scores = self._scores.to(values)
         if args.missing_eos_penalty is not None:
             scores = torch.where(ended, scores, scores - args.missing_eos_penalty)
-        self._check_rollout(scores, ended, mode)
+        self._check_rollout(scores, ended)
 
         rewards = torch.zeros_like(values)
         if self.beta != 0.0:
@@ -395,7 +418,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """GRPO's clipped surrogate on per-token advantages, and the value loss of the same forward."""
-        outputs: list[Any] = []
+        inputs, outputs = without_padding(inputs), []
 
         def policy_and_critic(**tokens: Any) -> Any:  # GRPO only ever calls the model like this
             outputs.append(model(**tokens, return_values=True))
@@ -445,49 +468,18 @@ class PPOTrainer(GRPOTrainer):
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
-    # Wrong use
 
-    def _check_prompts(self) -> None:
-        """Refuse prompts that leave no room for an answer."""
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if context is None or not isinstance(self.train_dataset, Dataset):
-            return
-        room, prompts = context - self.max_completion_length, self.train_dataset["prompt"][:]
-        parts = (prompts[start : start + 1000] for start in range(0, len(prompts), 1000))
-        lengths = [len(ids) for part in parts for ids in self._tokenize_prompts(part)[0]]
-        if too_long := [length for length in lengths if length > room]:
-            raise ValueError(
-                f"{len(too_long):,} of {len(lengths):,} prompts have more than {room} tokens, up to {max(too_long):,}: "
-                f"with max_completion_length={self.max_completion_length} that is beyond the model's {context:,} "
-                "positions. Shorten or drop them, or lower max_completion_length."
-            )
+class SyncPolicyAlone(SyncRefModelCallback):
+    """TRL's moving-average reference, which pairs the weights of both models off: the critic is no part of it."""
 
-    def _check_rollout(self, scores: Tensor, ended: Tensor, mode: str) -> None:
-        """Refuse scores that are no numbers; say once where scores or answers cannot teach anything."""
-        scores, ended = self.accelerator.gather(scores), self.accelerator.gather(ended)
-        names = ", ".join(self.reward_func_names)
-        if bad := int((~scores.isfinite()).sum()):
-            raise ValueError(
-                f"{bad} of {len(scores)} answers got a score that is no number (NaN, None or infinite) from {names}. "
-                "Return a number for every answer, or leave their prompts out."
-            )
-        same, endless = len(scores) > 1 and bool((scores == scores[0]).all()), not ended.any()
-        for wrong, message in (
-            (
-                same and "constant scores",
-                f"All {len(scores)} answers of a rollout have the same score, {scores[0].item():g}: nothing to learn "
-                f"from. See what {names} makes of them: log_completions=True shows them.",
-            ),
-            (
-                endless and "endless answers",
-                f"None of a rollout's {len(ended)} answers has ended within {self.max_completion_length} tokens. Raise "
-                "max_completion_length, or start from a model that was taught to end its answers.",
-            ),
-        ):
-            if mode == "train" and wrong and wrong not in self._warned:
-                self._warned.add(wrong)
-                if self.accelerator.is_main_process:
-                    logger.warning(message)
+    def __init__(self, trainer: PPOTrainer) -> None:
+        super().__init__(ref_model=trainer.ref_model, accelerator=trainer.accelerator)
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the reference."""
+        with self.trainer.without_critic():
+            super().on_step_end(args, state, control, **kwargs)
 
 
 class RolloutBoundaries(TrainerCallback):

@@ -273,7 +273,8 @@ def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) ->
         training_args: A TRL config.
 
     Raises:
-        RecipeError: If there is no such model, the Hub cannot be reached, or the folder holds a LoRA adapter alone.
+        RecipeError: If there is no such model, the Hub cannot be reached, or the folder holds a LoRA adapter alone or a
+            reward model (which RewardConfig may go on with).
     """
     name = str(model_args.model_name_or_path)
     folder = Path(name)
@@ -286,6 +287,14 @@ def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) ->
         raise RecipeError(
             f"There is no model in {name}. If a recipe makes it, train that one first: make train "
             f"RECIPE={folder.name.replace('_', '-')}."
+        )
+    kinds = read_json(folder / "config.json").get("architectures") or []
+    if not isinstance(training_args, RewardConfig) and any(
+        kind.endswith("ForSequenceClassification") for kind in kinds
+    ):
+        raise RecipeError(
+            f"{name} holds a reward model, whose score head is no language model's. Name the model to train with "
+            "--model_name_or_path, and the one that scores with --reward_model_name_or_path."
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import distributions, version
 from pathlib import Path
@@ -20,7 +21,7 @@ from dpo_recipes.evaluation import Messages
 from dpo_recipes.files import write_json, write_jsonl, write_text
 from dpo_recipes.guards import add_guards
 from dpo_recipes.outcome import Score, measure, readable, sharded
-from dpo_recipes.ppo import CRITIC
+from dpo_recipes.ppo import PPOTrainer
 from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, RecipeArguments, settings_hash
 from dpo_recipes.record import LIBRARIES, cost, data_hash, hardware, model_card, weights_hash
 from dpo_recipes.report import plot_curves, side_by_side, table
@@ -141,7 +142,8 @@ def finish_run(
         merge: Save the base model with the LoRA adapter merged into it, which a later stage can start from.
         strata: A column of the held-out pairs; accuracy is given for each of its values too.
         score: Scores an answer to a prompt, each entry in [0, 1], for the table before and after.
-        prompts: To answer before and after; by default 16 of the held-out pairs, drawn by seed.
+        prompts: To answer before and after; by default 16 of the held-out ones, drawn by seed, or 64 after training that
+            sampled answers.
         max_new_tokens: Where an answer is cut.
         temperatures: Of the answers; 0 is greedy.
     """
@@ -199,8 +201,8 @@ def _save(trainer: Trainer, folder: Path, *, merge: bool) -> None:
     if not trainer.is_world_process_zero():
         return
     if not sharded(trainer):
-        weights = trained_weights(model)
-        check_saved(folder, {name: weights[name] for name in weights if CRITIC not in name})
+        with trainer.without_critic() if isinstance(trainer, PPOTrainer) else nullcontext():
+            check_saved(folder, trained_weights(model))
     is_reward_model = isinstance(trainer, RewardTrainer)
     if not (is_reward_model or (merge and isinstance(model, PeftModel))):
         return

@@ -17,6 +17,7 @@ MEASURES = {  # column of the table: where it is in metrics.json
     "held-out loss": ("held_out", "eval_loss"),
     "accuracy": ("preference_accuracy", "summed", "after", "mean"),
     "implicit accuracy": ("preference_accuracy", "implicit reward", "after", "mean"),
+    "reward accuracy": ("reward_accuracy", "all", "mean"),
     "KL, nats": ("kl", "nats"),
     "reward, temperature 0.7": ("scores", "temperature 0.7", "exact reward", "after", "mean"),
     "reward, greedy": ("scores", "greedy", "exact reward", "after", "mean"),

@@ -72,6 +72,9 @@ def open_model(
     )
     if lora and as_trained:
         options |= {"dtype": settings.get("dtype") or "auto", **_quantization(settings)}
+    kinds = read_json(Path(start) / "config.json").get("architectures") or []
+    if not reward_model and any(kind.endswith("ForSequenceClassification") for kind in kinds):
+        raise RecipeError(f"{start} is a reward model: it scores, and answers nothing. Name a language model.")
     loader, quietly = AutoModelForCausalLM, nullcontext
     if reward_model:  # TRL's context leaves out the warning that the base has no score head
         loader, quietly = AutoModelForSequenceClassification, suppress_seqcls_warning

@@ -50,8 +50,8 @@ RECIPE = dict(
     output_dir="outputs/hh_rlhf_ppo",
     logging_steps=10,  # updates
     eval_strategy="steps",
-    eval_steps=200,
-    save_steps=200,
+    eval_steps=192,
+    save_steps=192,  # a whole number of rollouts: no checkpoint holds one
     save_total_limit=3,
     report_to="none",  # wandb, trackio, tensorboard
 )

@@ -48,8 +48,8 @@ RECIPE = dict(
     output_dir="outputs/quickstart_ppo",
     logging_steps=4,  # updates
     eval_strategy="steps",
-    eval_steps=88,
-    save_steps=88,
+    eval_steps=56,
+    save_steps=56,  # a whole number of rollouts: no checkpoint holds one
     save_total_limit=3,
     report_to="none",  # wandb, trackio, tensorboard
 )

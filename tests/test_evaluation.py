@@ -4,9 +4,16 @@ import torch
 from datasets import Dataset
 from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer
 
-from dpo_recipes.evaluation import PreferenceLogps, generate, preference_logps, sample_tokens, sampled_kl
+from dpo_recipes.evaluation import (
+    PreferenceLogps,
+    generate,
+    preference_logps,
+    reference_model,
+    sample_tokens,
+    sampled_kl,
+)
 from dpo_recipes.intervals import mean_with_interval, wilson
 
 
@@ -53,6 +60,7 @@ def tokenizer(tiny_model):
     return AutoTokenizer.from_pretrained(tiny_model)
 
 
+ON_CPU = dict(use_cpu=True, bf16=False, activation_checkpointing=False)
 PROMPTS = [[{"role": "user", "content": "word " * length}] for length in (9, 1, 4, 2, 7)]
 
 
@@ -241,6 +249,31 @@ def test_the_kl_of_a_policy_at_its_start_is_nothing(trainer):
     assert estimate["nats"] == pytest.approx(0, abs=1e-4)
     assert estimate["standard_error"] is None
     assert estimate["n"] == 1
+
+
+@pytest.mark.parametrize("settings", [{"beta": 0.0}, {"beta": 0.1, "sync_ref_model": True}], ids=["none", "moving"])
+def test_an_online_trainers_start_is_read_again_where_it_keeps_none(settings, tiny_model, tokenizer, tmp_path):
+    args = RLOOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, temperature=0.5, report_to="none", **settings, **ON_CPU
+    )
+    rows = Dataset.from_dict({"prompt": PROMPTS})
+    trainer = RLOOTrainer(
+        str(tiny_model), lambda **_: [0.0] * 2, args=args, train_dataset=rows, processing_class=tokenizer
+    )
+    still = sampled_kl(trainer, PROMPTS, max_new_tokens=4)
+    assert still["nats"] == pytest.approx(0, abs=1e-4)
+    for model in filter(None, (trainer.model, trainer.ref_model)):
+        for parameter in model.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    start = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with reference_model(trainer) as reference, torch.no_grad():
+        assert torch.equal(reference(ids).logits, start(ids).logits)
+        # At the temperature of training, which the policy's log-probs have too.
+        logps = reference(ids, labels=ids, fused_lm_head=True).log_probs[0]
+        expected = (start(ids).logits[0, :-1] / 0.5).log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        assert torch.allclose(logps.float(), expected, atol=1e-4)
+    assert sampled_kl(trainer, PROMPTS, max_new_tokens=4)["nats"] > 0.01
 
 
 def test_every_end_token_of_the_model_ends_an_answer(tiny_model, tokenizer):

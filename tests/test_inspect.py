@@ -458,6 +458,22 @@ def no_weights(tiny_model, tmp_path_factory):
     return folder
 
 
+def test_a_recipe_that_learns_from_prompts_names_the_one_with_the_pairs(here, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", "hh-rlhf-ppo", "--gpu", "24GB"])
+    assert ended.value.code == 2
+    assert "Inspect the pairs by the recipe of its reward model" in capsys.readouterr().err
+
+
+def test_a_reward_recipe_is_inspected_as_pairs_without_a_reference(here, hh_rows, no_weights, capsys):
+    flags = ["--dataset_name", str(hh_rows), "--model_name_or_path", str(no_weights), "--pairs_per_update", "8"]
+    assert main(["inspect", "hh-rlhf-reward", "--gpu", "24GB", *flags, "--threshold", "longer=1"]) == 0
+    cost = json.loads((here / "outputs" / "inspect" / "hh_rlhf_reward" / "preflight.json").read_text())["cost"]
+    assert "logits" not in cost["memory"]
+    assert (cost["prefix_share"], cost["shared_prefix_speedup"]) == (0.0, 1.0)
+    assert cost["padded_tokens"] >= cost["real_tokens"] > 0
+
+
 def test_a_recipe_is_inspected_with_its_own_settings(here, hh_rows, no_weights, capsys):
     flags = ["--dataset_name", str(hh_rows), "--model_name_or_path", str(no_weights), "--pairs_per_update", "8"]
     assert main(["inspect", "hh-rlhf-lora", "--gpu", "24GB", *flags, "--threshold", "longer=1"]) == 0

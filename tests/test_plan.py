@@ -1,7 +1,9 @@
+import re
+import runpy
 import shutil
 
 import pytest
-from conftest import run_command
+from conftest import RECIPES, run_command
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from dpo_recipes.plan import TILE, count_weights, memory_parts
@@ -86,6 +88,25 @@ def test_a_dry_run_plans_the_stage_before_without_training_it(tmp_path, dpo_reci
     assert "quickstart needs quickstart_sft, which would be trained first" in result.stdout
     updates = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("  updates ")]
     assert updates == ["425", "88"]
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_ppo_plans_both_stages_before_it_once_each(tmp_path, dpo_recipes):
+    result = run_command(dpo_recipes, "train", "quickstart-ppo", "--profile", "cpu", "--dry_run", "true", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    said = [line for line in result.stdout.splitlines() if "which would be trained first" in line]
+    assert [line.partition(",")[0] for line in said] == [
+        "quickstart_ppo needs quickstart_sft",
+        "quickstart_ppo needs quickstart_reward",
+    ]
+    recipe = runpy.run_path(str(RECIPES / "quickstart_ppo.py"))["RECIPE"]
+    prompts = int(re.findall(r"^prompts +(\d+)", result.stdout, re.MULTILINE)[0])
+    rollouts = prompts // recipe["generation_batch_size"] * recipe["num_train_epochs"]
+    updates = recipe["generation_batch_size"] * recipe["num_iterations"] // recipe["pairs_per_update"]
+    planned = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("  updates ")]
+    assert planned == ["425", "88", str(rollouts * updates)]
+    memory = [line for line in result.stdout.splitlines() if line.startswith("  memory ")]
+    assert all(part in memory[2] for part in ("critic ", "reward model ", "keys and values "))
     assert not any(tmp_path.iterdir())
 
 

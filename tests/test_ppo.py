@@ -15,82 +15,57 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AutoPeftModelForCausalLM, LoraConfig
+from ppo_tasks import (
+    ANSWERS_ONLY,
+    BANDIT,
+    EOS,
+    PAD,
+    PROMPTS,
+    TWO_STEPS,
+    WITH_CRITIC,
+    WITHOUT,
+    WORDS,
+    bandit,
+    build_trainer,
+    logged,
+    save_start,
+    tiny_config,
+    two_steps,
+)
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
 )
 from trl import GRPOTrainer
 
+from dpo_recipes.errors import RecipeError
 from dpo_recipes.guards import add_guards
-from dpo_recipes.ppo import CRITIC, CRITIC_FILE, PPOConfig, PPOTrainer, clipped_value_loss, gae
-
-PAD, EOS = 0, 1
-ACTIONS = range(2, 10)  # the tokens a policy may answer with
-PROMPTS = ["w", "x", "y", "z"]
-WORDS = ["<pad>", "<eos>", *"abcdefgh", *PROMPTS]
-
-
-def tiny_config(**changes):
-    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    tokens = dict(vocab_size=len(WORDS), pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None)
-    return LlamaConfig(**sizes | tokens | dict(max_position_embeddings=16) | changes)
+from dpo_recipes.ppo import CRITIC, CRITIC_FILE, PPOConfig, PPOTrainer, clipped_value_loss, gae, without_padding
 
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
-    """A folder with a random policy over a dozen words, and its tokenizer."""
-    folder = tmp_path_factory.mktemp("ppo") / "start"
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
-    torch.manual_seed(0)
-    LlamaForCausalLM(tiny_config()).save_pretrained(folder)
-    return folder
+    """The folder of a random policy over a dozen words."""
+    return save_start(tmp_path_factory.mktemp("ppo") / "start")
 
 
 @pytest.fixture
 def build(start, tmp_path):
-    """A trainer of the tiny policy; settings and arguments can be changed."""
+    """A trainer of that policy; settings of PPOConfig and arguments of the trainer can be changed."""
 
-    def build(reward, model=None, prompts=PROMPTS * 16, critic=None, peft_config=None, eval_dataset=None, **changes):
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
-        small = dict(per_device_train_batch_size=16, generation_batch_size=32, num_iterations=2, max_steps=4)
-        machine = dict(use_cpu=True, bf16=False, activation_checkpointing=False, report_to="none", disable_tqdm=True)
-        task = dict(max_completion_length=2, learning_rate=3e-3, beta=0.0, logging_steps=1, save_strategy="no")
-        task |= dict(lr_scheduler_type="constant", output_dir=str(tmp_path / "run"), generation_kwargs=answer_only())
-        args = PPOConfig(**small | machine | task | changes)
-        return PPOTrainer(
-            str(start) if model is None else model,
-            reward,
-            args,
-            critic=critic,
-            peft_config=peft_config,
-            train_dataset=Dataset.from_dict({"prompt": prompts}),
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-        )
+    def build(reward, **changes):
+        names = ("model", "prompts", "critic", "peft_config", "eval_dataset")
+        arguments = {name: changes.pop(name) for name in names if name in changes}
+        return build_trainer(start, tmp_path / "run", reward, settings=changes, **arguments)
 
     return build
-
-
-def answer_only():
-    """Neither padding nor the prompts' words can be sampled, as nobody's model would."""
-    return {"suppress_tokens": [PAD, *range(10, len(WORDS))]}
-
-
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if entry.get(name) is not None]
 
 
 def lora():
@@ -278,6 +253,29 @@ def test_values_and_advantages_of_a_rollout_are_those_of_an_independent_implemen
     torch.testing.assert_close(batch["advantages"].double(), whitened, rtol=1e-3, atol=1e-4)
 
 
+def test_padding_that_a_batch_does_not_need_changes_nothing(build, monkeypatch):
+    trainer = build(count_as, prompts=["w", "x y z w"] * 32, max_completion_length=6, beta=0.1)
+    batch = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in ("w", "x y z w") * 16])
+    trainer.current_gradient_accumulation_steps = 1
+    short = (batch["completion_mask"].sum(dim=1) < batch["completion_mask"].shape[1]) & (torch.arange(32) % 2 == 0)
+    few = {name: part[short] if part.dim() else part for name, part in batch.items() if torch.is_tensor(part)}
+    cut = without_padding(few)
+    assert cut["completion_ids"].shape[1] < few["completion_ids"].shape[1]
+    assert cut["prompt_ids"].shape[1] < few["prompt_ids"].shape[1]
+    assert (cut["completion_mask"].sum(), cut["prompt_mask"].sum()) == (
+        few["completion_mask"].sum(),
+        few["prompt_mask"].sum(),
+    )
+    gradients = []
+    for cutting in (without_padding, lambda batch: batch):
+        monkeypatch.setattr("dpo_recipes.ppo.without_padding", cutting)
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, few).backward()
+        gradients.append({name: weight.grad.clone() for name, weight in trainer.model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])
+
+
 def test_rewards_are_weighted_and_summed_or_the_least_of_an_ensemble_counts(build):
     def twice(completion_ids, **_):
         return [2.0] * len(completion_ids)
@@ -299,28 +297,10 @@ def test_rewards_are_weighted_and_summed_or_the_least_of_an_ensemble_counts(buil
 
 
 def test_a_bandit_with_contexts_is_solved(build):
-    """One token; the right one differs from prompt to prompt."""
-
-    def right(prompts, completion_ids, **_):
-        return [float(ids[0] == 2 + PROMPTS.index(prompt)) for prompt, ids in zip(prompts, completion_ids, strict=True)]
-
-    scale = dict(per_device_train_batch_size=32, generation_batch_size=64, max_steps=160)
-    trainer = build(right, max_completion_length=1, learning_rate=5e-3, lr_scheduler_type="linear", **scale)
+    trainer = build(bandit, **BANDIT)
     trainer.train()
     assert sum(logged(trainer, "score")[:4]) / 4 < 0.3
     assert sum(logged(trainer, "score")[-20:]) / 20 > 0.97
-
-
-LUCK = {"w": -6.0, "x": -2.0, "y": 2.0, "z": 6.0}
-
-
-def two_steps(prompts, completion_ids, **_):
-    """1 for each of two tokens that the prompt asks for, and the prompt's luck; all of it at the end."""
-    rewards = []
-    for prompt, ids in zip(prompts, completion_ids, strict=True):
-        place = PROMPTS.index(prompt)
-        rewards.append(LUCK[prompt] + (ids[0] == 2 + place) + (ids[1:] == [9 - place]))
-    return rewards
 
 
 @pytest.mark.slow
@@ -328,21 +308,17 @@ def test_the_critic_assigns_credit_over_two_steps(build):
     """Solved to the optimum, much sooner than without a critic: the prompt's luck drowns what an answer is worth."""
 
     def rollouts_until_solved(seed, **changes):
-        scale = dict(per_device_train_batch_size=32, generation_batch_size=64, max_steps=320, learning_rate=5e-3)
-        scale |= dict(lr_scheduler_type="linear", vf_coef=0.5, cliprange_value=100.0, lam=1.0, entropy_coef=0.03)
-        trainer = build(two_steps, seed=seed, **scale | changes)
+        trainer = build(two_steps, seed=seed, **TWO_STEPS | changes)
         trainer.train()
-        scores = logged(trainer, "score")  # one a rollout; the luck of its prompts averages to 0
+        scores = logged(trainer, "score")  # the luck of a rollout's prompts averages to 0
         recent = [sum(scores[end - 8 : end]) / 8 for end in range(8, len(scores) + 1)]
         return next((end for end, score in enumerate(recent, start=8) if score > 1.8), len(scores)), trainer
 
-    # Without a warm-up the luck of the first rollouts makes the policy certain before the critic knows it.
-    with_critic = [rollouts_until_solved(seed, critic_warmup_steps=40) for seed in range(3)]
-    without = [rollouts_until_solved(seed, vf_coef=0.0) for seed in range(3)]
+    with_critic = [rollouts_until_solved(seed, **WITH_CRITIC) for seed in range(3)]
+    without = [rollouts_until_solved(seed, **WITHOUT) for seed in range(3)]
     for _, trainer in with_critic:
         assert sum(logged(trainer, "score")[-20:]) / 20 > 1.9
-        explained = logged(trainer, "value/explained_variance")
-        assert sum(explained[-20:]) / 20 > 0.5
+        assert sum(logged(trainer, "value/explained_variance")[-20:]) / 20 > 0.5
     assert sum(count for count, _ in with_critic) < 0.7 * sum(count for count, _ in without)
 
 
@@ -494,7 +470,7 @@ class Compare(TrainerCallback):
 args = PPOConfig(
     output_dir="run", use_cpu=True, bf16=False, activation_checkpointing=False, report_to="none", save_strategy="no",
     per_device_train_batch_size=8, generation_batch_size=32, num_iterations=2, max_steps=8, max_completion_length=2,
-    learning_rate=1e-2, beta=0.1, max_grad_norm=0.0, generation_kwargs=answer_only() | {{"min_new_tokens": 2}},
+    learning_rate=1e-2, beta=0.1, max_grad_norm=0.0, generation_kwargs=ANSWERS_ONLY | {{"min_new_tokens": 2}},
 )
 trainer = PPOTrainer(
     {start!r}, count_as, args, train_dataset=Dataset.from_dict({{"prompt": PROMPTS * 16}}),
@@ -590,8 +566,14 @@ def test_a_critic_that_cannot_read_the_policys_tokens_is_refused(build, tiny_mod
 
 
 def test_prompts_without_room_for_an_answer_are_refused(build):
-    with pytest.raises(ValueError, match=r"1 of 65 prompts have more than 14 tokens, up to 15"):
+    with pytest.raises(RecipeError, match=r"1 of 65 prompts have more than 14 tokens, up to 15"):
         build(count_as, prompts=[*PROMPTS * 16, "w " * 15])
+
+
+def test_a_reward_model_that_cannot_score_is_refused_before_anything_is_generated(build, start):
+    """A language model would get a random score head."""
+    with pytest.raises(RecipeError, match="LlamaForCausalLM, which has no score head"):
+        build(str(start))
 
 
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf])
@@ -600,7 +582,7 @@ def test_a_score_that_is_no_number_ends_the_run(build, bad):
         return [bad] + [1.0] * (len(completion_ids) - 1)
 
     trainer = build(broken)
-    with pytest.raises(ValueError, match=r"1 of 32 answers got a score that is no number.* from broken"):
+    with pytest.raises(RecipeError, match=r"1 of 32 answers got a score that is no number.* from broken"):
         trainer.train()
 
 
@@ -609,7 +591,7 @@ def test_scores_that_are_all_the_same_and_answers_that_never_end_are_named_once(
         return [0.5] * len(completion_ids)
 
     with caplog.at_level(logging.WARNING):
-        build(constant, max_steps=8, generation_kwargs=answer_only() | {"min_new_tokens": 2}).train()
+        build(constant, max_steps=8, generation_kwargs=ANSWERS_ONLY | {"min_new_tokens": 2}).train()
     assert caplog.text.count("have the same score, 0.5: nothing to learn from. See what constant makes") == 1
     assert caplog.text.count("None of a rollout's 32 answers has ended within 2 tokens") == 1
 

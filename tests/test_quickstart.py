@@ -35,6 +35,28 @@ def train(seed, folder, dpo_recipes):
 
 
 @pytest.mark.slow
+def test_the_reward_model_is_learned_and_raised(tmp_path, dpo_recipes):
+    """What PPO and RLOO gain on the reward model is a gain in the exact reward, which neither sees."""
+    trained = []
+    for name in ("ppo", "rloo"):
+        result = run_command(dpo_recipes, "train", f"quickstart-{name}", "--profile", "cpu", cwd=tmp_path, timeout=1800)
+        assert result.returncode == 0, result.stdout + result.stderr
+        trained += [line.split()[2].rstrip(",") for line in result.stdout.splitlines() if "trained first" in line]
+        scores = json.loads((tmp_path / "outputs" / f"quickstart_{name}" / "metrics.json").read_text())["scores"]
+        exact, reward = (scores["temperature 0.7"][key] for key in ("exact reward", "reward-model score"))
+        assert exact["before"]["mean"] < 0.7
+        assert exact["after"]["mean"] > 0.85
+        assert reward["after"]["mean"] > reward["before"]["mean"] + 1
+        assert scores["temperature 0.7"]["grammatical"]["after"]["mean"] > 0.9
+    assert trained == ["quickstart_sft", "quickstart_reward"], "each once"
+    metrics = json.loads((tmp_path / "outputs" / "quickstart_reward" / "metrics.json").read_text())
+    assert metrics["reward_accuracy"]["all"]["low"] > 0.85
+    assert metrics["reward_accuracy"]["faults = 1"]["mean"] > 0.75
+    assert metrics["calibration"]["log_loss"] < 0.3
+    assert metrics["warnings"] == []
+
+
+@pytest.mark.slow
 def test_the_quickstart_makes_the_chatbot_safe(tmp_path, dpo_recipes):
     """One test, so that the seeds are trained once, whatever worker takes it."""
     runs = []

@@ -15,7 +15,7 @@ import transformers
 import trl
 from conftest import RECIPES, REPOSITORY, run_command
 from transformers import TrainingArguments
-from trl import DPOConfig, ModelConfig, TrlParser
+from trl import DPOConfig, ModelConfig, RLOOConfig, TrlParser
 
 from dpo_recipes.catalog import find_recipe, find_settings, recipe_setting
 from dpo_recipes.cli import _parser
@@ -24,7 +24,7 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.launch import prepare
 from dpo_recipes.ledger import Ledger
 from dpo_recipes.preflight.findings import CHECKS, THRESHOLDS
-from dpo_recipes.recipe import RecipeArguments
+from dpo_recipes.recipe import OnlineArguments, RecipeArguments
 from dpo_recipes.sweep import read_grid
 
 README = REPOSITORY / "README.md"
@@ -222,7 +222,8 @@ def test_flags_named_in_the_tables_are_known():
     names = set(re.findall(r"`--(\w+)`", text)) - {"chat_template_path"}  # SFTConfig's
     assert names
     for name in names:
-        assert any(name in part.__dataclass_fields__ for part in (RecipeArguments, DPOConfig, ModelConfig)), name
+        parts = (OnlineArguments, DPOConfig, RLOOConfig, ModelConfig)
+        assert any(name in part.__dataclass_fields__ for part in parts), name
 
 
 def test_list_and_copy_do_what_the_readme_says(tmp_path, dpo_recipes):

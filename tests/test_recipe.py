@@ -4,7 +4,7 @@ import sys
 
 import pytest
 from conftest import CHAT_TEMPLATE
-from transformers import TrainingArguments
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 from trl import DPOConfig, ModelConfig, RewardConfig, RLOOConfig, ScriptArguments, SFTConfig
 
 from dpo_recipes.errors import RecipeError
@@ -273,6 +273,15 @@ def test_a_lora_adapter_alone_is_no_start(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(RecipeError, match="holds a LoRA adapter alone"):
         load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path)), SFTConfig(use_cpu=True, bf16=False, **NO_WARNING))
+
+
+def test_a_reward_model_is_no_start_for_a_language_model(tiny_model, tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    model, settings = ModelConfig(model_name_or_path=str(tmp_path)), dict(use_cpu=True, bf16=False, **NO_WARNING)
+    with pytest.raises(RecipeError, match="holds a reward model"):
+        load_tokenizer(model, SFTConfig(**settings))
+    assert load_tokenizer(model, RewardConfig(**settings)).eos_token == "<eos>"
 
 
 def test_sft_takes_its_chat_template_from_a_file(tiny_model, tmp_path):

@@ -26,18 +26,21 @@ from transformers import (
 )
 from trl import DPOConfig, ModelConfig, TrlParser, get_quantization_config
 
+from dpo_recipes import rewards
+from dpo_recipes.evaluation import generate
 from dpo_recipes.loading import load_rows
-from dpo_recipes.recipe import RecipeArguments, argument_classes
+from dpo_recipes.recipe import RecipeArguments, argument_classes, parse_recipe
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.py"))
 PROFILES = sorted(path.stem for path in (RECIPES / "profiles").glob("*.yaml"))
 HH_RLHF = ["hh_rlhf_full", "hh_rlhf_lora", "hh_rlhf_qlora", "hh_rlhf_sft"]
 REWARD = ["hh_rlhf_reward", "quickstart_reward"]
+ONLINE = ["hh_rlhf_ppo", "hh_rlhf_rloo", "quickstart_ppo", "quickstart_rloo"]
 ON_DATASETS = [*HH_RLHF, "mixture_lora", "oasst1_lora", "shp_lora", "ultrafeedback_qlora"]
 
 
 def test_there_are_recipes_and_profiles():
-    assert {"quickstart", "quickstart_sft", *ON_DATASETS, *REWARD} <= set(NAMES)
+    assert {"quickstart", "quickstart_sft", *ON_DATASETS, *REWARD, *ONLINE} <= set(NAMES)
     assert {"cpu", "local", "gpu", "turing"} <= set(PROFILES)
 
 
@@ -115,9 +118,38 @@ def test_recipes_differ_only_where_they_must():
         assert changed in ([], ["-     finish_run(trainer, script_args)"]), name
 
 
+@pytest.mark.parametrize("data", ["hh_rlhf", "quickstart"])
+def test_the_code_of_ppo_and_rloo_is_the_same(data):
+    codes = [(RECIPES / f"{data}_{name}.py").read_text().partition("\ndef load_pairs")[2] for name in ("ppo", "rloo")]
+    assert codes[0] == codes[1].replace("RLOO", "PPO")
+    assert len(codes[0]) > 500
+    for name in ("hh_rlhf_rloo", "quickstart_rloo"):
+        assert "not PPO" in (RECIPES / f"{name}.py").read_text()
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("name", ONLINE)
+def test_a_rollout_is_whole_updates_under_every_profile(name, processes, profile, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(TrainingArguments, "world_size", processes)
+    flags = ["--config", str(RECIPES / "profiles" / f"{profile}.yaml"), "--use_cpu", "true"]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
+    recipe = runpy.run_path(str(RECIPES / f"{name}.py"))["RECIPE"]
+    script_args, args, _ = parse_recipe(recipe, classes_of(name))
+    at_a_time = args.per_device_train_batch_size * processes
+    assert args.generation_batch_size == recipe["generation_batch_size"] == args.steps_per_generation * at_a_time
+    assert script_args.pairs_per_update == args.gradient_accumulation_steps * at_a_time
+    assert args.steps_per_generation % args.gradient_accumulation_steps == 0
+    updates = args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
+    assert args.save_steps % updates == 0, "TRL keeps no rollout in a checkpoint"
+
+
 @pytest.mark.parametrize(
     ("name", "sibling"),
-    [(name, "hh_rlhf_lora" if name.startswith("hh_rlhf") else "quickstart") for name in ["hh_rlhf_sft", *REWARD]],
+    [(name, "hh_rlhf_lora" if "hh_rlhf" in name else "quickstart") for name in ["hh_rlhf_sft", *REWARD, *ONLINE]],
 )
 def test_settings_that_two_algorithms_share_read_the_same(name, sibling):
     """Same groups in the same order, and the same line for the same setting but for what must differ."""
@@ -129,8 +161,11 @@ def test_settings_that_two_algorithms_share_read_the_same(name, sibling):
     groups = [[key for key in lines[each] if key.startswith("# ")] for each in lines]
     assert groups[0] == groups[1] == ["# Data", "# Model", "# Optimisation", "# Bookkeeping"]
     may_change = {"model_name_or_path", "learning_rate", "num_train_epochs", "output_dir"}
+    if name in ONLINE:  # which counts answers
+        may_change |= {"beta", "pairs_per_update", "per_device_train_batch_size"}
+        may_change |= {"logging_steps", "eval_steps", "save_steps"}
     shared = set(lines[sibling]) & set(lines[name]) - may_change
-    assert len(shared) > 15
+    assert len(shared) > (10 if name in ONLINE else 15)
     assert {key: lines[name][key] for key in shared} == {key: lines[sibling][key] for key in shared}
 
 
@@ -170,17 +205,9 @@ RANK = {  # imports point from high to low
     for rank, names in enumerate(
         [
             {"errors", "files", "intervals", "ledger", "presets", "processes", "terminal", "__init__"},
-            {
-                "dataset_adapters",
-                "tokenization",
-                "reference_cache",
-                "checkpoints",
-                "report",
-                "catalog",
-                "rewards",
-                "page",
-            },
-            {"shared_prefix", "loading", "evaluation", "playground", "plan", "tracking"},
+            {"dataset_adapters", "tokenization", "reference_cache", "checkpoints", "report", "catalog"},
+            {"rewards", "page"},
+            {"shared_prefix", "ppo", "loading", "evaluation", "playground", "plan", "tracking"},
             {"guards", "recipe", "tryout"},
             {"preflight", "sampling", "record", "outcome"},
             {"runs", "launch"},
@@ -331,6 +358,86 @@ def test_a_reward_model_reloads_whole_and_scores_as_it_did(kind, tmp_path, tiny_
     assert measured["margin"]["mean"] > 0.2
     assert "reward accuracy   " in result.stdout
     assert "WARNING: The reward model" not in result.stdout
+
+
+@pytest.fixture(scope="module")
+def reward_model(tiny_model, tmp_path_factory):
+    """A folder with a reward model of random weights."""
+    folder = tmp_path_factory.mktemp("reward") / "model"
+    torch.manual_seed(1)
+    AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("hh_rlhf_rloo", []),
+        ("hh_rlhf_rloo", ["--accelerate", "cpu2"]),
+        ("hh_rlhf_ppo", []),
+        ("hh_rlhf_ppo", ["--use_peft", "false", "--sync_ref_model", "true", "--ref_model_sync_steps", "1"]),
+    ],
+    ids=["RLOO", "RLOO, two processes", "PPO", "PPO, all weights, moving reference"],
+)
+def test_an_online_recipe_trains_and_leaves_a_policy_alone(
+    name, flags, tmp_path, tiny_model, reward_model, hh_rows, dpo_recipes
+):
+    result = run_command(
+        *(dpo_recipes, "train", name, "--profile", "cpu", "--dataset_name", hh_rows, "--output_dir", "run"),
+        *("--model_name_or_path", tiny_model, "--reward_model_name_or_path", reward_model, "--max_steps", "4"),
+        *("--pairs_per_update", "8", "--generation_batch_size", "16", "--per_device_train_batch_size", "4"),
+        *("--num_iterations", "1", "--eval_pairs", "4", "--logging_steps", "1", "--warmup_steps", "0"),
+        *("--max_prompt_length", "200", "--max_completion_length", "8", "--learning_rate", "1e-3", *flags),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    run = tmp_path / "run"
+    assert "Data account (max_prompt_length 200 tokens)" in result.stdout
+    assert "An update: 8 answers = 4 a device" in result.stdout
+    done, metrics = (json.loads((run / f"{file}.json").read_text()) for file in ("done", "metrics"))
+    assert done["updates"] == 4
+    assert len(done["reward_model_hashes"][0]) == len(done["start_hash"]) == 16
+    history = json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    assert len([entry for entry in history if "loss" in entry]) == 4
+    assert all(math.isfinite(entry["reward"]) for entry in history if "reward" in entry)
+
+    # What lies there loads in plain transformers or peft, without a critic.
+    whole = "--use_peft" in flags
+    weights = load_file(run / ("model.safetensors" if whole else "adapter_model.safetensors"))
+    start = load_file(tiny_model / "model.safetensors")
+    assert len(weights) == (len(start) if whole else 2 * len([key for key in start if "_proj." in key]))
+    assert not [key for key in weights if "critic" in key or "score" in key]
+    loader = AutoModelForCausalLM if whole else AutoPeftModelForCausalLM
+    model = loader.from_pretrained(run, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(run)
+
+    answers = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert len(answers) == metrics["kl"]["n"] == 4
+    prompts, texts = [each["prompt"] for each in answers], [each["after"]["text"] for each in answers]
+    again = generate(model, tokenizer, prompts, max_new_tokens=8)
+    assert [each["text"] for each in again] == texts
+    scores = [each["after"]["scores"]["reward-model score"] for each in answers]
+    assert rewards.score(*rewards.load_reward_model(str(reward_model)), prompts, texts) == pytest.approx(
+        scores, abs=1e-4
+    )
+    before = generate(AutoModelForCausalLM.from_pretrained(tiny_model), tokenizer, prompts, max_new_tokens=8)
+    assert [each["text"] for each in before] == [each["before"]["text"] for each in answers]
+    assert metrics["kl"]["nats"] != 0
+    assert "reward-model score, greedy" in (run / "README.md").read_text()
+
+
+def test_a_reward_model_that_is_none_is_refused_before_anything_is_loaded(tmp_path, tiny_model, hh_rows, dpo_recipes):
+    result = run_command(
+        *(dpo_recipes, "train", "hh-rlhf-rloo", "--profile", "cpu", "--dataset_name", hh_rows),
+        *("--model_name_or_path", tiny_model, "--reward_model_name_or_path", tiny_model, "--max_steps", "1"),
+        *("--pairs_per_update", "8", "--generation_batch_size", "8", "--max_completion_length", "8"),
+        *("--max_prompt_length", "200"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 2
+    assert "is a LlamaForCausalLM, which has no score head" in result.stderr
+    assert "Loading weights" not in result.stderr
 
 
 def test_a_reward_model_that_learned_nothing_is_no_success(tmp_path, tiny_model, rows_of, dpo_recipes):

@@ -5,7 +5,8 @@ from conftest import run_command
 from datasets import Dataset, concatenate_datasets
 
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.runs import _lock, data_hash
+from dpo_recipes.record import data_hash
+from dpo_recipes.runs import _lock
 
 ROWS = [{"prompt": f"p{number}", "chosen": f"c{number}", "rejected": "no", "id": number} for number in range(2500)]
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from dpo_recipes.cli import main
 from dpo_recipes.errors import RecipeError
@@ -56,6 +56,12 @@ def run(start, tmp_path):
 @torch.no_grad()
 def logits(model):
     return model(INPUTS).logits.float()
+
+
+def test_a_reward_model_answers_nothing(tiny_model, tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="is a reward model: it scores, and answers nothing"):
+        open_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("start", ["float32", "bfloat16"], indirect=True)

@@ -173,7 +173,7 @@ def measure_prompts(
     account = account_lines(ledger, limit=f"max_prompt_length {longest}", kept="prompts")
     _refuse_empty(prompts, ledger, account)
     check_prompts(prompts, script_args, training_args, tokenizer)
-    data = account_data(ledger, name=script_args.dataset_name, max_length=longest)
+    data = account_data(ledger, name=script_args.dataset_name, max_length=None) | {"max_prompt_length": longest}
     data |= {"model": tokenizer.name_or_path, "reward_model": script_args.reward_model_name_or_path}
     data["prompts"] = {split: digest(rows) for split, rows in prompts.items()}
     data["tokens"] = {split: describe_prompts(rows) for split, rows in prompts.items()}
