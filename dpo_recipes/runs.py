@@ -142,8 +142,8 @@ def finish_run(
         merge: Save the base model with the LoRA adapter merged into it, which a later stage can start from.
         strata: A column of the held-out pairs; accuracy is given for each of its values too.
         score: Scores an answer to a prompt, each entry in [0, 1], for the table before and after.
-        prompts: To answer before and after; by default 16 of the held-out ones, drawn by seed, or 64 after training that
-            sampled answers.
+        prompts: To answer before and after; by default 16 of the held-out ones, drawn by seed, or 64 after PPO or
+            RLOO.
         max_new_tokens: Where an answer is cut.
         temperatures: Of the answers; 0 is greedy.
     """

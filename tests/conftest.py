@@ -57,6 +57,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def reward_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a reward model of random weights, its scores apart, and the tokenizer of `tiny_model`."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("reward") / "model"
+    torch.manual_seed(1)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def hh_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A jsonl file of 120 rows in the schema of hh-rlhf, written for these tests."""
     topics = ["tea", "bread", "maps", "chess", "rivers", "birds", "clocks", "paint", "wool", "bridges"]

@@ -360,16 +360,6 @@ def test_a_reward_model_reloads_whole_and_scores_as_it_did(kind, tmp_path, tiny_
     assert "WARNING: The reward model" not in result.stdout
 
 
-@pytest.fixture(scope="module")
-def reward_model(tiny_model, tmp_path_factory):
-    """A folder with a reward model of random weights."""
-    folder = tmp_path_factory.mktemp("reward") / "model"
-    torch.manual_seed(1)
-    AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("name", "flags"),
     [

@@ -16,14 +16,18 @@ from safetensors.torch import load_file
 
 FLAGS = ["--max_steps", "12", "--save_steps", "3", "--eval_steps", "3", "--logging_steps", "1", "--eval_pairs", "2"]
 FLAGS += ["--pairs_per_update", "4", "--per_device_train_batch_size", "2", "--learning_rate", "1e-3"]
+ONLINE = ["--generation_batch_size", "8", "--num_iterations", "2", "--max_prompt_length", "200"]  # a rollout: 4 updates
+ONLINE += ["--max_completion_length", "8", "--beta", "0.1"]
 PROFILE = ["--config", str(RECIPES / "profiles" / "cpu.yaml")]
 
 
 @pytest.fixture
-def command(tiny_model, hh_rows):
-    """The recipe by plain Python, on the test's own model and rows."""
+def command(tiny_model, reward_model, hh_rows):
+    """The recipe by plain Python, on the test's own models and rows."""
 
     def command(name, *flags):
+        if name.endswith("ppo"):
+            flags = (*ONLINE, "--reward_model_name_or_path", str(reward_model), *flags)
         data = ["--dataset_name", str(hh_rows), "--model_name_or_path", str(tiny_model)]
         return [sys.executable, str(RECIPES / f"{name}.py"), *PROFILE, *data, *FLAGS, *flags]
 
@@ -64,6 +68,7 @@ def start(command, cwd, log):
         "hh_rlhf_lora",
         pytest.param("hh_rlhf_full", marks=pytest.mark.slow),
         pytest.param("hh_rlhf_qlora", marks=pytest.mark.slow),
+        pytest.param("hh_rlhf_ppo", marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_resumes_bit_identically(name, command, tmp_path):

@@ -25,18 +25,6 @@ ANSWERS = [says("assistant", "Ho."), says("assistant", "High, after a week of ra
 OTHERS = [says("assistant", "No."), says("assistant", "Wet."), says("assistant", "I know many, but I shall not tell.")]
 
 
-@pytest.fixture(scope="module")
-def reward_model(tiny_model, tmp_path_factory):
-    """A folder with a reward model of random weights, its scores apart."""
-    folder = tmp_path_factory.mktemp("reward") / "model"
-    torch.manual_seed(1)
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
-    torch.nn.init.normal_(model.score.weight)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
-    return folder
-
-
 def test_scores_are_those_of_the_pairs_as_reward_trainer_tokenises_them(reward_model, tmp_path):
     model, tokenizer = load_reward_model(str(reward_model))
     pairs = Dataset.from_dict({"prompt": PROMPTS, "chosen": ANSWERS, "rejected": OTHERS})
