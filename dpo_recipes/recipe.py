@@ -133,9 +133,10 @@ def parse_recipe(recipe: Mapping[str, Any], dataclass_types: Sequence[type]) -> 
             **(training_args.model_init_kwargs or {}),
         }
     script_args.settings = _effective_settings(parsed) | {"request": os.environ.get("DPO_RECIPES_REQUEST")}
+    asked_to_resume = str(training_args.resume_from_checkpoint or "false").lower() != "false"
     training_args.resume_from_checkpoint = _checkpoint_to_resume(training_args)
     try:
-        _refuse_another_run(script_args, training_args)
+        _refuse_another_run(script_args, training_args, asked_to_resume=asked_to_resume)
     except RecipeError as error:
         if not script_args.dry_run:
             raise
@@ -235,7 +236,9 @@ def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     return str(found)
 
 
-def _refuse_another_run(script_args: RecipeArguments, training_args: TrainingArguments) -> None:
+def _refuse_another_run(
+    script_args: RecipeArguments, training_args: TrainingArguments, *, asked_to_resume: bool
+) -> None:
     folder = Path(training_args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"{folder} is a file. Name a folder with --output_dir.")
@@ -258,7 +261,7 @@ def _refuse_another_run(script_args: RecipeArguments, training_args: TrainingArg
         return
     if differences:
         raise RecipeError(f"{folder} holds another run, which differs in {'; '.join(differences)}. {ways_out}")
-    if checkpoints and not (folder / DONE_FILE).exists():
+    if checkpoints and not asked_to_resume and not (folder / DONE_FILE).exists():
         raise RecipeError(
             f"{folder} holds this run, unfinished. Continue it with --resume_from_checkpoint true, or start again "
             "with --overwrite true."

@@ -28,6 +28,7 @@ def cost(trainer: Trainer) -> dict[str, Any]:
         "train_seconds": next(
             (log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log), None
         ),
+        "tokens": next((log["num_tokens"] for log in reversed(trainer.state.log_history) if "num_tokens" in log), None),
         "peak_memory_mib": round(peak / 2**20),
     }
     if torch.cuda.is_available():

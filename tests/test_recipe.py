@@ -233,6 +233,16 @@ def test_an_unfinished_run_is_continued_or_replaced_never_mixed(parse, tmp_path)
     parse("--overwrite", "true")
 
 
+def test_a_run_that_was_killed_in_its_first_checkpoint_starts_again(parse, tmp_path, capsys):
+    folder = tmp_path / "outputs" / "x"
+    (folder / "checkpoint-10").mkdir(parents=True)  # half-written
+    (folder / "settings.json").write_text(json.dumps(parse("--overwrite", "true")[0].settings))
+    assert parse("--resume_from_checkpoint", "true")[1].resume_from_checkpoint is None
+    assert "no complete checkpoint to go on from" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match=r"another run, which differs in beta"):
+        parse("--resume_from_checkpoint", "true", "--beta", "0.3")
+
+
 def test_checkpoints_of_an_unknown_run_are_refused(parse, tmp_path):
     (tmp_path / "outputs" / "x" / "checkpoint-10").mkdir(parents=True)
     with pytest.raises(RecipeError, match="holds weights of a run that is not known here"):

@@ -114,7 +114,7 @@ def against(
 
 def stage_cost(stage: Stage, samples: int) -> dict[str, Any]:
     """What a finished stage took. A run that was resumed knows the seconds since; the rest is put in by its updates."""
-    metrics, done = read_json(stage.folder / "metrics.json"), read_json(stage.folder / "done.json")
+    done = read_json(stage.folder / "done.json")
     updates, since = done["updates"], done["updates"] - done["resumed_from_update"]
     seconds = (done["train_seconds"] or 0.0) * updates / max(1, since)
     on_gpu = "peak_gpu_memory_mib" in done
@@ -123,7 +123,7 @@ def stage_cost(stage: Stage, samples: int) -> dict[str, Any]:
         "gpu_hours": seconds / 3600 * int(done["hardware"].partition(" x ")[0]) if on_gpu else None,
         "memory_mib": done["peak_gpu_memory_mib" if on_gpu else "peak_memory_mib"],
         "samples": samples,
-        "tokens": metrics.get("train", {}).get("num_tokens"),
+        "tokens": done.get("tokens"),
     }
 
 
@@ -249,12 +249,14 @@ def _in_words(pair: Mapping[str, Any], one: Mapping[str, Any], other: Mapping[st
     result = (
         f"Neither won: {winner} is no better than noise against {loser}" if noise else f"{winner} won against {loser}"
     )
+    gap = pair["difference"]
     words = [
         f"{result}: the judge prefers its answer to {_percent(share(rate['mean']))} of {rate['n']} prompts, ties "
         f"counting one half (95 % interval {interval(rate['low'], rate['high'])} over prompts{over_seeds}).",
         f"At equal length it would be {_percent(share(pair['length_controlled']['mean']))}.",
         f"The judge's reward is {one['judge']['mean']:.3f} for {pair['one']} and {other['judge']['mean']:.3f} for "
-        f"{pair['other']}, at a KL to the start of {one['kl']['mean']:.1f} and {other['kl']['mean']:.1f} nats.",
+        f"{pair['other']}, a difference {'no larger' if statistics.is_noise(gap, 0.0) else 'larger'} than noise, at a KL "
+        f"to the start of {one['kl']['mean']:.1f} and {other['kl']['mean']:.1f} nats.",
     ]
     if one["cost"] and other["cost"]:
         spent = [_minutes(model["cost"]["seconds"]) for model in (one, other)]
