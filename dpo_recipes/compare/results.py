@@ -249,14 +249,14 @@ def _in_words(pair: Mapping[str, Any], one: Mapping[str, Any], other: Mapping[st
     result = (
         f"Neither won: {winner} is no better than noise against {loser}" if noise else f"{winner} won against {loser}"
     )
-    gap = pair["difference"]
+    more = "no more" if statistics.is_noise(pair["difference"], 0.0) else "more"
     words = [
         f"{result}: the judge prefers its answer to {_percent(share(rate['mean']))} of {rate['n']} prompts, ties "
         f"counting one half (95 % interval {interval(rate['low'], rate['high'])} over prompts{over_seeds}).",
         f"At equal length it would be {_percent(share(pair['length_controlled']['mean']))}.",
         f"The judge's reward is {one['judge']['mean']:.3f} for {pair['one']} and {other['judge']['mean']:.3f} for "
-        f"{pair['other']}, a difference {'no larger' if statistics.is_noise(gap, 0.0) else 'larger'} than noise, at a KL "
-        f"to the start of {one['kl']['mean']:.1f} and {other['kl']['mean']:.1f} nats.",
+        f"{pair['other']}, {more} than noise apart, at a KL to the start of {one['kl']['mean']:.1f} "
+        f"and {other['kl']['mean']:.1f} nats.",
     ]
     if one["cost"] and other["cost"]:
         spent = [_minutes(model["cost"]["seconds"]) for model in (one, other)]
