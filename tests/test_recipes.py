@@ -206,9 +206,10 @@ RANK = {  # imports point from high to low
         [
             {"errors", "files", "intervals", "ledger", "presets", "processes", "terminal", "__init__"},
             {"dataset_adapters", "tokenization", "reference_cache", "checkpoints", "report", "catalog"},
-            {"rewards", "page"},
+            {"rewards", "page", "critic"},
+            {"guards"},
             {"shared_prefix", "ppo", "loading", "evaluation", "playground", "plan", "tracking"},
-            {"guards", "recipe", "tryout"},
+            {"recipe", "tryout"},
             {"preflight", "sampling", "record", "outcome"},
             {"runs", "launch"},
             {"sweep"},
