@@ -366,8 +366,8 @@ def as_markdown(report: dict[str, Any]) -> str:
             each = [1000 * row[field] / row["answers"] for row in timed]
             cells.append(f"{statistics.median(each):.0f} ({min(each):.0f}-{max(each):.0f})")
         loads = ", ".join(f"{row['load_average'][0]:.1f}" for row in timed)
-        rows.append([NAMES[name], *cells, f"{max(row['peak_memory_mib'] for row in timed):.0f}", loads])
-    header = ["trainer", "ms an answer", "CPU ms an answer", "process's peak memory, MiB", "machine's load after it"]
+        rows.append([NAMES[name], *cells, loads])
+    header = ["trainer", "ms an answer", "CPU ms an answer", "machine's load after it"]
     return "\n".join([*out, *table(header, rows), ""])
 
 

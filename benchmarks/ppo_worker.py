@@ -8,7 +8,6 @@ the log, versions. It needs of this repository only what both Pythons can import
 
 import json
 import os
-import resource
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -267,7 +266,6 @@ def main() -> None:
         **asdict(run),
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "training_scores": training_scores(trainer.state.log_history),
         "log": trainer.state.log_history,
         "versions": {module.__name__: module.__version__ for module in modules},

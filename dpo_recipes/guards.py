@@ -124,7 +124,7 @@ class FirstLossGuard(TrainerCallback):
 
 
 def check_online(trainer: GRPOTrainer) -> None:
-    """Nothing, if every prompt leaves room for an answer and every reward model can score one.
+    """Nothing, if the prompts make a rollout, each leaves room for an answer and every reward model can score one.
 
     Args:
         trainer: Built, before `trainer.train`; of a streamed dataset no prompt is looked at.
@@ -132,9 +132,15 @@ def check_online(trainer: GRPOTrainer) -> None:
     Raises:
         RecipeError: If not; nothing has been generated.
     """
-    streamed = not isinstance(trainer.train_dataset, Dataset)
-    prompts = [] if streamed else trainer.train_dataset["prompt"][:]
-    answer = trainer.max_completion_length
+    sets = [trainer.train_dataset, trainer.eval_dataset]
+    sets = [each for one in sets for each in (one.values() if isinstance(one, dict) else [one])]
+    prompts = [prompt for each in sets if isinstance(each, Dataset) for prompt in each["prompt"][:]]
+    answer, rollout = trainer.max_completion_length, trainer.args.generation_batch_size
+    if isinstance(sets[0], Dataset) and len(sets[0]) * trainer.num_generations < rollout:
+        raise RecipeError(
+            f"{len(sets[0])} prompts with num_generations={trainer.num_generations} make no rollout of "
+            f"generation_batch_size={rollout} answers. Give more prompts, or lower generation_batch_size."
+        )
     for scorer, tokenizer in zip(trainer.reward_funcs, trainer.reward_processing_classes, strict=True):
         if tokenizer is not None:
             model = trainer.accelerator.unwrap_model(scorer)

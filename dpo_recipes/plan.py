@@ -64,7 +64,7 @@ def plan_lines(script_args: Any, training_args: Any, tokenizer: Any, pairs: Data
 
 def task_of(training_args: Any) -> str:
     """What a row is: a `preference` between two answers, the same for a `reward` model, an `answer`, or `online`."""
-    if hasattr(training_args, "generation_batch_size"):  # GRPOConfig, its subclass and RLOOConfig, slow to import
+    if hasattr(training_args, "generation_batch_size"):  # GRPOConfig, PPOConfig, RLOOConfig
         return "online"
     kinds = {DPOConfig: "preference", RewardConfig: "reward"}
     return next((task for kind, task in kinds.items() if isinstance(training_args, kind)), "answer")

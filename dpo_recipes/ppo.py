@@ -13,10 +13,8 @@ docs/ppo.md explains the metrics and what was measured.
 """
 
 import copy
-import functools
 import logging
 import math
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,21 +25,16 @@ import torch
 from accelerate.utils import is_peft_model
 from peft import PeftConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.reward_trainer import suppress_seqcls_warning
-from trl.trainer.utils import FusedCausalLMOutput, disable_dropout_in_model, get_config_model_id
+from trl.trainer.utils import disable_dropout_in_model
 
+from dpo_recipes.critic import CRITIC, CRITIC_FILE, attach_critic, load_critic
 from dpo_recipes.guards import RolloutCheck, check_online
 
 logger = logging.getLogger(__name__)
-
-CRITIC = "ppo_critic"
-"""The critic's name as a submodule of the policy; no key of a saved policy begins with it."""
-CRITIC_FILE = "critic.safetensors"
-"""In a checkpoint: what of the critic is trained."""
 
 _FIXED = dict(
     importance_sampling_level="token",
@@ -89,10 +82,15 @@ class PPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        answers, evaluated = self.num_generations or 1, getattr(self, "num_generations_eval", None)
-        self.num_generations, self.num_generations_eval = max(2, answers), evaluated or answers  # GRPO refuses 1
-        super().__post_init__()
-        self.num_generations, self.num_generations_eval = answers, evaluated
+        answers, self.num_generations_eval = self.num_generations or 1, getattr(self, "num_generations_eval", None) or 1
+        self.num_generations = max(2, answers)  # GRPO refuses 1
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if answers == 1 and "by num_generations (2)" in str(error):
+                raise ValueError(f"generation_batch_size={self.generation_batch_size} is odd: make it even.") from error
+            raise
+        self.num_generations = answers
         for name, value in _FIXED.items():
             if getattr(self, name) != value:
                 raise ValueError(f"PPO has no use for {name}={getattr(self, name)!r}. Leave it at {value!r}.")
@@ -104,14 +102,6 @@ class PPOConfig(GRPOConfig):
             raise ValueError(f"reward_aggregation={self.reward_aggregation!r} is neither 'sum' nor 'min'.")
         if self.target_kl is not None and (self.fp16 or self.deepspeed_plugin is not None):
             raise ValueError("target_kl skips updates, which neither fp16's loss scale nor DeepSpeed allows.")
-
-
-@dataclass
-class PolicyAndCriticOutput(FusedCausalLMOutput):
-    """What the policy returns with `return_values=True`: a field of the output, so that DDP finds the tensor."""
-
-    state_values: Tensor | None = None  # `values` is a method of every output
-    """Value of the state after each token. Shape (batch, tokens)."""
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -158,52 +148,18 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask
 
 
 def without_padding(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch of a rollout without the columns that are padding in all of its rows: the rollout's longest set them.
+    """A batch of a rollout without the last columns, where all of its answers have ended.
+
+    The prompts keep their padding on the left, which moves the positions of models that count it (GPT-2).
 
     Args:
-        batch: As GRPOTrainer buffers it: prompts padded on the left, completions and what is theirs on the right.
+        batch: As GRPOTrainer buffers it: completions and what is theirs padded on the right.
     """
-    whole = {part: batch[f"{part}_mask"].shape[1] for part in ("prompt", "completion")}
-    used = {part: int(batch[f"{part}_mask"].sum(dim=1).max()) for part in whole}
-    cut = dict(batch)
-    for name, tensor in batch.items():
-        if name.startswith("prompt_"):
-            cut[name] = tensor[:, whole["prompt"] - used["prompt"] :]
-        elif torch.is_tensor(tensor) and tensor.dim() == 2 and tensor.shape[1] == whole["completion"]:
-            cut[name] = tensor[:, : used["completion"]]
-    return cut
-
-
-def attach_critic(policy: Any, critic: Any) -> None:
-    """Make the critic a submodule of the policy, and reach it by the policy's forward alone, as FSDP and DDP ask.
-
-    `policy(..., return_values=True)` returns a `PolicyAndCriticOutput`; `policy(..., values_only=True)` the values,
-    shape (batch, tokens). Without either the policy is called as before.
-
-    Args:
-        policy: With TRL's fused LM head; a PeftModel or not.
-        critic: A sequence classifier with one label, or a PeftModel of one; its vocabulary is the policy's.
-    """
-    original = policy.forward
-    policy.add_module(CRITIC, critic)
-    classifier = critic.get_base_model() if is_peft_model(critic) else critic
-
-    def values_of(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = classifier.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        values: Tensor = classifier.score(hidden.to(next(classifier.score.parameters()).dtype)).squeeze(-1)
-        return values.to(torch.promote_types(values.dtype, torch.float32))
-
-    @functools.wraps(original)
-    def forward(_: nn.Module, *args: Any, return_values: bool = False, values_only: bool = False, **inputs: Any) -> Any:
-        if values_only:
-            return values_of(inputs["input_ids"], inputs["attention_mask"])
-        output = original(*args, **inputs)
-        if return_values:
-            values = values_of(inputs["input_ids"], inputs["attention_mask"])
-            return PolicyAndCriticOutput(**output, state_values=values)
-        return output
-
-    policy.forward = types.MethodType(forward, policy)
+    width = batch["completion_mask"].shape[1]
+    used = max(1, int(batch["completion_mask"].sum(dim=1).max()))  # with answers that all count for nothing: one
+    theirs = [name for name, part in batch.items() if torch.is_tensor(part) and part.dim() == 2]
+    theirs = [name for name in theirs if batch[name].shape[1] == width and not name.startswith("prompt_")]
+    return batch | {name: batch[name][:, :used] for name in theirs}
 
 
 class PPOTrainer(GRPOTrainer):
@@ -215,7 +171,7 @@ class PPOTrainer(GRPOTrainer):
         args: Settings.
         critic: What the critic starts from: a model or a name, of a reward model say, with the policy's vocabulary. By
             default what the policy started from, with the value 0 for every state. It is trained as the policy is: with
-            LoRA where that is, else in full.
+            LoRA where that is, else in full. A reward model of this trainer is copied first.
         quantization_config: Of the policy, and of the critic where it is given by name.
         peft_config: Of the policy, and of the critic.
         kwargs: GRPOTrainer's datasets, processing classes, callbacks and optimizers.
@@ -249,6 +205,10 @@ class PPOTrainer(GRPOTrainer):
     ) -> None:
         if refused := [key for key in ("tools", "rollout_func", "environment_factory") if kwargs.get(key)]:
             raise ValueError(f"PPO trains on answers to prompts: it has no use for {', '.join(refused)}.")
+        if kwargs.get("optimizers", (None, None))[0] is not None:
+            raise ValueError(
+                "An optimizer made beforehand lacks the critic's weights. Choose one by PPOConfig's optim."
+            )
         own = dict(quantization_config=quantization_config, peft_config=peft_config)
         super().__init__(model, reward_funcs, args=args, **own, **kwargs)
         if self._is_vlm:
@@ -262,8 +222,8 @@ class PPOTrainer(GRPOTrainer):
             )
         check_online(self)
         if critic is None or isinstance(critic, str):
-            critic = self._load_critic(critic, quantization_config)
-        self._add_critic(critic, peft_config)
+            critic = load_critic(self, critic, quantization_config)
+        self._add_critic(copy.deepcopy(critic) if critic in self.reward_funcs else critic, peft_config)
         self._moved: list[Tensor] = []  # nats a token from the rollout's policy, of each batch of this update
         self._stopped = False  # for the rest of the rollout
         self._check_rollout = RolloutCheck(self)
@@ -274,26 +234,16 @@ class PPOTrainer(GRPOTrainer):
 
     # The critic
 
-    def _load_critic(self, name: str | None, quantization_config: Any) -> Any:
-        options = {**(self.args.model_init_kwargs or {}), "quantization_config": quantization_config}
-        options["dtype"] = options.get("dtype") or torch.float32  # as TRL loads the policy
-        if name is not None:
-            options.pop("revision", None)  # is the policy's
-        start = name or get_config_model_id(self.model.config)
-        with suppress_seqcls_warning():
-            critic = AutoModelForSequenceClassification.from_pretrained(start, num_labels=1, **options)
-        if not any("SequenceClassification" in each for each in critic.config.architectures or ()):
-            nn.init.zeros_(critic.score.weight)  # a language model has no score
-        return critic
-
     def _add_critic(self, critic: Any, peft_config: PeftConfig | None) -> None:
         """Prepare the critic as TRL prepared the policy, and attach it."""
-        policy = self.model
-        words, needed = (each.config.get_text_config().vocab_size for each in (critic, policy))
-        if words != needed:
+        policy, config = self.model, critic.config
+        if not hasattr(critic, "score") or config.num_labels != 1:
+            raise ValueError(f"The critic is a {type(critic).__name__}, not a sequence classifier with one label.")
+        rows, largest = config.get_text_config().vocab_size, max(self._tokenizer.get_vocab().values())
+        if rows <= largest:
             raise ValueError(
-                f"The critic starts from {get_config_model_id(critic.config)} with {words:,} words and reads tokens "
-                f"of a policy with {needed:,}. Let it start from a model with the same tokenizer, or leave critic out."
+                f"The critic has {rows:,} words and reads the policy's tokens, up to {largest:,}. Let it start from a "
+                "model with the same tokenizer, or leave critic out."
             )
         critic.config.get_text_config().pad_token_id = self._tokenizer.pad_token_id
         if self.args.disable_dropout:
@@ -303,22 +253,25 @@ class PPOTrainer(GRPOTrainer):
             lora.task_type, lora.modules_to_save, lora.inference_mode = TaskType.SEQ_CLS, ["score"], False
             lora.base_model_name_or_path = None
             critic = get_peft_model(critic, lora)
+            if self.args.activation_checkpointing:  # the Trainer enables it in what a PeftModel wraps
+                critic.get_base_model().activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
+                critic.get_base_model().enable_input_require_grads()
         attach_critic(policy, critic.to(policy.device))
         if self.use_vllm:  # the engine has no place for the critic's weights
             named = self.vllm_generation._iter_named_params
             self.vllm_generation._iter_named_params = lambda: (each for each in named() if CRITIC not in each[0])
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """TRL's optimizer; the critic's weights in groups of their own where they have their own learning rate."""
+        """TRL's optimizer, the critic's weights in groups of their own."""
         made, rate = self.optimizer is not None, self.args.critic_learning_rate
         optimizer = super().create_optimizer(model)
-        if made or rate is None:
+        if made:
             return optimizer
         critics = {id(weight) for name, weight in (model or self.model).named_parameters() if CRITIC in name}
         for group in [*optimizer.param_groups]:
             if own := [weight for weight in group["params"] if id(weight) in critics]:
                 group["params"] = [weight for weight in group["params"] if id(weight) not in critics]
-                optimizer.add_param_group({**group, "params": own, "lr": rate})
+                optimizer.add_param_group({**group, "params": own, "lr": group["lr"] if rate is None else rate})
         return optimizer
 
     @contextmanager
@@ -351,13 +304,17 @@ class PPOTrainer(GRPOTrainer):
         if unknown := critic.load_state_dict(load_file(Path(resume_from_checkpoint) / CRITIC_FILE), False)[1]:
             raise ValueError(f"{resume_from_checkpoint} holds another critic, with {unknown[0]}.")
 
+    def _load_best_model(self) -> None:
+        with self.without_critic():  # stays as it is: nothing is learned after this
+            super()._load_best_model()
+
     # The rollout
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         weighted = rewards * self.reward_weights.to(rewards.device)  # (answers of all processes, reward functions)
         lowest = self.args.reward_aggregation == "min"
-        scores = weighted.nan_to_num(nan=torch.inf).amin(dim=1) if lowest else weighted.nansum(dim=1)
+        scores = weighted.masked_fill(weighted.isnan(), torch.inf).amin(dim=1) if lowest else weighted.nansum(dim=1)
         scores[weighted.isnan().all(dim=1)] = torch.nan
         self._scores = scores.split(len(prompts))[self.accelerator.process_index]
         return rewards
@@ -446,7 +403,7 @@ class PPOTrainer(GRPOTrainer):
             self._moved.append(moved)
             accumulated = self.current_gradient_accumulation_steps  # GRPO scaled its own part
             if self.state.global_step < args.critic_warmup_steps:
-                loss = loss * 0.0
+                loss = loss * 0.0  # and no gradient at all in `training_step`: DDP waits for every weight
         total: Tensor = loss + value_loss * (args.vf_coef / accumulated)
         return total
 
@@ -466,6 +423,9 @@ class PPOTrainer(GRPOTrainer):
             self._step += 1
             return torch.zeros((), device=self.accelerator.device)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.state.global_step < self.args.critic_warmup_steps:
+            for name, weight in model.named_parameters():
+                weight.grad = weight.grad if CRITIC in name else None  # a zero would be decayed and counted by Adam
         return loss
 
 
@@ -483,13 +443,13 @@ class SyncPolicyAlone(SyncRefModelCallback):
 
 
 class RolloutBoundaries(TrainerCallback):
-    """Saves where a rollout ends: no checkpoint holds one, so only from there a resumed run is the same run."""
+    """Rounds `save_steps` to whole rollouts: no checkpoint holds one, so only from an end a resumed run is the same."""
 
     def __init__(self, trainer: PPOTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Round `save_steps` up, and count batches from where a resumed run goes on."""
+        """Count batches, too, from where a resumed run goes on."""
         self.trainer._step = state.global_step * args.gradient_accumulation_steps
         rollout = self.trainer.updates_per_rollout
         if args.save_strategy == "steps" and state.save_steps % rollout:

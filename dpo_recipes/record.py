@@ -3,9 +3,11 @@
 import hashlib
 import json
 import platform
+import re
 import resource
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,19 @@ from dpo_recipes.recipe import RecipeArguments
 LIBRARIES = ("dpo-recipes", "trl", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "torch")
 
 
+def peak_memory() -> int:
+    """The largest resident memory that this process has had, in bytes.
+
+    On Linux `getrusage` keeps the peak of the process that started this one, which /proc does not.
+    """
+    with suppress(OSError):
+        if found := re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def cost(trainer: Trainer) -> dict[str, Any]:
     """Updates, seconds and peak memory of a finished run."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     spent: dict[str, Any] = {
         "updates": trainer.state.global_step,
         "resumed_from_update": trainer._initial_global_step,  # the seconds are those since then
@@ -29,7 +41,7 @@ def cost(trainer: Trainer) -> dict[str, Any]:
             (log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log), None
         ),
         "tokens": next((log["num_tokens"] for log in reversed(trainer.state.log_history) if "num_tokens" in log), None),
-        "peak_memory_mib": round(peak / 2**20),
+        "peak_memory_mib": round(peak_memory() / 2**20),
     }
     if torch.cuda.is_available():
         spent["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)

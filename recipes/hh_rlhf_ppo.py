@@ -6,7 +6,7 @@ The reward model is trained first where there is none.
 
     make train RECIPE=hh-rlhf-ppo
     make train RECIPE=hh-rlhf-ppo ARGS="--reward_model_name_or_path NAME_OF_A_REWARD_MODEL --output_dir outputs/ppo"
-    make train RECIPE=hh-rlhf-ppo PROFILE=cpu ARGS="--model_name_or_path PATH_OF_A_SMALL_MODEL --max_steps 100"
+    make train RECIPE=hh-rlhf-ppo PROFILE=cpu ARGS="--model_name_or_path SMALL --reward_model_name_or_path ITS_JUDGE"
 
 Make it yours: `dpo-recipes copy hh-rlhf-ppo`, then change RECIPE, and `load_pairs` for data of your own.
 """

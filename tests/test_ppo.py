@@ -39,15 +39,18 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
 )
 from trl import GRPOTrainer
 
+from dpo_recipes.critic import CRITIC, CRITIC_FILE
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.guards import add_guards
-from dpo_recipes.ppo import CRITIC, CRITIC_FILE, PPOConfig, PPOTrainer, clipped_value_loss, gae, without_padding
+from dpo_recipes.ppo import PPOConfig, PPOTrainer, clipped_value_loss, gae, without_padding
 
 
 @pytest.fixture(scope="session")
@@ -261,11 +264,8 @@ def test_padding_that_a_batch_does_not_need_changes_nothing(build, monkeypatch):
     few = {name: part[short] if part.dim() else part for name, part in batch.items() if torch.is_tensor(part)}
     cut = without_padding(few)
     assert cut["completion_ids"].shape[1] < few["completion_ids"].shape[1]
-    assert cut["prompt_ids"].shape[1] < few["prompt_ids"].shape[1]
-    assert (cut["completion_mask"].sum(), cut["prompt_mask"].sum()) == (
-        few["completion_mask"].sum(),
-        few["prompt_mask"].sum(),
-    )
+    assert cut["completion_mask"].sum() == few["completion_mask"].sum()
+    assert cut["prompt_ids"] is few["prompt_ids"]
     gradients = []
     for cutting in (without_padding, lambda batch: batch):
         monkeypatch.setattr("dpo_recipes.ppo.without_padding", cutting)
@@ -274,6 +274,27 @@ def test_padding_that_a_batch_does_not_need_changes_nothing(build, monkeypatch):
         gradients.append({name: weight.grad.clone() for name, weight in trainer.model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name])
+
+
+def test_answers_that_were_cut_may_count_for_nothing(build):
+    """All of a batch, even: there is nothing to learn from it, and nothing breaks."""
+    settings = dict(mask_truncated_completions=True, max_completion_length=1, per_device_train_batch_size=2)
+    trainer = build(count_as, prompts=["x y z w"] * 64, max_steps=16, **settings)
+    trainer.train()
+    assert all(math.isfinite(loss) for loss in logged(trainer, "loss"))
+
+
+def test_positions_that_count_padding_are_those_of_the_rollout(build, tmp_path):
+    """GPT-2's: before the first update the ratio of every batch is 1."""
+    torch.manual_seed(4)
+    sizes = dict(vocab_size=len(WORDS), n_embd=32, n_layer=1, n_head=2, n_positions=16, bos_token_id=None)
+    policy = GPT2LMHeadModel(GPT2Config(**sizes, pad_token_id=PAD, eos_token_id=EOS))
+    policy.transformer.wpe.weight.data *= 20
+    policy.save_pretrained(tmp_path / "policy")
+    settings = dict(learning_rate=0.0, num_iterations=1, per_device_train_batch_size=2, max_steps=16)
+    trainer = build(count_as, model=str(tmp_path / "policy"), prompts=["w", "x y z w"] * 32, **settings)
+    trainer.train()
+    assert logged(trainer, "policy/ratio") == pytest.approx([1.0] * 16, abs=1e-4)
 
 
 def test_rewards_are_weighted_and_summed_or_the_least_of_an_ensemble_counts(build):
@@ -340,7 +361,7 @@ def test_a_large_beta_holds_the_policy_at_the_reference(build):
 
 
 def test_warm_up_trains_the_critic_alone(build):
-    trainer = build(count_as, critic_warmup_steps=4, max_steps=4, weight_decay=0.0)
+    trainer = build(count_as, critic_warmup_steps=4, max_steps=4, weight_decay=0.1)
     before = copy.deepcopy(trainer.model.state_dict())
     trainer.train()
     after = trainer.model.state_dict()
@@ -360,10 +381,11 @@ def test_the_critic_has_its_own_learning_rate(build):
     assert decays == {group["weight_decay"] for group in groups if group["lr"] == 0.1}
 
 
-def test_a_critic_starts_at_zero_or_at_the_reward_model(build, tmp_path):
+def test_a_critic_starts_at_zero_or_at_the_reward_model(build, start, tmp_path):
     torch.manual_seed(3)
     reward_model = LlamaForSequenceClassification(tiny_config(num_labels=1))
     reward_model.save_pretrained(tmp_path / "reward")
+    PreTrainedTokenizerFast.from_pretrained(start).save_pretrained(tmp_path / "reward")
     tokens = torch.tensor([[10, 2, 3]])
     inputs = dict(input_ids=tokens, attention_mask=torch.ones_like(tokens), values_only=True)
     assert not build(count_as).model(**inputs).any()
@@ -427,6 +449,22 @@ def test_a_resumed_run_is_bit_identical_from_a_rollout_boundary(build, method, t
         torch.equal(states[0]["state"][index]["exp_avg"], states[1]["state"][index]["exp_avg"])
         for index in states[0]["state"]
     )
+
+
+@pytest.mark.parametrize("method", ["full", "LoRA"])
+def test_the_best_policy_is_loaded_at_the_end(build, method, tmp_path):
+    saving = dict(save_strategy="steps", save_steps=4, eval_strategy="steps", eval_steps=4, max_steps=8)
+    saving |= dict(load_best_model_at_end=True, metric_for_best_model="score", per_device_eval_batch_size=4)
+    held_out, peft_config = Dataset.from_dict({"prompt": PROMPTS}), lora() if method == "LoRA" else None
+    trainer = build(count_as, peft_config=peft_config, eval_dataset=held_out, **saving)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best
+    saved = load_file(f"{best}/{'adapter_' if peft_config else ''}model.safetensors")
+    trainer.save_model(str(tmp_path / "last"))
+    last = load_file(tmp_path / "last" / f"{'adapter_' if peft_config else ''}model.safetensors")
+    assert saved.keys() == last.keys()
+    assert all(torch.equal(saved[name], last[name]) for name in saved)
 
 
 def test_updates_stop_where_the_policy_has_moved_too_far(build):
@@ -553,6 +591,7 @@ def test_evaluation_reports_what_training_does(build):
         (dict(lam=1.5), "must lie in"),
         (dict(reward_aggregation="mean"), "neither 'sum' nor 'min'"),
         (dict(gradient_accumulation_steps=3), "no whole number of updates"),
+        (dict(per_device_train_batch_size=1, generation_batch_size=3), "generation_batch_size=3 is odd"),
     ],
 )
 def test_settings_that_would_be_ignored_are_refused(build, settings, message):
@@ -560,14 +599,62 @@ def test_settings_that_would_be_ignored_are_refused(build, settings, message):
         build(count_as, **settings)
 
 
-def test_a_critic_that_cannot_read_the_policys_tokens_is_refused(build, tiny_model):
-    with pytest.raises(ValueError, match=r"with 258 words and reads tokens of a policy with 14"):
+def test_a_critic_that_cannot_read_the_policys_tokens_or_gives_no_value_is_refused(build, tiny_model):
+    with pytest.raises(ValueError, match=r"reads the policy's tokens, and .* has others"):
         build(count_as, critic=str(tiny_model))
+    with pytest.raises(ValueError, match=r"has 8 words and reads the policy's tokens, up to 13"):
+        build(count_as, critic=LlamaForSequenceClassification(tiny_config(num_labels=1, vocab_size=8)))
+    for other in (LlamaForCausalLM(tiny_config()), LlamaForSequenceClassification(tiny_config(num_labels=2))):
+        with pytest.raises(ValueError, match="not a sequence classifier with one label"):
+            build(count_as, critic=other)
+
+
+def test_a_reward_model_that_the_critic_starts_from_is_not_trained(build, start, tmp_path):
+    torch.manual_seed(3)
+    LlamaForSequenceClassification(tiny_config(num_labels=1)).save_pretrained(tmp_path / "reward")
+    reward_model = LlamaForSequenceClassification.from_pretrained(tmp_path / "reward")
+    PreTrainedTokenizerFast.from_pretrained(start).save_pretrained(tmp_path / "reward")
+    before = copy.deepcopy(reward_model.state_dict())
+    prompts = [f"{prompt} " for prompt in PROMPTS] * 16  # text, which the answer follows
+    trainer = build(reward_model, prompts=prompts, critic=reward_model, peft_config=lora())
+    trainer.train()
+    after = trainer.reward_funcs[0].state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_optimizer_without_the_critic_is_refused(build, start):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    args = PPOConfig(output_dir="-", bf16=False, use_cpu=True, activation_checkpointing=False)
+    with pytest.raises(ValueError, match="lacks the critic's weights"):
+        PPOTrainer(str(start), count_as, args, optimizers=(optimizer, None))
+
+
+def test_prompts_that_make_no_rollout_are_refused(build):
+    with pytest.raises(
+        RecipeError, match="4 prompts with num_generations=1 make no rollout of generation_batch_size=32"
+    ):
+        build(count_as, prompts=PROMPTS)
+
+
+def test_activation_checkpointing_reaches_policy_and_critic(build):
+    """And with LoRA, too, the gradients are those without it."""
+    gradients = []
+    for checkpointing in (True, False):
+        trainer = build(count_as, peft_config=lora(), activation_checkpointing=checkpointing, max_steps=1, seed=7)
+        trainer.train()
+        layers = [module for module in trainer.model.modules() if hasattr(module, "gradient_checkpointing")]
+        assert {layer.gradient_checkpointing for layer in layers} == {checkpointing}
+        assert len(layers) >= 4
+        gradients.append(logged(trainer, "grad_norm")[0])
+    assert gradients[0] == pytest.approx(gradients[1], rel=1e-4)
 
 
 def test_prompts_without_room_for_an_answer_are_refused(build):
     with pytest.raises(RecipeError, match=r"1 of 65 prompts have more than 14 tokens, up to 15"):
         build(count_as, prompts=[*PROMPTS * 16, "w " * 15])
+    with pytest.raises(RecipeError, match=r"1 of 65 prompts have more than 14 tokens, up to 15"):
+        build(count_as, eval_dataset={"held out": Dataset.from_dict({"prompt": ["w " * 15]})})
 
 
 def test_a_reward_model_that_cannot_score_is_refused_before_anything_is_generated(build, start):
@@ -576,12 +663,13 @@ def test_a_reward_model_that_cannot_score_is_refused_before_anything_is_generate
         build(str(start))
 
 
-@pytest.mark.parametrize("bad", [None, math.nan, math.inf])
-def test_a_score_that_is_no_number_ends_the_run(build, bad):
+@pytest.mark.parametrize("aggregation", ["sum", "min"])
+@pytest.mark.parametrize("bad", [None, math.nan, -math.inf])
+def test_a_score_that_is_no_number_ends_the_run(build, bad, aggregation):
     def broken(completion_ids, **_):
         return [bad] + [1.0] * (len(completion_ids) - 1)
 
-    trainer = build(broken)
+    trainer = build(broken, reward_aggregation=aggregation)
     with pytest.raises(RecipeError, match=r"1 of 32 answers got a score that is no number.* from broken"):
         trainer.train()
 
@@ -619,6 +707,7 @@ def test_tools_are_refused(build, start):
         (GRPOTrainer, "_tokenize_prompts", ["prompts"]),
         (Trainer, "create_optimizer", ["model"]),
         (Trainer, "_save", ["output_dir", "state_dict"]),
+        (Trainer, "_load_best_model", []),
         (Trainer, "_load_from_checkpoint", ["resume_from_checkpoint", "model"]),
     ],
 )
@@ -650,4 +739,4 @@ def test_grpo_still_counts_batches_and_keeps_a_rollout_as_before(build):
 def test_the_config_is_json(tmp_path):
     args = PPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, activation_checkpointing=False)
     assert json.loads(json.dumps(args.to_dict()))["num_generations"] == 1
-    assert (args.num_generations, args.num_generations_eval) == (1, None)
+    assert (args.num_generations, args.num_generations_eval) == (1, 1)

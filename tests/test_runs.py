@@ -1,11 +1,13 @@
 import json
+import subprocess
+import sys
 
 import pytest
 from conftest import run_command
 from datasets import Dataset, concatenate_datasets
 
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.record import data_hash
+from dpo_recipes.record import data_hash, peak_memory
 from dpo_recipes.runs import _lock
 
 ROWS = [{"prompt": f"p{number}", "chosen": f"c{number}", "rejected": "no", "id": number} for number in range(2500)]
@@ -41,3 +43,16 @@ def test_a_run_that_replaces_another_leaves_nothing_of_it(tmp_path, tiny_model, 
     assert {"model.safetensors", "done.json", "preflight.json", "checkpoint-1"} <= files
     assert not files & {"adapter_config.json", "adapter_model.safetensors", "checkpoint-3"}
     assert json.loads((tmp_path / "run" / "done.json").read_text())["updates"] == 1
+
+
+@pytest.mark.slow
+def test_peak_memory_is_that_of_the_process_itself():
+    """Not that of the process that started it, which getrusage keeps on Linux."""
+    held = bytearray(2**31)
+    held[:: 2**12] = b"x" * (2**31 // 2**12)  # touched, so that it is resident
+    code = "from dpo_recipes.record import peak_memory; print(peak_memory())"
+    peak = int(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1]
+    )
+    assert 2**26 < peak < 1.9e9
+    assert peak_memory() > len(held)
