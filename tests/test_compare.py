@@ -542,9 +542,9 @@ def started(dpo_recipes, folder, *, wait_for=None):
     call += ["--dataset_name", "rows.jsonl", "--model_name_or_path", "start", "--output_dir", "out"]
     if wait_for is None:
         return run_command(*call, cwd=folder, timeout=1800)
-    log = (folder / "killed.log").open("a")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = psutil.Popen([str(word) for word in call], cwd=folder, env=environment, stdout=log, stderr=log)
+    with (folder / "killed.log").open("a") as log:
+        process = psutil.Popen([str(word) for word in call], cwd=folder, env=environment, stdout=log, stderr=log)
     end = time.monotonic() + 900
     while not (folder / "out" / wait_for).exists():
         assert process.poll() is None, (folder / "killed.log").read_text()
