@@ -27,7 +27,7 @@ LUCK = {"w": -6.0, "x": -2.0, "y": 2.0, "z": 6.0}
 BANDIT = dict(max_completion_length=1, per_device_train_batch_size=32, generation_batch_size=64, max_steps=160)
 BANDIT |= dict(learning_rate=5e-3, lr_scheduler_type="linear")
 TWO_STEPS = BANDIT | dict(max_completion_length=2, max_steps=320, vf_coef=0.5, cliprange_value=100.0, lam=1.0)
-TWO_STEPS |= dict(entropy_coef=0.03)
+TWO_STEPS |= dict(entropy_coef=0.06)
 # Without a warm-up the luck of the first rollouts makes the policy certain before the critic knows it.
 WITH_CRITIC, WITHOUT = dict(critic_warmup_steps=40), dict(vf_coef=0.0)
 

@@ -490,7 +490,8 @@ import sys, torch
 sys.path[:0] = [{tests!r}]
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, TrainerCallback
-from test_ppo import PROMPTS, PPOConfig, PPOTrainer, answer_only, count_as
+from ppo_tasks import ANSWERS_ONLY, PROMPTS, PPOConfig, PPOTrainer
+from test_ppo import count_as
 
 class Compare(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
