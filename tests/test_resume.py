@@ -41,7 +41,7 @@ def history(folder):
 
 
 def same_weights(one, other):
-    files = [[*folder.glob("*.safetensors")] for folder in (one, other)]
+    files = [[*folder.glob("*model.safetensors")] for folder in (one, other)]
     assert all(len(group) == 1 for group in files)
     left, right = (load_file(group[0]) for group in files)
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
