@@ -174,10 +174,12 @@ class PPOTrainer(GRPOTrainer):
             LoRA where that is, else in full. A reward model of this trainer is copied first.
         quantization_config: Of the policy, and of the critic where it is given by name.
         peft_config: Of the policy, and of the critic.
-        kwargs: GRPOTrainer's datasets, processing classes, callbacks and optimizers.
+        kwargs: GRPOTrainer's datasets, processing classes and callbacks. An optimizer is made here: it has the critic's
+            weights, too.
 
     Raises:
-        ValueError: If the critic's vocabulary is not the policy's, or a rollout is no whole number of optimizer steps.
+        ValueError: If the critic cannot read the policy's tokens or gives no single value, a rollout is no whole number
+            of optimizer steps, or an argument is given that PPO has no use for.
         RecipeError: If a prompt leaves no room for an answer, or a reward model cannot score one (`check_online`); in
             training, if a score is no number.
     """
@@ -409,15 +411,15 @@ class PPOTrainer(GRPOTrainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """TRL's, or nothing where the policy has moved too far from the rollout's: no gradient, hence no update."""
-        target = self.args.target_kl
-        if target is not None and self._step % self.current_gradient_accumulation_steps == 0:
-            if self._moved:
-                moved = self.accelerator.reduce(torch.stack(self._moved).mean(), reduction="mean")
-                self._stopped |= bool(moved > 1.5 * target)
-            if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
-                self._stopped = False
-            self._metrics["train"]["policy/stopped"].append(float(self._stopped))
-        if self._step % self.current_gradient_accumulation_steps == 0:
+        if self._step % self.current_gradient_accumulation_steps == 0:  # an update begins
+            if (target := self.args.target_kl) is not None:
+                rollout = self.args.steps_per_generation * self.num_iterations
+                if self._step % rollout == 0:
+                    self._stopped = False
+                elif self._moved:
+                    moved = self.accelerator.reduce(torch.stack(self._moved).mean(), reduction="mean")
+                    self._stopped |= bool(moved > 1.5 * target)
+                self._metrics["train"]["policy/stopped"].append(float(self._stopped))
             self._moved.clear()
         if self._stopped:
             self._step += 1

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dpo_recipes import page
-from dpo_recipes.compare.results import MEASURES, NAMES, RATES
+from dpo_recipes.compare.results import MEASURES, NAMES, RATES, duration
 from dpo_recipes.files import write_bytes
 
 NOTHING = "\N{EN DASH}"
@@ -49,9 +49,7 @@ def _number(value: float | None, places: int = 3) -> str:
 
 
 def _time(seconds: float | None) -> str:
-    if seconds is None or seconds < 100:
-        return NOTHING if seconds is None else f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    return NOTHING if seconds is None else duration(seconds)
 
 
 def _cell(text: str) -> str:

@@ -259,7 +259,7 @@ def _in_words(pair: Mapping[str, Any], one: Mapping[str, Any], other: Mapping[st
         f"and {other['kl']['mean']:.1f} nats.",
     ]
     if one["cost"] and other["cost"]:
-        spent = [_minutes(model["cost"]["seconds"]) for model in (one, other)]
+        spent = [duration(model["cost"]["seconds"]) for model in (one, other)]
         words.append(f"Training took {spent[0]} and {spent[1]} a seed, reward models included.")
     return " ".join(words)
 
@@ -268,5 +268,8 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f} minutes" if seconds >= 100 else f"{seconds:.0f} seconds"
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, as a person would say them."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
