@@ -314,6 +314,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._check_rollout.each_function(rewards)
         weighted = rewards * self.reward_weights.to(rewards.device)  # (answers of all processes, reward functions)
         lowest = self.args.reward_aggregation == "min"
         scores = weighted.masked_fill(weighted.isnan(), torch.inf).amin(dim=1) if lowest else weighted.nansum(dim=1)

@@ -685,6 +685,16 @@ def test_scores_that_are_all_the_same_and_answers_that_never_end_are_named_once(
     assert caplog.text.count("None of a rollout's 32 answers has ended within 2 tokens") == 1
 
 
+def test_a_reward_function_without_a_number_is_named_once(build, caplog):
+    def silent(completion_ids, **_):
+        return [math.nan] * len(completion_ids)
+
+    with caplog.at_level(logging.WARNING):
+        build([count_as, silent], max_steps=8).train()
+    assert caplog.text.count("silent gave no number (NaN or None) for any of a rollout's 32 answers") == 1
+    assert "count_as gave" not in caplog.text
+
+
 def test_tools_are_refused(build, start):
     with pytest.raises(ValueError, match="no use for tools"):
         PPOTrainer(
