@@ -202,13 +202,9 @@ class RolloutCheck:
         Args:
             rewards: NaN where a function gave None. Shape (answers, reward functions).
         """
-        for name, silent in zip(self.trainer.reward_func_names, rewards.isnan().all(dim=0).tolist(), strict=True):
-            if silent and len(self.trainer.reward_func_names) > 1:
-                self._say(
-                    f"{name} gave no number (NaN or None) for any of a rollout's {len(rewards)} answers, and counts for "
-                    "nothing in their scores.",
-                    about=name,
-                )
+        for name, silent in zip(self.trainer.reward_func_names, rewards.isnan().all(dim=0), strict=True):
+            if silent:
+                self._say(f"{name} gave no number (NaN or None) for any of {len(rewards)} answers.", about=name)
 
     def _say(self, message: str, *, about: str) -> None:
         if about not in self.said and self.trainer.model.training and self.trainer.accelerator.is_main_process:

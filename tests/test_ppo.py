@@ -691,7 +691,7 @@ def test_a_reward_function_without_a_number_is_named_once(build, caplog):
 
     with caplog.at_level(logging.WARNING):
         build([count_as, silent], max_steps=8).train()
-    assert caplog.text.count("silent gave no number (NaN or None) for any of a rollout's 32 answers") == 1
+    assert caplog.text.count("silent gave no number (NaN or None) for any of 32 answers") == 1
     assert "count_as gave" not in caplog.text
 
 

@@ -36,7 +36,8 @@ def write_report(folder: Path, results: Mapping[str, Any]) -> list[Path]:
             write_bytes(folder / name, drawn)
             pictures.append({"name": name, "title": title, "data": base64.b64encode(drawn).decode()})
     shown = {"measures": MEASURES, "rates": RATES, "colours": COLOURS, "pictures": pictures}
-    filters: dict[str, Callable[..., str]] = {"number": _number, "time": _time, "cell": _cell}
+    filters: dict[str, Callable[..., str]] = {"number": _number, "cell": _cell}
+    filters["time"] = lambda seconds: NOTHING if seconds is None else duration(seconds)
     pages = []
     for kind in ("html", "md"):
         template = Path(__file__).with_name(f"report.{kind}.jinja")
@@ -46,10 +47,6 @@ def write_report(folder: Path, results: Mapping[str, Any]) -> list[Path]:
 
 def _number(value: float | None, places: int = 3) -> str:
     return NOTHING if value is None else f"{value:,.{places}f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _time(seconds: float | None) -> str:
-    return NOTHING if seconds is None else duration(seconds)
 
 
 def _cell(text: str) -> str:
