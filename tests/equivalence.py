@@ -211,8 +211,8 @@ def error(plain, shared):
     )
 
 
-def assert_same(plain, shared, dtype=torch.float32):
-    tolerance = TOLERANCE[dtype]
+def assert_same(plain, shared, dtype=torch.float32, *, times=1):
+    tolerance = times * TOLERANCE[dtype]
     assert shared[0] == pytest.approx(plain[0], rel=tolerance, abs=tolerance)
     assert shared[1].keys() == plain[1].keys() > {"entropy", "logits/chosen", "mean_token_accuracy", "rewards/margins"}
     for name, values in plain[1].items():

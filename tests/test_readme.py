@@ -442,8 +442,8 @@ def test_own_rows_train_as_described_and_leave_what_is_listed(tmp_path, tiny_mod
     assert re.search(r"^  chosen and rejected say the same +-1 ", result.stdout, re.MULTILINE)
     listed = {name for row in rows_of(section("What a run leaves")) for name in re.findall(r"`([^`]+)`", row[0])}
     left = {re.sub(r"^checkpoint-\d+$", "checkpoint-*", path.name) for path in (tmp_path / "outputs/mine").iterdir()}
-    full_model = {"model.safetensors", "config.json", "generation_config.json"}
-    assert left == listed - full_model
+    of_others = {"model.safetensors", "config.json", "generation_config.json", "critic.safetensors"}
+    assert left == listed - of_others
     samples = [json.loads(line) for line in (tmp_path / "outputs/mine/samples.jsonl").read_text().splitlines()]
     assert '"ended": true' in section("Common errors")
     assert "ended" in samples[0]["after"]

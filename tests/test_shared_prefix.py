@@ -85,7 +85,8 @@ def test_losses_by_every_method(method, tmp_path):
     both = trainers(model_for("llama", method, dtype), method, tmp_path, use_weighting=True)
     for loss in LOSSES:
         plain, shared = (step(each, **settings_of(loss)) for each in both)
-        assert_same(plain, shared, dtype), loss
+        # discopop divides the margin by 0.05 before it weighs two losses, and its rounding with it.
+        assert_same(plain, shared, dtype, times=20 if (loss, dtype) == ("discopop", torch.float32) else 1)
     assert len(LOSSES) > 15
 
 
@@ -519,7 +520,7 @@ def test_generation_and_plain_calls_are_as_before(model_type, tmp_path):
     trained = trainer.model.eval()
     with trained.disable_adapter():
         assert torch.equal(trained.generate(**calls), before)
-        assert torch.equal(trained(**inputs).logits, logits)
+        torch.testing.assert_close(trained(**inputs).logits, logits)  # addresses may choose another kernel
     step(trainer)
     trained.eval()
     with trained.disable_adapter():
