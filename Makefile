@@ -49,7 +49,8 @@ test: $(STAMP) ## the tests that need neither GPU nor network nor minutes; ARGS=
 	@exec $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
 
 test-all: $(STAMP) ## those and the slow ones, which train for minutes
-	@exec $(BIN)/python -m pytest -q -n $(WORKERS) -m "not gpu and not network" $(ARGS)
+	@exec $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations 25 \
+	  -m "not gpu and not network" $(ARGS)
 
 lint: $(STAMP) ## ruff, spelling, and the package's lines of code
 	$(BIN)/ruff check .
