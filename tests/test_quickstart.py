@@ -38,15 +38,17 @@ def train(seed, folder, dpo_recipes):
 def test_the_reward_model_is_learned_and_raised(tmp_path, dpo_recipes):
     """What PPO and RLOO gain on the reward model is a gain in the exact reward, which neither sees."""
     trained = []
-    for name in ("ppo", "rloo"):
-        result = run_command(dpo_recipes, "train", f"quickstart-{name}", "--profile", "cpu", cwd=tmp_path, timeout=1800)
+    part = ["--max_steps", "24", "--eval_steps", "24", "--save_steps", "24"]  # of 56
+    for name, flags, exact_after, raised in (("ppo", [], 0.85, 1.0), ("rloo", part, 0.7, 0.5)):
+        call = [dpo_recipes, "train", f"quickstart-{name}", "--profile", "cpu", *flags]
+        result = run_command(*call, cwd=tmp_path, timeout=1800)
         assert result.returncode == 0, result.stdout + result.stderr
         trained += [line.split()[2].rstrip(",") for line in result.stdout.splitlines() if "trained first" in line]
         scores = json.loads((tmp_path / "outputs" / f"quickstart_{name}" / "metrics.json").read_text())["scores"]
         exact, reward = (scores["temperature 0.7"][key] for key in ("exact reward", "reward-model score"))
-        assert exact["before"]["mean"] < 0.7
-        assert exact["after"]["mean"] > 0.85
-        assert reward["after"]["mean"] > reward["before"]["mean"] + 1
+        assert exact["before"]["mean"] < 0.65
+        assert exact["after"]["mean"] > exact_after
+        assert reward["after"]["mean"] > reward["before"]["mean"] + raised
         assert scores["temperature 0.7"]["grammatical"]["after"]["mean"] > 0.9
     assert trained == ["quickstart_sft", "quickstart_reward"], "each once"
     metrics = json.loads((tmp_path / "outputs" / "quickstart_reward" / "metrics.json").read_text())
