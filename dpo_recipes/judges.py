@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from dpo_recipes.answers import Scorer, exact_judge, model_judge
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluation import Messages
+from dpo_recipes.files import write_jsonl
 from dpo_recipes.intervals import wilson
 from dpo_recipes.rewards import check_reward_model, read_reward_config
 from dpo_recipes.statistics import wins
@@ -237,7 +238,7 @@ def _ask_missing(
     """Puts what is replied into `replies` and the cache; returns why the others failed."""
     failures: dict[str, str] = {}
     stopped = threading.Event()
-    cache.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(cache, ({"key": key, **reply} for key, reply in replies.items()))  # without what was cut short
     pool = ThreadPoolExecutor(endpoint.workers)
     with cache.open("a", encoding="utf-8") as file:
         try:
@@ -275,6 +276,8 @@ def ask(endpoint: Endpoint, body: str, stopped: threading.Event) -> dict[str, An
                 reply = json.load(response)
             return {"text": reply["choices"][0]["message"]["content"] or "", "usage": reply.get("usage")}
         except urllib.error.HTTPError as error:
+            with error:
+                detail = error.read(300).decode(errors="replace")
             problem = f"HTTP {error.code} {error.reason}"
             if error.code in (401, 403, 404):
                 raise RecipeError(
@@ -282,7 +285,7 @@ def ask(endpoint: Endpoint, body: str, stopped: threading.Event) -> dict[str, An
                     "and call it again: the answers are kept."
                 ) from error
             if error.code < 500 and error.code not in (408, 409, 429):
-                raise OSError(f"{problem}: {error.read(300).decode(errors='replace')}") from error
+                raise OSError(f"{problem}: {detail}") from error
             after = error.headers.get("Retry-After", "")
             wait = max(wait, float(after)) if re.fullmatch(r"\d+(\.\d+)?", after) else wait
         except (OSError, http.client.HTTPException) as error:
