@@ -29,7 +29,7 @@ from dpo_recipes.sweep import read_grid
 
 README = REPOSITORY / "README.md"
 RECIPES_README = RECIPES / "README.md"
-DOCUMENTS = [README, RECIPES_README, *(REPOSITORY / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG", "docs/evaluation"))]
+DOCUMENTS = [
     README,
     RECIPES_README,
     REPOSITORY / "CONTRIBUTING.md",
