@@ -19,13 +19,12 @@ from dpo_recipes.preflight.tokens import render
 from dpo_recipes.tokenization import encode_pairs
 
 JUDGE = '''"""A judge of one's own."""
-calls = []
 
 
-def shorter(prompt, answer):
-    """The shorter, the better, in steps of ten characters."""
+def whim(prompt, answer):
+    """A score from 0 to 3 that depends on every character."""
     assert prompt[-1]["role"] == "user"
-    return -(len(answer) // 10)
+    return sum(map(ord, answer)) % 4
 '''
 
 
@@ -38,6 +37,7 @@ def rows(tmp_path_factory):
             for number in range(first, first + count):
                 context = f"\n\nHuman: Question {number}?\n\nAssistant:"
                 good, bad = "Yes" + " indeed" * (number % 5), "No" + " never" * (number % 3)
+                good, bad = ("Yes I do", "No never") if number % 4 == 0 else (good, bad)
                 file.write(json.dumps({"chosen": f"{context} {good}.", "rejected": f"{context} {bad}."}) + "\n")
     return folder
 
@@ -51,7 +51,7 @@ def run(tiny_model, tmp_path_factory):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), lora)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.1)
+            torch.nn.init.normal_(weight, std=0.3)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
     (folder / "settings.json").write_text(json.dumps({"model_name_or_path": str(tiny_model), "beta": 0.5}))
@@ -95,7 +95,7 @@ def direct(model, tokenizer, rows):
 
 
 def test_every_number_of_the_held_out_pairs_is_that_of_a_direct_computation(call, run, rows, tiny_model, capsys):
-    assert call(run, "--judge", "mine.py:shorter", "--prompts", "30") == 0
+    assert call(run, "--judge", "mine.py:whim", "--prompts", "30") == 0
     told = capsys.readouterr().out
     results = json.loads((run / "eval.json").read_text())
     base, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
@@ -103,7 +103,7 @@ def test_every_number_of_the_held_out_pairs_is_that_of_a_direct_computation(call
     base.load_adapter(str(run))
     new_chosen, _, new_rejected, _ = direct(base, tokenizer, rows)
     gained = (new_chosen - chosen) - (new_rejected - rejected)
-    assert abs(gained).min() > 0.01
+    assert abs(gained).min() > 1e-3
 
     def same(found, right):
         interval = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
@@ -129,8 +129,9 @@ def test_every_number_of_the_held_out_pairs_is_that_of_a_direct_computation(call
 
     answers = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
     assert len(answers) == results["prompts"] == 30
-    steps = {side: [len(row[side]["text"]) // 10 for row in answers] for side in ("before", "after")}
-    won = [(np.sign(old - new) + 1) / 2 for old, new in zip(steps["before"], steps["after"], strict=True)]
+    whims = [[sum(map(ord, row[side]["text"])) % 4 for row in answers] for side in ("before", "after")]
+    won = [(np.sign(new - old) + 1) / 2 for old, new in zip(*whims, strict=True)]
+    assert len(set(won)) == 3
     assert won == [row["won"] for row in answers]
     assert results["win_rate"]["mean"] == pytest.approx(np.mean(won))
     assert results["ties"]["mean"] == pytest.approx(won.count(0.5) / 30)
@@ -183,10 +184,10 @@ def test_a_full_model_a_reward_model_and_hostile_answers(call, tiny_model, rewar
     ("won", "n", "level", "words"),
     [
         (140, 200, "works", "It works"),
-        (115, 200, "not known", "perhaps by less than the 55% that would make it worth it"),
-        (118, 200, "not known", "better than its start, but"),
+        (115, 200, "not known", "perhaps by less than the 55 % that would make it worth it"),
+        (5_100, 10_000, "not known", "better than its start, but by less than"),
         (104, 200, "not known", "may be worse than its start"),
-        (5_100, 10_000, "not known", "no more than 55%"),
+        (5_000, 10_000, "not known", "does not reach 55 %, and may be worse"),
         (80, 200, "worse", "worse than its start"),
     ],
 )

@@ -249,29 +249,25 @@ def _short(found: Mapping[str, Any]) -> Estimate:
 
 
 def verdict(rate: Estimate | None) -> dict[str, str]:
-    """Whether the tuning was worth it, in words; only what the whole interval says."""
+    """Whether the tuning was worth it: a `level`, and `words` that say no more than the whole interval does."""
     if rate is None:
-        return {
-            "level": "unjudged",
-            "words": "Nobody judged the answers. Name a judge: --judge, as docs/evaluation.md says.",
-        }
+        words = "Nobody judged the answers. Name a judge: --judge, as docs/evaluation.md says."
+        return {"level": "unjudged", "words": words}
     found = (
-        f"the judge prefers the tuned model's answer to {rate.mean:.0%} of {rate.n} prompts, ties counting one half "
-        f"(95 % interval {rate.low:.0%} to {rate.high:.0%})"
+        f"the judge prefers the tuned model's answer to {100 * rate.mean:.1f} % of {rate.n} prompts, ties counting one "
+        f"half (95 % interval {100 * rate.low:.1f} to {100 * rate.high:.1f} %)"
     )
     if rate.low > WORKS:
-        return {"level": "works", "words": f"It works: {found}. All of the interval is above {WORKS:.0%}."}
+        return {"level": "works", "words": f"It works: {found}, and all of the interval is above 55 %."}
     if rate.high < COIN:
-        return {
-            "level": "worse",
-            "words": f"It is worse than its start: {found}. All of the interval is below {COIN:.0%}.",
-        }
-    if rate.low > COIN:
-        why = f"better than its start, but perhaps by less than the {WORKS:.0%} that would make it worth it"
-    elif rate.high < WORKS:
-        why = f"no more than {WORKS:.0%}, and perhaps worse than its start"
-    else:
-        why = f"it may be worse than its start (below {COIN:.0%}) or work (above {WORKS:.0%})"
+        words = f"It is worse than its start: {found}, and all of the interval is below 50 %."
+        return {"level": "worse", "words": words}
+    why = {
+        (True, True): "it is better than its start, but by less than the 55 % that would make it worth it",
+        (True, False): "it is better than its start, but perhaps by less than the 55 % that would make it worth it",
+        (False, True): "it does not reach 55 %, and may be worse than its start",
+        (False, False): "it may be worse than its start (below 50 %) or work (above 55 %)",
+    }[rate.low > COIN, rate.high < WORKS]
     return {"level": "not known", "words": f"Not known: {found}; {why}. More --prompts narrow the interval."}
 
 
