@@ -150,6 +150,23 @@ def test_every_number_of_the_held_out_pairs_is_that_of_a_direct_computation(call
         assert text in page
 
 
+def test_a_recipe_is_evaluated_by_what_its_run_was_trained_on(call, run, rows, tiny_model, tmp_path, capsys):
+    words = ["evaluate", "hh-rlhf-lora", "--profile", "cpu", "--max_new_tokens", "8", "--prompts", "4"]
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert "no trained model in outputs/hh_rlhf_lora" in capsys.readouterr().err
+    shutil.copytree(run, tmp_path / "outputs/hh_rlhf_lora", ignore=shutil.ignore_patterns("eval*"))
+    held = {"model_name_or_path": str(tiny_model), "dataset_name": str(rows), "beta": 0.2}
+    (tmp_path / "outputs/hh_rlhf_lora/settings.json").write_text(json.dumps(held))
+    assert main([*words, "--eval_pairs", "12"]) == 0
+    results = json.loads(Path("outputs/hh_rlhf_lora/eval.json").read_text())
+    named = {key: results[key] for key in ("start", "dataset", "beta", "pairs", "prompts", "judge", "win_rate")}
+    assert named == {
+        **{"start": str(tiny_model), "dataset": str(rows), "beta": 0.2, "pairs": 12, "prompts": 4},
+        **{"judge": None, "win_rate": None},
+    }
+
+
 def test_the_same_call_goes_on_and_says_the_same(call, run, tiny_model, monkeypatch, capsys):
     assert call(run, "--prompts", "8", "--output_dir", "one") == 0
     first = capsys.readouterr()

@@ -29,6 +29,7 @@ from dpo_recipes.record import LIBRARIES, hardware, weights_hash
 from dpo_recipes.terminal import say
 from dpo_recipes.tryout import find_start, lora_config, run_settings
 
+OF_DATA = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "columns", "max_length")
 SHOWN = 4  # prompts with both answers
 
 
@@ -133,18 +134,21 @@ def _open_subject(
         model = output_dir or str(namespace["RECIPE"]["output_dir"])
         if not (lora_config(model) or (Path(model) / "config.json").exists()):
             raise RecipeError(f"There is no trained model in {model}. Train it first: dpo-recipes train {name}")
-        folder, words = Path(model), ["--model_name_or_path", base] if base else []
+        folder, settings = Path(model), run_settings(model)
+        given = [(key, str(settings[key])) for key in OF_DATA if settings.get(key) is not None]
+        flags = [*(word for key, value in given for word in (f"--{key}", value)), *flags]  # what it was trained on
     elif named:
         namespace, model = dataset_recipe(""), name
         own = Path(name) if run_settings(name) else Path("outputs/evaluate") / re.sub(r"\W+", "_", name.strip("/."))
-        folder, words = Path(output_dir or own), ["--model_name_or_path", base or find_start(name)]
+        folder = Path(output_dir or own)
     else:
         raise RecipeError(
             f"{name} is a model, whose pairs are not known. Name them with --dataset_name, or evaluate its recipe "
             "(dpo-recipes list)."
         )
     script = recipe or Path(folder.name)
-    script_args, training_args, model_args = parse_namespace(namespace, script, profile=profile, flags=[*flags, *words])
+    flags = [*flags, "--model_name_or_path", base or find_start(model)]
+    script_args, training_args, model_args = parse_namespace(namespace, script, profile=profile, flags=flags)
     if isinstance(training_args, RewardConfig):
         raise RecipeError(f"{name} makes a reward model, which its training measures: see metrics.json in {model}.")
     start = str(model_args.model_name_or_path)
