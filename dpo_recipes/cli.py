@@ -203,7 +203,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluating.add_argument("--base", metavar="MODEL", help="the start; by default what the recipe or the run names")
     evaluating.add_argument("--judge", metavar="J", help="FILE.py:FUNCTION, a reward model, or https://HOST/v1")
     evaluating.add_argument("--judge_model", metavar="NAME", help="of an endpoint; its key is $OPENAI_API_KEY")
-    evaluating.add_argument("--judge_price", nargs=2, type=_at_least(0.0), metavar="X", help="a million tokens in, out")
+    evaluating.add_argument(
+        "--judge_price", nargs=2, type=_at_least(0.0), metavar=("IN", "OUT"), help="of a million tokens"
+    )
     evaluating.add_argument("--judge_workers", type=_at_least(1), metavar="N", help="requests at a time: 8")
     evaluating.add_argument("--judge_options", type=_json_object, metavar="JSON", help="further fields of a request")
     evaluating.add_argument("--yes", action="store_true", help="spend what an endpoint costs without asking")

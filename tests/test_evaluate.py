@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from scipy.stats import binomtest
+from test_judges import Server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_recipes.cli import main
@@ -195,6 +196,24 @@ def test_a_full_model_a_reward_model_and_hostile_answers(call, tiny_model, rewar
     difference = results["measures"]["judge"]["after"]["mean"] - results["measures"]["judge"]["before"]["mean"]
     assert abs(difference) > 1e-3
     assert results["hashes"]["before"] != results["hashes"]["after"]
+
+
+def test_an_endpoint_judges_by_the_command_and_is_asked_once(call, run, monkeypatch, capsys):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with Server() as server:
+        flags = ("--judge", server.url, "--judge_model", "a-judge", "--judge_price", "1", "2", "--yes")
+        for _ in range(2):
+            assert call(run, *flags, "--prompts", "6", "--output_dir", "out") == 0
+            assert "At most 12 requests" in capsys.readouterr().out
+        server.shutdown()
+    results = json.loads(Path("out/eval.json").read_text())
+    asked = sum(server.seen.values())
+    assert 0 < asked <= 12
+    assert results["judging"]["requests"] == results["judging"]["from_cache"] == asked
+    assert results["judging"]["cost"] == pytest.approx(asked * (100 * 1 + 10 * 2) / 1e6)
+    assert results["judge"] == f"a-judge at {server.url}"
+    assert "judge" not in results["measures"]
+    assert "one in each order" in Path("out/eval.html").read_text()
 
 
 @pytest.mark.parametrize(
