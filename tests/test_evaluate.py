@@ -1,5 +1,6 @@
 """A tuned model beside its start: the numbers are those of a direct computation, and the words follow from them."""
 
+import io
 import json
 import math
 import shutil
