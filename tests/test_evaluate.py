@@ -251,7 +251,7 @@ def test_an_interval_that_touches_a_line_is_not_above_it():
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_answers(call, run, flags, message, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", open("/dev/null"))  # noqa: SIM115
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     assert call(run, "--output_dir", "out", *flags) == 2
     said = capsys.readouterr()
     assert message in said.err
