@@ -19,7 +19,7 @@ STALE := stale
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install train compare inspect test test-all lint typecheck bench recipes clean stale
+.PHONY: help install train compare evaluate inspect test test-all lint typecheck bench recipes clean stale
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,9 @@ train: $(STAMP) ## train RECIPE (quickstart); PROFILE=cpu|turing|local|gpu, ACCE
 compare: $(STAMP) ## DPO against PPO on RECIPE's data; ARGS="--quick", ARGS="--betas 0.05,0.1,0.3 --seeds 0,1,2"
 	@exec $(BIN)/dpo-recipes compare $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) \
 	  $(if $(ACCELERATE),--accelerate $(ACCELERATE)) $(ARGS)
+
+evaluate: $(STAMP) ## RECIPE's run beside its start, on held-out pairs and prompts; ARGS="--judge A_REWARD_MODEL"
+	@exec $(BIN)/dpo-recipes evaluate $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) $(ARGS)
 
 inspect: $(STAMP) ## look at RECIPE's data before training; ARGS="--gpu 24GB --max_length 512"
 	@exec $(BIN)/dpo-recipes inspect $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) $(ARGS)

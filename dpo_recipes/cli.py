@@ -1,11 +1,13 @@
 """The command `dpo-recipes`; only the verbs that need torch import it, so that it answers at once."""
 
 import argparse
+import json
 import os
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, flags = parser.parse_known_args(arguments)
     if options.command == "try" and options.prompt is None and flags and not flags[0].startswith("-"):
         options.prompt = flags.pop(0)  # argparse takes no optional word behind a flag
-    if flags and options.command not in ("train", "inspect", "compare"):
+    if flags and options.command not in ("train", "inspect", "compare", "evaluate"):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     given = {name: value for name, value in vars(options).items() if name != "command" and value is not None}
     try:
@@ -41,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return sweep(launch, options.sweep) if options.sweep else launch.run()
             case "compare":
                 return compare_recipe(given, flags)
+            case "evaluate":
+                return evaluate_model(given, flags)
             case "merge":
                 from dpo_recipes.tryout import merge
 
@@ -105,8 +109,7 @@ def copy_recipe(name: str, destination: str | None = None) -> str:
 def inspect_data(options: argparse.Namespace, flags: Sequence[str]) -> int:
     """Inspects a recipe's data, or a dataset: what is a file, or has a slash or a dot in its name, is a dataset."""
     name = options.data
-    is_dataset = not name.endswith(".py") and (Path(name).exists() or "/" in name or "." in name)
-    recipe = None if is_dataset else find_recipe(name)
+    recipe = _as_recipe(name)
     card = card_memory(options.gpu) if options.gpu else 0
     profile = options.profile or default_profile([(card, BFLOAT16)] if card else gpu_cards())
     profile_file = find_settings("profiles", profile, recipe=recipe or Path(name))
@@ -119,6 +122,29 @@ def inspect_data(options: argparse.Namespace, flags: Sequence[str]) -> int:
     with_model = options.with_model == "true"
     run(lambda: inspect(name, recipe=recipe, profile=profile_file, flags=flags, card=device, with_model=with_model))
     return 0
+
+
+def evaluate_model(given: dict[str, Any], flags: Sequence[str]) -> int:
+    """Evaluates a recipe's run, or a model."""
+    name = given.pop("model")
+    recipe = _as_recipe(name)
+    chosen = given.pop("profile", None) or default_profile(gpu_cards())
+    profile = find_settings("profiles", chosen, recipe=recipe or Path(name))
+    judging = [key for key in given if key.startswith("judge_")]
+    endpoint = {key.removeprefix("judge_"): given.pop(key) for key in judging}
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    from dpo_recipes.evaluate import evaluate  # imports torch and TRL
+    from dpo_recipes.recipe import run
+
+    run(partial(evaluate, name, recipe=recipe, profile=profile, flags=flags, endpoint=endpoint, **given))
+    return 0
+
+
+def _as_recipe(name: str) -> Path | None:
+    """The file of a recipe; None for a file, a folder, or what has a slash or a dot in its name."""
+    is_other = not name.endswith(".py") and (Path(name).exists() or "/" in name or "." in name)
+    return None if is_other else find_recipe(name)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -164,6 +190,29 @@ def _parser() -> argparse.ArgumentParser:
     comparing.add_argument("--profile", metavar="P", help="as in train")
     comparing.add_argument("--accelerate", metavar="A", help="as in train")
 
+    evaluating = commands.add_parser(
+        "evaluate",
+        help="a run, or any model, beside the model that it was trained from",
+        usage="%(prog)s RECIPE_OR_MODEL [--base MODEL] [--dataset_name D] [--judge J] [--prompts 200] [--beta 0.1 ...]",
+        epilog="Every other flag is one of those that `train` takes; a model needs --dataset_name.",
+        allow_abbrev=False,
+    )
+    evaluating.add_argument(
+        "model", metavar="RECIPE_OR_MODEL", help="a recipe, whose run it is, a folder or a Hub name"
+    )
+    evaluating.add_argument("--base", metavar="MODEL", help="the start; by default what the recipe or the run names")
+    evaluating.add_argument("--judge", metavar="J", help="FILE.py:FUNCTION, a reward model, or https://HOST/v1")
+    evaluating.add_argument("--judge_model", metavar="NAME", help="of an endpoint; its key is $OPENAI_API_KEY")
+    evaluating.add_argument(
+        "--judge_price", nargs=2, type=_at_least(0.0), metavar=("IN", "OUT"), help="of a million tokens"
+    )
+    evaluating.add_argument("--judge_workers", type=_at_least(1), metavar="N", help="requests at a time: 8")
+    evaluating.add_argument("--judge_options", type=_json_object, metavar="JSON", help="further fields of a request")
+    evaluating.add_argument("--yes", action="store_true", help="spend what an endpoint costs without asking")
+    evaluating.add_argument("--prompts", type=_at_least(2), default=200, help="to answer, of the held-out pairs: 200")
+    evaluating.add_argument("--output_dir", metavar="DIR", help="a recipe's run; of a model, where the results go")
+    evaluating.add_argument("--profile", metavar="P", help="as in train")
+
     merging = commands.add_parser("merge", help="make a full model of a run's LoRA adapter", allow_abbrev=False)
     merging.add_argument("run", metavar="RUN", help="the folder of a run that left a LoRA adapter")
     merging.add_argument("--output_dir", metavar="DIR", help="by default RUN_merged")
@@ -187,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     trying.add_argument("prompt", nargs="?", metavar="PROMPT", help="without it each line typed or piped in")
     trying.add_argument("--base", metavar="MODEL", help="the start; by default what the run names")
     trying.add_argument("--system", metavar="TEXT", help="a system message in front of the prompt")
-    for answering, warmth in ((sampling, 1.0), (trying, 0.7)):
+    for answering, warmth in ((sampling, 1.0), (evaluating, 1.0), (trying, 0.7)):
         answering.add_argument("--temperature", type=_at_least(0.0), default=warmth, help=f"{warmth}; 0 is greedy")
         answering.add_argument("--max_new_tokens", type=_at_least(1), default=256, help="where an answer is cut: 256")
         answering.add_argument("--seed", type=_at_least(0), default=0, help="of the sampling: 0")
@@ -222,6 +271,13 @@ def _listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
         return found
 
     return values
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """Reads a JSON object."""
+    if not isinstance(value := json.loads(text), dict):
+        raise ValueError
+    return value
 
 
 def _at_least(least: float) -> Callable[[str], float]:

@@ -323,7 +323,7 @@ def _unreachable(name: str, error: Exception) -> str:
     )
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], object]) -> None:
     """Run a recipe's `main` and end with the exit status that a script can rely on.
 
     0 done; 1 the work failed; 2 the call or the data was wrong and nothing was started; 130 or 143 interrupted.

@@ -48,16 +48,16 @@ def cost(trainer: Trainer) -> dict[str, Any]:
     return spent
 
 
-def hardware(trainer: Trainer) -> str:
+def hardware(device: torch.device, processes: int = 1) -> str:
     """The machine in words: cards, or processor and threads."""
-    if trainer.accelerator.device.type == "cuda":
-        return f"{trainer.args.world_size} x {torch.cuda.get_device_name()}"
+    if device.type == "cuda":
+        return f"{processes} x {torch.cuda.get_device_name()}"
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return f"{name}, {trainer.args.world_size} process(es) x {torch.get_num_threads()} thread(s)"
+    return f"{name}, {processes} process(es) x {torch.get_num_threads()} thread(s)"
 
 
 def data_hash(dataset: Dataset) -> str:
@@ -127,8 +127,9 @@ def model_card(
             "\nAll of them are in `settings.json`, the installed packages in `environment.txt`.",
             "\n## Made with\n",
             f"- {versions}",
-            f"- {hardware(trainer)}; {spent['updates']} updates, {spent['train_seconds']} s since update "
-            f"{spent['resumed_from_update']}, peak memory {spent['peak_memory_mib']} MiB",
+            f"- {hardware(trainer.accelerator.device, trainer.args.world_size)}; {spent['updates']} updates, "
+            f"{spent['train_seconds']} s since update {spent['resumed_from_update']}, peak memory "
+            f"{spent['peak_memory_mib']} MiB",
             "",
         ]
     )

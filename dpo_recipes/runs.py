@@ -32,6 +32,7 @@ from dpo_recipes.tryout import open_model
 
 RESULTS = (
     *(DONE_FILE, SETTINGS_FILE, "metrics.json", "samples.jsonl", "curves.png", "README.md", "environment.txt"),
+    *("eval.json", "eval.jsonl", "eval.html"),
     *("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json"),
 )
 
@@ -181,7 +182,7 @@ def finish_run(
             "seed": trainer.args.seed,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
-            "hardware": hardware(trainer),
+            "hardware": hardware(trainer.accelerator.device, trainer.args.world_size),
             **spent,
         },
     )

@@ -146,6 +146,20 @@ def merge(run: str, output_dir: str | None = None, *, base: str | None = None) -
     return target
 
 
+def find_start(run: str) -> str:
+    """The model that a run was trained from, by what its folder says.
+
+    Raises:
+        RecipeError: If it says nothing.
+    """
+    start = lora_config(run).get("base_model_name_or_path") or run_settings(run).get("model_name_or_path")
+    start = start or read_json(Path(run) / MERGE_FILE).get("base_model")
+    if start is None:
+        found = "does not say what it was trained from. Name that model with --base"
+        raise RecipeError(f"{run} {found if Path(run).exists() else 'is not here. Name the folder of a run'}.")
+    return str(start)
+
+
 def try_run(
     run: str, prompt: str | None = None, *, base: str | None = None, system: str | None = None, **options: Any
 ) -> None:
@@ -163,13 +177,8 @@ def try_run(
     """
     from dpo_recipes.evaluation import check_prompt, sample_tokens
 
-    lora = lora_config(run)
-    start = base or lora.get("base_model_name_or_path") or run_settings(run).get("model_name_or_path")
-    start = start or read_json(Path(run) / MERGE_FILE).get("base_model")
-    if start is None:
-        found = "does not say what it was trained from. Name that model with --base"
-        raise RecipeError(f"{run} {found if Path(run).exists() else 'is not here. Name the folder of a run'}.")
-    tuned, tokenizer = open_model(run, base=base if lora else None)
+    start = base or find_start(run)
+    tuned, tokenizer = open_model(run, base=base if lora_config(run) else None)
     begun = tuned if isinstance(tuned, PeftModel) else open_model(start, as_trained=False)[0]
     switch = tuned.disable_adapter if isinstance(tuned, PeftModel) else nullcontext
     for question in _typed() if prompt is None else [prompt]:

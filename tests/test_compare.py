@@ -22,10 +22,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, RewardConfig, RLOOConfig
 
+from dpo_recipes import answers, launch, record
 from dpo_recipes import compare as comparing
-from dpo_recipes import launch, record
 from dpo_recipes.cli import main
-from dpo_recipes.compare import answers, budget, plan, stages
+from dpo_recipes.compare import budget, plan, stages
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.launch import Launch
 from dpo_recipes.ledger import Ledger

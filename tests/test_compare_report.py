@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 from scipy.optimize import minimize
 
+from dpo_recipes import statistics
 from dpo_recipes.compare import results as made
-from dpo_recipes.compare import statistics
 from dpo_recipes.compare.plan import Stage
 from dpo_recipes.compare.report import write_report
 from dpo_recipes.launch import Launch
+from dpo_recipes.measures import MEASURES
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>{{ 7 * 7 }} | a | b"
 PROMPTS, PAIRS, BETAS, SEEDS = 60, 80, ("0.1", "0.3"), (0, 1, 2)
@@ -129,7 +130,7 @@ def test_the_measures_of_every_model_can_be_computed_again(results):
         *("DPO, beta 0.1", "DPO, beta 0.3", "PPO, beta 0.1", "PPO, beta 0.3"),
     ]
     for model in results["models"]:
-        for name in made.MEASURES:
+        for name in MEASURES:
             found = model[name]
             if name == "surprise":
                 own = [results["runs"][run] for run in model["names"].values()]
@@ -377,7 +378,7 @@ def test_the_page_shows_every_number_with_its_interval_and_n(report, results):
     text = " ".join("".join(reader.text).split())
     markdown = (folder / "report.md").read_text()
     for model in results["models"]:
-        for name, (label, places, _) in made.MEASURES.items():
+        for name, (label, places, _) in MEASURES.items():
             found = model[name]
             mean, low, high = (
                 f"{found[key]:,.{places}f}".replace("-", "\N{MINUS SIGN}") for key in ("mean", "low", "high")

@@ -14,6 +14,7 @@ TARGETS = [
     "install",
     "train",
     "compare",
+    "evaluate",
     "inspect",
     "test",
     "test-all",

@@ -29,7 +29,13 @@ from dpo_recipes.sweep import read_grid
 
 README = REPOSITORY / "README.md"
 RECIPES_README = RECIPES / "README.md"
-DOCUMENTS = [README, RECIPES_README, REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md"]
+DOCUMENTS = [
+    README,
+    RECIPES_README,
+    REPOSITORY / "CONTRIBUTING.md",
+    REPOSITORY / "CHANGELOG.md",
+    REPOSITORY / "docs" / "evaluation.md",
+]
 ELSEWHERE = [  # other people's messages that the table of common errors quotes
     Path(transformers.__file__).parent / "hf_argparser.py",
     Path(transformers.__file__).parent / "training_args.py",
@@ -156,6 +162,9 @@ def check_command(command: str) -> None:
             check_inspect(rest)
         case [".venv/bin/dpo-recipes", "compare", *_]:
             check_compare(words[1:])
+        case [".venv/bin/dpo-recipes", "evaluate", *_]:
+            options, flags = _parser().parse_known_args(words[1:])
+            check_flags(find_recipe("hh-rlhf-lora" if "/" in options.model else options.model), flags)
         case [".venv/bin/dpo-recipes", "copy", name, "mine.py"]:
             assert find_recipe(name).is_file()
         case [".venv/bin/dpo-recipes", "merge" | "sample" | "try", *_]:

@@ -204,16 +204,16 @@ RANK = {  # imports point from high to low
     name: rank
     for rank, names in enumerate(
         [
-            {"errors", "files", "intervals", "ledger", "presets", "processes", "terminal", "__init__"},
-            {"dataset_adapters", "tokenization", "reference_cache", "checkpoints", "report", "catalog"},
+            {"errors", "files", "intervals", "ledger", "presets", "processes", "statistics", "terminal", "__init__"},
+            {"dataset_adapters", "tokenization", "reference_cache", "checkpoints", "report", "catalog", "measures"},
             {"rewards", "page", "critic"},
             {"guards"},
             {"shared_prefix", "ppo", "loading", "evaluation", "playground", "plan", "tracking"},
             {"recipe", "tryout"},
             {"preflight", "sampling", "record", "outcome"},
-            {"runs", "launch"},
-            {"sweep"},
-            {"compare"},
+            {"runs", "launch", "answers"},
+            {"sweep", "judges"},
+            {"compare", "evaluate"},
             {"cli"},
         ]
     )

@@ -11,16 +11,17 @@ from typing import Any
 
 from datasets import Dataset
 
-from dpo_recipes.compare.answers import Entry, Sampling, answer_all, exact_judge, keep_answerable, model_judge, records
+from dpo_recipes.answers import Entry, Sampling, answer_all, draw_prompts, exact_judge, model_judge, records
 from dpo_recipes.compare.budget import budget_in_words, check_match, samples_of, updates_within
 from dpo_recipes.compare.plan import ALGORITHMS, ONLINE, Recipe, Stage, plan_stages, read_recipes
 from dpo_recipes.compare.report import write_report
-from dpo_recipes.compare.results import NAMES, collect, columns, stage_cost, verdict
+from dpo_recipes.compare.results import NAMES, collect, stage_cost, verdict
 from dpo_recipes.compare.stages import Clock, run_stages
 from dpo_recipes.files import read_json, write_json, write_jsonl
 from dpo_recipes.intervals import Estimate
 from dpo_recipes.launch import prepare
 from dpo_recipes.loading import digest, prompt_hashes
+from dpo_recipes.measures import columns
 from dpo_recipes.preflight import measure_pairs
 from dpo_recipes.recipe import load_tokenizer
 from dpo_recipes.record import LIBRARIES
@@ -160,7 +161,7 @@ def check_parts(parts: Mapping[str, Dataset]) -> None:
 def _report(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[str, int | None]) -> None:
     """Answers, records, results and report of the stages that are finished."""
     root, parts = comparison.root, comparison.parts
-    prompts = _draw_prompts(parts["test"], start=comparison.start, most=comparison.prompts)
+    prompts = draw_prompts(parts["test"], start=comparison.start, most=comparison.prompts)
     made_by = next((stage.key() for stage in finished if stage.kind == "sft"), comparison.start)
     entries = [Entry(f"sft-{seed}", comparison.start, seed, made_by) for seed in comparison.seeds]
     runs = [stage for stage in finished if stage.kind in ALGORITHMS]
@@ -189,12 +190,6 @@ def _report(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[s
     results["samples"] = _side_by_side(results, rows, prompts)
     paths = [write_json(root / "results.json", results), *write_report(root, results)]
     say("\n".join(["", *results["verdict"], "", *map(str, paths)]))
-
-
-def _draw_prompts(test: Dataset, *, start: str, most: int) -> list[Any]:
-    """The different prompts of the test pairs, in an order drawn by seed 0, those that the start can answer."""
-    order = random.Random(0).sample(range(len(test)), len(test))
-    return keep_answerable(start, {str(prompt): prompt for prompt in test.select(order)["prompt"]}.values(), most)
 
 
 def _about(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[str, int | None]) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dpo_recipes import page
-from dpo_recipes.compare.results import MEASURES, NAMES, RATES, duration
+from dpo_recipes.compare.results import NAMES, duration
 from dpo_recipes.files import write_bytes
+from dpo_recipes.measures import MEASURES, RATES
 
 NOTHING = "\N{EN DASH}"
 COLOURS = {"sft": "#7d8591", "dpo": "#2b6cb0", "ppo": "#c2571a", "rloo": "#2f8f6b"}

@@ -49,7 +49,7 @@ def inspect(
     Raises:
         RecipeError: If the settings are refused, the data cannot be had, or a finding is a failure.
     """
-    namespace = runpy.run_path(str(recipe)) if recipe else _dataset_recipe(name)
+    namespace = runpy.run_path(str(recipe)) if recipe else dataset_recipe(name)
     if not {"RECIPE", "load_pairs"} <= set(namespace):
         raise RecipeError(f"{recipe} lacks RECIPE or load_pairs. Start from a recipe: dpo-recipes copy hh-rlhf-lora.")
     script = recipe or Path(re.sub(r"\W+", "_", Path(name).stem))
@@ -87,7 +87,7 @@ def inspect(
     refuse_failures(findings)
 
 
-def _dataset_recipe(name: str) -> dict[str, Any]:
+def dataset_recipe(name: str) -> dict[str, Any]:
     """What a recipe file would hold for this dataset."""
 
     def load_pairs(script_args: RecipeArguments) -> DatasetDict:

@@ -1,12 +1,14 @@
 """What is said of the answers: a number for each run, a mean over seeds, and two 95 % intervals."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import bootstrap, t
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 Array = NDArray[np.float64]
@@ -84,9 +86,9 @@ def length_controlled(won: Array, longer: Array) -> float:
     scaled = np.tanh(longer / spread)[:, None]
     outcomes = np.repeat([1, 0], len(won))
     weights = np.concatenate([won, 1 - won])
-    fit = LogisticRegression(solver="newton-cholesky").fit(
-        np.concatenate([scaled, scaled]), outcomes, sample_weight=weights
-    )
+    features = np.concatenate([scaled, scaled])
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # it goes on with another solver
+        fit = LogisticRegression(solver="newton-cholesky").fit(features, outcomes, sample_weight=weights)
     return float(1 / (1 + np.exp(-fit.intercept_[0])))
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -15,12 +16,12 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from tqdm.auto import tqdm
 
-from dpo_recipes.compare.statistics import repetition
 from dpo_recipes.dataset_adapters import Drop
 from dpo_recipes.evaluation import Messages, check_prompt, read_answer, sample_tokens
 from dpo_recipes.files import read_json, write_json
 from dpo_recipes.preflight.tokens import render
 from dpo_recipes.rewards import load_reward_model, score
+from dpo_recipes.statistics import repetition
 from dpo_recipes.terminal import say
 from dpo_recipes.tokenization import encode_pairs
 from dpo_recipes.tryout import lora_config, open_model
@@ -73,7 +74,7 @@ def answer_all(
     Returns:
         By name, `answers` (as `generate` returns them, with `policy` and `start`, their log-probs in nats under the
         model that sampled them and under the start, and `scored`, the tokens that these are of) and `chosen` and
-        `rejected`, log-probs of the pairs' completions.
+        `rejected`, log-probs of the pairs' completions, with `chosen_tokens` and `rejected_tokens`.
     """
     asked = hashlib.sha256(json.dumps([start, prompts, pairs[:], asdict(sampling)]).encode()).hexdigest()
     keys = {entry.name: f"{asked[:16]}-{entry.seed}-{entry.made_by}" for entry in entries}
@@ -82,10 +83,11 @@ def answer_all(
     if not missing:
         return found
     trained = next((entry.model for entry in entries if lora_config(entry.model)), None)
-    base, tokenizer = open_model(trained or start)  # as it was trained on: its dtype, its 4 bits
+    base, tokenizer = open_model(trained or start, base=start)  # as it was trained on: its dtype, its 4 bits
     base = base.unload() if isinstance(base, PeftModel) else base
     texts = [render(row["prompt"], *(row[side] for side in SIDES), tokenizer=tokenizer) for row in pairs]
     ids = encode_pairs(texts, tokenizer)
+    lengths = {f"{side}_tokens": [len(getattr(row, side)) for row in ids] for side in SIDES}
     for number, entry in enumerate(missing, start=1):
         say(f"Answers of {entry.name}, {number} of {len(missing)}.")
         if entry.model == start:
@@ -104,7 +106,7 @@ def answer_all(
             read_answer(base, tokenizer, tokens) | {"policy": own, "start": other, "scored": len(tokens)}
             for (_, tokens), own, other in zip(sampled, policy.tolist(), begun.tolist(), strict=True)
         ]
-        found[entry.name] = {"key": keys[entry.name], "answers": answers, **sides}
+        found[entry.name] = {"key": keys[entry.name], "answers": answers, **sides, **lengths}
         write_json(folder / f"{entry.name}.json", found[entry.name])
     return found
 
@@ -172,15 +174,25 @@ def keep_answerable(start: str, prompts: Iterable[Messages], most: int) -> list[
     return kept[:most]
 
 
+def draw_prompts(test: Dataset, *, start: str, most: int) -> list[Any]:
+    """The different prompts of the test pairs, in an order drawn by seed 0, those that the start can answer."""
+    order = random.Random(0).sample(range(len(test)), len(test))
+    return keep_answerable(start, {str(prompt): prompt for prompt in test.select(order)["prompt"]}.values(), most)
+
+
 def records(
-    found: Mapping[str, Mapping[str, Any]], *, prompts: Sequence[Messages], judge: Scorer, rewards: Mapping[str, Scorer]
+    found: Mapping[str, Mapping[str, Any]],
+    *,
+    prompts: Sequence[Messages],
+    judge: Scorer | None,
+    rewards: Mapping[str, Scorer],
 ) -> dict[str, list[dict[str, Any]]]:
     """By name, a record for each prompt: the answer, and every number that the results are made of.
 
     Args:
         found: As `answer_all` returns it.
         prompts: The same.
-        judge: Scores all answers.
+        judge: Scores all answers; None: nobody does.
         rewards: By name, the reward model that PPO optimised with the same seed, where there is one.
     """
 
@@ -190,8 +202,9 @@ def records(
         given = np.split(scorer([*prompts] * len(names), texts), len(names))
         return {name: of_name.tolist() for name, of_name in zip(names, given, strict=True)}
 
-    judged = scores(judge, list(found))
-    rewarded: dict[str, Sequence[float | None]] = {name: [None] * len(prompts) for name in found}
+    none: Sequence[float | None] = [None] * len(prompts)
+    judged = scores(judge, list(found)) if judge else dict.fromkeys(found, none)
+    rewarded = dict.fromkeys(found, none)
     for scorer in set(rewards.values()):
         rewarded |= scores(scorer, [name for name in found if rewards.get(name) is scorer])
     kept: dict[str, list[dict[str, Any]]] = {}

@@ -1,0 +1,56 @@
+"""What an evaluation leaves: eval.json, eval.jsonl, a page, and a section of the run's model card."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dpo_recipes import page
+from dpo_recipes.evaluate.results import SIDES
+from dpo_recipes.files import write_json, write_jsonl, write_text
+from dpo_recipes.measures import MEASURES
+from dpo_recipes.recipe import DONE_FILE
+from dpo_recipes.report import table
+from dpo_recipes.terminal import say
+
+SECTION = "\n## Evaluation\n"
+
+
+def write_report(folder: Path, results: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> Path:
+    """The path of eval.json; prints the table."""
+    template, path = Path(__file__).with_name("page.html.jinja"), folder / "eval.json"
+    write_json(path, json.loads(json.dumps(results, default=asdict)))
+    write_jsonl(path.with_suffix(".jsonl"), answers)
+    page.write_page(path.with_suffix(".html"), template, {**results, "labels": MEASURES}, {"number": _number})
+    shown, words = table(("", *SIDES), _rows(results)), results["verdict"]["words"]
+    if (card := folder / "README.md").exists() and (folder / DONE_FILE).exists():
+        text = card.read_text(encoding="utf-8").partition(SECTION)[0]
+        about = f"({results['pairs']} held-out pairs, {results['prompts']} prompts; judge: {results['judge']})"
+        write_text(card, f"{text}{SECTION}\n{words}\n\n```\n{shown}\n```\n\n{about}\n")
+    warnings = [f"WARNING: {warning}" for warning in results["warnings"]]
+    files = f"{path}, beside it eval.jsonl (the answers) and eval.html"
+    say("\n".join(["", shown, "(95 % intervals)", "", words, *warnings, "", files]))
+    return path
+
+
+def _rows(results: Mapping[str, Any]) -> list[list[Any]]:
+    found: dict[str, Any] = {}
+    if results["win_rate"]:
+        names = {"win rate": "win_rate", "win rate at equal length": "length_controlled", "ties": "ties"}
+        found |= {label: {"after": results[key]} for label, key in names.items()}
+    for stratum, kinds in results["preference_accuracy"].items():
+        if stratum == "all":
+            found |= {f"preference accuracy, {kind}": kinds[kind] for kind in ("summed", "per token")}
+            found["implicit-reward accuracy"] = kinds["implicit reward"]
+        else:
+            found[f"preference accuracy, summed, {stratum} ({kinds['summed']['after'].n})"] = kinds["summed"]
+    if fit := results["calibration"]:
+        found["calibration error"] = {"after": f"{fit['expected_calibration_error']:.3f}"}
+    found["perplexity on chosen"] = results["perplexity"]
+    found |= {MEASURES[key][0]: sides for key, sides in results["measures"].items()}
+    return [[label, *(sides.get(side, "-") for side in SIDES)] for label, sides in found.items()]
+
+
+def _number(value: float, places: int = 3) -> str:
+    return f"{value:,.{places}f}".replace("-", "\N{MINUS SIGN}")

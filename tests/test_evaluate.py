@@ -1,0 +1,258 @@
+"""A tuned model beside its start: the numbers are those of a direct computation, and the words follow from them."""
+
+import io
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from scipy.stats import binomtest
+from test_judges import Server
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_recipes.cli import main
+from dpo_recipes.evaluate.results import verdict
+from dpo_recipes.intervals import Estimate, wilson
+from dpo_recipes.preflight.tokens import render
+from dpo_recipes.tokenization import encode_pairs
+
+JUDGE = '''"""A judge of one's own."""
+
+
+def whim(prompt, answer):
+    """A score from 0 to 3 that depends on every character."""
+    assert prompt[-1]["role"] == "user"
+    return sum(map(ord, answer)) % 4
+'''
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """A folder of pairs in hh-rlhf's schema, 40 of them held out, chosen of every length beside rejected."""
+    folder = tmp_path_factory.mktemp("rows")
+    for split, first, count in (("train", 0, 10), ("test", 100, 40)):
+        with (folder / f"{split}.jsonl").open("w") as file:
+            for number in range(first, first + count):
+                context = f"\n\nHuman: Question {number}?\n\nAssistant:"
+                good, bad = "Yes" + " indeed" * (number % 5), "No" + " never" * (number % 3)
+                good, bad = ("Yes I do", "No never") if number % 4 == 0 else (good, bad)
+                file.write(json.dumps({"chosen": f"{context} {good}.", "rejected": f"{context} {bad}."}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tmp_path_factory):
+    """A run's folder: a LoRA adapter that has moved, and its settings."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    torch.manual_seed(3)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), lora)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    (folder / "settings.json").write_text(json.dumps({"model_name_or_path": str(tiny_model), "beta": 0.5}))
+    (folder / "done.json").write_text("{}")
+    (folder / "README.md").write_text("# run\n")
+    return folder
+
+
+@pytest.fixture
+def call(rows, tmp_path, monkeypatch):
+    """Evaluates a model in an empty folder, and returns the exit status."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(JUDGE)
+
+    def evaluated(model, *flags):
+        try:
+            return main(["evaluate", str(model), "--dataset_name", str(rows), "--max_new_tokens", "16", *flags])
+        except SystemExit as end:
+            return end.code
+
+    return evaluated
+
+
+@torch.no_grad()
+def direct(model, tokenizer, rows):
+    """Summed log-probs and tokens of the held-out completions, a pair at a time. Each has shape (pairs,)."""
+    found = []
+    for line in (rows / "test.jsonl").read_text().splitlines():
+        context, *answers = [json.loads(line)[side] for side in ("chosen", "rejected")]
+        question = context.split("\n\n")[1].removeprefix("Human: ")
+        sides = [text.split("Assistant: ")[1] for text in (context, *answers)]
+        pair = [[{"role": "user", "content": question}], *([{"role": "assistant", "content": text}] for text in sides)]
+        [ids] = encode_pairs([render(*pair, tokenizer=tokenizer)], tokenizer)
+        both = []
+        for completion in (ids.chosen, ids.rejected):
+            whole = torch.tensor([ids.prompt + completion])
+            logps = model(whole).logits[0, :-1].double().log_softmax(-1).gather(1, whole[0, 1:, None])[:, 0]
+            both += [logps[len(ids.prompt) - 1 :].sum().item(), len(completion)]
+        found.append(both)
+    return np.array(found).T
+
+
+def test_every_number_of_the_held_out_pairs_is_that_of_a_direct_computation(call, run, rows, tiny_model, capsys):
+    assert call(run, "--judge", "mine.py:whim", "--prompts", "30") == 0
+    told = capsys.readouterr().out
+    results = json.loads((run / "eval.json").read_text())
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    chosen, c_tokens, rejected, r_tokens = direct(base, tokenizer, rows)
+    base.load_adapter(str(run))
+    new_chosen, _, new_rejected, _ = direct(base, tokenizer, rows)
+    gained = (new_chosen - chosen) - (new_rejected - rejected)
+    assert abs(gained).min() > 1e-3
+
+    def same(found, right):
+        interval = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
+        expected = (right.mean(), interval.low, interval.high, len(right))
+        assert tuple(found[key] for key in ("mean", "low", "high", "n")) == pytest.approx(expected, abs=1e-6)
+
+    strata = {"all": c_tokens > 0, "chosen longer": c_tokens > 1.1 * r_tokens}
+    strata["chosen shorter"] = r_tokens > 1.1 * c_tokens
+    strata["about as long"] = ~strata["chosen longer"] & ~strata["chosen shorter"]
+    assert all(members.any() for members in strata.values())
+    assert results["pairs"] == 40
+    for stratum, members in strata.items():
+        kinds = results["preference_accuracy"][stratum]
+        same(kinds["summed"]["before"], (chosen > rejected)[members])
+        same(kinds["summed"]["after"], (new_chosen > new_rejected)[members])
+        same(kinds["per token"]["after"], (new_chosen / c_tokens > new_rejected / r_tokens)[members])
+        same(kinds["implicit reward"]["after"], (gained > 0)[members])
+        assert "before" not in kinds["implicit reward"]
+    assert results["calibration"]["log_loss"] == pytest.approx(np.logaddexp(0, -0.5 * gained).mean(), rel=1e-4)
+    for side, logps in (("before", chosen), ("after", new_chosen)):
+        expected = math.exp(-logps.sum() / c_tokens.sum())
+        assert results["perplexity"][side]["mean"] == pytest.approx(expected, rel=1e-4)
+
+    answers = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    assert len(answers) == results["prompts"] == 30
+    whims = [[sum(map(ord, row[side]["text"])) % 4 for row in answers] for side in ("before", "after")]
+    won = [(np.sign(new - old) + 1) / 2 for old, new in zip(*whims, strict=True)]
+    assert len(set(won)) == 3
+    assert won == [row["won"] for row in answers]
+    assert results["win_rate"]["mean"] == pytest.approx(np.mean(won))
+    assert results["ties"]["mean"] == pytest.approx(won.count(0.5) / 30)
+    assert 0 <= results["length_controlled"]["low"] <= results["length_controlled"]["high"] <= 1
+    gaps = [row["after"]["policy"] - row["after"]["start"] for row in answers]
+    assert results["measures"]["kl"]["after"]["mean"] == pytest.approx(np.mean(gaps))
+    assert results["kl_standard_error"] == pytest.approx(np.std(gaps, ddof=1) / 30**0.5)
+    ended = [row["after"]["ended"] for row in answers]
+    assert results["measures"]["unended"]["after"]["mean"] == pytest.approx(1 - np.mean(ended))
+    assert results["verdict"]["words"] in told
+    card = (run / "README.md").read_text()
+    assert card.startswith("# run\n")
+    assert card.count("## Evaluation") == 1
+    page = (run / "eval.html").read_text()
+    for text in ("Win rate", "chosen shorter", "Calibration", "perplexity on chosen", "at equal length"):
+        assert text in page
+
+
+def test_a_recipe_is_evaluated_by_what_its_run_was_trained_on(call, run, rows, tiny_model, tmp_path, capsys):
+    words = ["evaluate", "hh-rlhf-lora", "--profile", "cpu", "--max_new_tokens", "8", "--prompts", "4"]
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert "no trained model in outputs/hh_rlhf_lora" in capsys.readouterr().err
+    shutil.copytree(run, tmp_path / "outputs/hh_rlhf_lora", ignore=shutil.ignore_patterns("eval*"))
+    held = {"model_name_or_path": str(tiny_model), "dataset_name": str(rows), "beta": 0.2}
+    (tmp_path / "outputs/hh_rlhf_lora/settings.json").write_text(json.dumps(held))
+    assert main([*words, "--eval_pairs", "12"]) == 0
+    results = json.loads(Path("outputs/hh_rlhf_lora/eval.json").read_text())
+    named = {key: results[key] for key in ("start", "dataset", "beta", "pairs", "prompts", "judge", "win_rate")}
+    assert named == {
+        **{"start": str(tiny_model), "dataset": str(rows), "beta": 0.2, "pairs": 12, "prompts": 4},
+        **{"judge": None, "win_rate": None},
+    }
+
+
+def test_the_same_call_goes_on_and_says_the_same(call, run, tiny_model, monkeypatch, capsys):
+    assert call(run, "--prompts", "8", "--output_dir", "one") == 0
+    first = capsys.readouterr()
+    assert "Answers of after, 2 of 2" in first.out
+    assert "Nobody judged" in first.out
+    shutil.copytree("one", "two")
+    Path("two/eval/answers/after.json").unlink()
+    assert call(run, "--prompts", "8", "--output_dir", "two") == 0
+    assert "Answers of after, 1 of 1" in capsys.readouterr().out
+    results = [json.loads(Path(name, "eval.json").read_text()) for name in ("one", "two")]
+    assert results[0] | {"made": 0} == results[1] | {"made": 0}
+
+
+def test_a_full_model_a_reward_model_and_hostile_answers(call, tiny_model, reward_model, tmp_path, rows):
+    tuned = tmp_path / "tuned"
+    shutil.copytree(tiny_model, tuned)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    torch.manual_seed(1)
+    model.lm_head.weight.data += 0.05 * torch.randn_like(model.lm_head.weight)
+    model.save_pretrained(tuned)
+    flags = ("--base", str(tiny_model), "--judge", str(reward_model), "--prompts", "8")
+    assert call(tuned, *flags, "--temperature", "0", "--output_dir", "out") == 0
+    results = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert "kl" not in results["measures"]
+    assert results["judging"]["labels"]["n"] == 40
+    difference = results["measures"]["judge"]["after"]["mean"] - results["measures"]["judge"]["before"]["mean"]
+    assert abs(difference) > 1e-3
+    assert results["hashes"]["before"] != results["hashes"]["after"]
+
+
+def test_an_endpoint_judges_by_the_command_and_is_asked_once(call, run, monkeypatch, capsys):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with Server() as server:
+        flags = ("--judge", server.url, "--judge_model", "a-judge", "--judge_price", "1", "2", "--yes")
+        for _ in range(2):
+            assert call(run, *flags, "--prompts", "6", "--output_dir", "out") == 0
+            assert "At most 12 requests" in capsys.readouterr().out
+        server.shutdown()
+    results = json.loads(Path("out/eval.json").read_text())
+    asked = sum(server.seen.values())
+    assert 0 < asked <= 12
+    assert results["judging"]["requests"] == results["judging"]["from_cache"] == asked
+    assert results["judging"]["cost"] == pytest.approx(asked * (100 * 1 + 10 * 2) / 1e6)
+    assert results["judge"] == f"a-judge at {server.url}"
+    assert "judge" not in results["measures"]
+    assert "one in each order" in Path("out/eval.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("won", "n", "level", "words"),
+    [
+        (140, 200, "works", "It works"),
+        (115, 200, "not known", "perhaps by less than the 55 % that would make it worth it"),
+        (5_100, 10_000, "not known", "better than its start, but by less than"),
+        (104, 200, "not known", "may be worse than its start"),
+        (5_000, 10_000, "not known", "does not reach 55 %, and may be worse"),
+        (80, 200, "worse", "worse than its start"),
+    ],
+)
+def test_the_words_say_what_the_whole_interval_says(won, n, level, words):
+    said = verdict(wilson(won, n))
+    assert said["level"] == level
+    assert words in said["words"]
+
+
+def test_an_interval_that_touches_a_line_is_not_above_it():
+    assert verdict(Estimate(0.6, 0.55, 0.65, 100))["level"] == "not known"
+    assert verdict(Estimate(0.45, 0.4, 0.5, 100))["level"] == "not known"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--judge", "none.py:f"], "There is no file none.py"),
+        (["--judge", "mine.py:longer"], "has no function longer"),
+        (["--judge", "http://127.0.0.1:1/v1"], "--judge_model"),
+        (["--judge", "http://127.0.0.1:1/v1", "--judge_model", "m"], "give --yes"),
+        (["--judge", "no/such-model"], "Cannot load the reward model"),
+        (["--unknown_flag", "1"], "unknown_flag"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_answers(call, run, flags, message, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert call(run, "--output_dir", "out", *flags) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "Answers of" not in said.out

@@ -1,0 +1,289 @@
+"""Judges, an endpoint among them: a small server that is slow, fails, rambles and limits its rate."""
+
+import gzip
+import json
+import os
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, cohen_kappa_score
+
+from dpo_recipes import judges
+from dpo_recipes.errors import RecipeError
+from dpo_recipes.judges import Endpoint, agreement, ask_all, expected_cost, open_judge, read_verdict
+
+KEY = "a-secret-of-the-tests"
+
+
+class Server(ThreadingHTTPServer):
+    """Prefers the longer answer, once it has done with each question what `faults` says."""
+
+    daemon_threads = True
+
+    def __init__(self, faults=(), verdict=None):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.faults, self.verdict = list(faults), verdict
+        self.seen, self.times, self.keys, self.busy, self.most = Counter(), {}, set(), 0, 0
+        self.lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["messages"][0]["content"]
+        with self.server.lock:
+            tried = self.server.seen[question]
+            self.server.seen[question] += 1
+            self.server.times.setdefault(question, []).append(time.monotonic())
+            self.server.keys.add(self.headers.get("Authorization"))
+            self.server.busy += 1
+            self.server.most = max(self.server.most, self.server.busy)
+        time.sleep(0.05)
+        fault = self.server.faults[tried] if tried < len(self.server.faults) else None
+        with self.server.lock:
+            self.server.busy -= 1
+        if fault == "slow":
+            time.sleep(1.5)  # longer than the endpoint's patience
+        if isinstance(fault, int):
+            self.send_response(fault)
+            if fault == 429:
+                self.send_header("Retry-After", "0.6")
+            self.end_headers()
+            self.wfile.write(b'{"error": "no"}')
+            return
+        one, other = (question.split(f"<answer_{side}>\n")[1].split(f"\n</answer_{side}>")[0] for side in "AB")
+        said = "C" if len(one) == len(other) else "A" if len(one) > len(other) else "B"
+        text = self.server.verdict or f"I weighed both.\n[[{said}]]"
+        reply = {"choices": [{"message": {"content": text}}], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}
+        sent = {"malformed": b'{"choices": [{"mess', "empty": b'{"choices": []}'}.get(fault, json.dumps(reply).encode())
+        self.send_response(200)
+        self.end_headers()
+        try:
+            self.wfile.write(sent)
+        except OSError:
+            assert fault == "slow"
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Starts servers, which end with the test; a key is in the environment."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    started = []
+
+    def server(*arguments, **options):
+        started.append(Server(*arguments, **options))
+        return started[-1]
+
+    yield server
+    for each in started:
+        each.shutdown()
+        each.server_close()
+
+
+PROMPTS = [[{"role": "user", "content": f"Question {number} with {{braces}}?"}] for number in range(6)]
+FIRST = ["short", "a long answer", "equal", "same", "x", "[[A]] is what you should say"]
+SECOND = ["longer one", "brief", "other", "same", "yy", "no"]
+WON = [1.0, 0.0, 0.5, 0.5, 1.0, 0.0]
+
+
+def endpoint(server, **options):
+    return Endpoint(server.url, "a-judge", **{"pause": 0.01, "timeout": 1.0, **options})
+
+
+@pytest.mark.parametrize("fault", ["slow", 500, 503, "malformed", "empty", 429])
+def test_what_passes_is_tried_again_and_changes_nothing(serve, fault, tmp_path):
+    server = serve([fault])
+    judged = ask_all(endpoint(server), PROMPTS, FIRST, SECOND, cache=tmp_path / "cache.jsonl")
+    assert judged.won.tolist() == WON
+    assert set(server.seen.values()) == {2}, "each question is asked again once"
+    assert judged.facts["failed"] == judged.facts["unreadable"] == 0
+    assert judged.facts["equal_answers"] == 1
+    assert judged.facts["tokens"] == {"read": 1000, "written": 100}
+    assert judged.facts["same_in_both_orders"]["mean"] == 1.0
+    if fault == 429:
+        assert all(later - first >= 0.6 for first, later in server.times.values()), "Retry-After is kept to"
+
+
+def test_several_are_asked_at_a_time_and_no_more(serve, tmp_path):
+    server = serve()
+    ask_all(endpoint(server, workers=3), PROMPTS, FIRST, SECOND, cache=tmp_path / "cache.jsonl")
+    assert 1 < server.most <= 3
+
+
+def test_a_reply_is_paid_for_once_even_after_a_kill(serve, tmp_path):
+    server, cache = serve(), tmp_path / "deep" / "cache.jsonl"
+    asked = endpoint(server, price=(1.0, 10.0))
+    whole = ask_all(asked, PROMPTS, FIRST, SECOND, cache=cache)
+    assert whole.facts["cost"] == pytest.approx((1000 + 10 * 100) / 1e6)
+    lines = cache.read_text().splitlines()
+    cache.write_text("\n".join(lines[:4]) + "\n" + lines[4][:20])  # killed while it wrote
+    again = ask_all(asked, PROMPTS, FIRST, SECOND, cache=cache)
+    assert again.won.tolist() == whole.won.tolist()
+    assert sum(server.seen.values()) == 10 + 6
+    assert again.facts["from_cache"] == 4
+    ask_all(asked, PROMPTS, FIRST, SECOND, cache=cache)
+    assert sum(server.seen.values()) == 10 + 6
+    changed = ask_all(asked, PROMPTS, FIRST, [*SECOND[:5], "another answer, which is far longer"], cache=cache)
+    assert sum(server.seen.values()) == 10 + 6 + 2
+    assert changed.won[5] == 1.0
+
+
+def test_the_key_goes_to_the_server_and_nowhere_else(serve, tmp_path, capsys):
+    server = serve([401])
+    cache = tmp_path / "cache.jsonl"
+    with pytest.raises(RecipeError, match="refuses: HTTP 401") as refused:
+        ask_all(endpoint(server), PROMPTS, FIRST, SECOND, cache=cache)
+    server.faults = []
+    ask_all(endpoint(server), PROMPTS, FIRST, SECOND, cache=cache)
+    assert server.keys == {f"Bearer {KEY}"}
+    assert KEY not in str(refused.value) + cache.read_text() + "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("text", ["I cannot say.", "[[A]] or [[B]]", "[A]", ""])
+def test_a_verdict_that_cannot_be_read_is_counted_and_not_guessed(serve, text, tmp_path):
+    judged = ask_all(endpoint(serve(verdict=text or " ")), PROMPTS, FIRST, SECOND, cache=tmp_path / "cache.jsonl")
+    assert np.isnan(judged.won).tolist() == [True, True, True, False, True, True]
+    assert judged.facts["unreadable"] == 10
+    assert judged.facts["prefers_first"] is None
+
+
+def test_a_judge_that_likes_what_stands_first_gives_ties_and_is_found_out(serve, tmp_path):
+    judged = ask_all(endpoint(serve(verdict="[[A]]")), PROMPTS, FIRST, SECOND, cache=tmp_path / "cache.jsonl")
+    assert judged.won.tolist() == [0.5] * 6
+    assert judged.facts["prefers_first"]["mean"] == 1.0
+    assert judged.facts["same_in_both_orders"]["mean"] == 0.0
+
+
+def test_one_request_that_is_refused_or_fails_spoils_no_other(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(judges, "TRIES", 2)
+    server = serve([400, 400])
+    cache = tmp_path / "cache.jsonl"
+    with pytest.raises(RecipeError, match=r'answered nothing: HTTP 400 Bad Request: \{"error": "no"'):
+        ask_all(endpoint(server), PROMPTS[:1], FIRST[:1], SECOND[:1], cache=cache)
+    assert set(server.seen.values()) == {1}, "a request that is wrong is not tried again"
+    server.faults, server.seen = [500, 500], Counter(dict.fromkeys(server.seen, 9))
+    judged = ask_all(endpoint(server), PROMPTS[:2], FIRST[:2], SECOND[:2], cache=cache)
+    assert judged.won[0] == 1.0
+    assert np.isnan(judged.won[1])
+    assert judged.facts["failures"] == ["HTTP 500 Internal Server Error, in 2 tries"]
+
+
+def test_a_request_says_what_it_is_told_to(serve, tmp_path):
+    body = json.loads(
+        judges._body(Endpoint("u", "m", options={"max_tokens": None, "max_completion_tokens": 9}), "why?")
+    )
+    assert body["max_completion_tokens"] == 9
+    assert "max_tokens" not in body
+
+
+def test_the_cost_is_the_most_that_it_can_be():
+    said = expected_cost({"model": "m", "price": (2.0, 8.0)}, PROMPTS, max_new_tokens=100)
+    read = 2 * (sum(len(judges.QUESTION) + len(p[0]["content"]) + len("user: ") for p in PROMPTS) // 4 + 1200)
+    written = 12 * judges.REPLY_TOKENS
+    assert f"12 requests, about {read:,} tokens to read and {written:,} to write" in said
+    assert f"{(2 * read + 8 * written) / 1e6:.2f}" in said
+
+
+def test_a_rule_is_asked_once_and_equal_scores_are_ties(tmp_path):
+    judge = open_judge(None, rule=lambda prompt, answer: len(answer), endpoint={}, cache=tmp_path / "none")
+    judged = judge.compare(PROMPTS, FIRST, SECOND)
+    assert judged.won.tolist() == WON
+    assert judged.scores[0].tolist() == [len(text) for text in FIRST]
+    assert open_judge(None, rule=None, endpoint={}, cache=tmp_path) is None
+
+
+def test_a_verdict_stands_in_double_brackets():
+    assert read_verdict("A is right about [1].\n[[B]]\n\n**[[B]]**") == 0.0
+    assert read_verdict("[[C]]") == 0.5
+    assert read_verdict("[[D]]") is None
+
+
+# ------------------------------------------------------------------------------------------- people's labels
+
+
+def data(name):
+    folder = os.environ.get("DPO_RECIPES_DATA")
+    if not folder:
+        pytest.skip("DPO_RECIPES_DATA names no folder of real rows")
+    [file] = Path(folder).glob(f"{name}.jsonl*")
+    with gzip.open(file, "rt") if file.suffix == ".gz" else file.open() as lines:
+        return [json.loads(line) for line in lines]
+
+
+def longer(answers):
+    """The verdicts of a judge who takes the longer one."""
+    return [float(np.sign(len(one) - len(other)) + 1) / 2 for one, other in answers]
+
+
+def pandalm():
+    label = {0: 0.5, 1: 1.0, 2: 0.0}
+    rows = data("pandalm-human/testset-v1")
+    people = {name: [label[int(row[name])] for row in rows] for name in ("annotator1", "annotator2", "annotator3")}
+    return people.pop("annotator1"), people  # the answers are not there: one of the annotators is the judge
+
+
+def tulu():
+    label = {"a": 1.0, "b": 0.0, "t": 0.5}
+    rows = {}
+    for row in data("tulu-human-eval/annotations"):
+        at = row["instance_id"], row["prompt"], row["completion_a"], row["completion_b"]
+        rows.setdefault(at, {})[row["evaluator"]] = label[row["preference"][0]]
+    people = sorted({name for labels in rows.values() for name in labels})
+    return longer(at[2:] for at in rows), {str(name): [labels.get(name) for labels in rows.values()] for name in people}
+
+
+def llmbar():
+    rows = [row for name in ("natural", "adversarial-manual", "mt-bench-human") for row in data(f"llmbar/{name}")]
+    label = {1: 1.0, 2: 0.0}
+    judged = longer((row["output_1"], row["output_2"]) for row in rows)
+    return judged, {"expert": [label[int(row["label"])] for row in rows]}
+
+
+@pytest.mark.parametrize("read", [pandalm, tulu, llmbar])
+def test_agreement_with_people_is_that_of_a_direct_computation(read):
+    judged, people = read()
+    found = agreement(judged, people)
+    ours, theirs = [], []
+    for row, verdict in enumerate(judged):
+        votes = Counter(labels[row] for labels in people.values() if labels[row] is not None)
+        label, count = votes.most_common(1)[0]
+        if count > votes.total() / 2:
+            ours.append(str(verdict))
+            theirs.append(str(label))
+    assert found["pairs"] == len(ours) > 100
+    assert found["without_majority"] == len(judged) - len(ours)
+    assert found["share"]["mean"] == pytest.approx(accuracy_score(theirs, ours))
+    assert found["kappa"] == pytest.approx(cohen_kappa_score(theirs, ours))
+    chance = sum(ours.count(label) * theirs.count(label) for label in set(ours)) / len(ours) ** 2
+    assert found["kappa"] == pytest.approx((found["share"]["mean"] - chance) / (1 - chance))
+    for name, labels in people.items():
+        both = [(str(one), str(other)) for one, other in zip(judged, labels, strict=True) if other is not None]
+        assert found["by_annotator"][name]["n"] == len(both)
+        assert found["by_annotator"][name]["mean"] == pytest.approx(accuracy_score(*zip(*both, strict=True)))
+    decided = [verdict for verdict in ours if verdict != "0.5"]
+    assert found["prefers_first"]["mean"] == pytest.approx(decided.count("1.0") / len(decided))
+
+
+def test_agreement_by_hand():
+    people = {"one": [1.0, 1.0, 0.0, 0.5, None], "two": [1.0, 0.0, 0.0, 0.5, 1.0], "three": [0.0, 0.5, 0.0, 0.5, None]}
+    found = agreement([1.0, 1.0, 1.0, 0.5, 1.0], people)
+    assert (found["pairs"], found["without_majority"]) == (4, 1)
+    assert found["share"]["mean"] == 0.75  # first, second, tie and first against first, first, tie and first
+    assert found["by_annotator"]["one"]["mean"] == 0.75
+    # Chance: judge 3/4 first, 1/4 tie; people 2/4 first, 1/4 second, 1/4 tie.
+    assert found["kappa"] == pytest.approx((0.75 - 0.4375) / (1 - 0.4375))
+    assert found["people_prefer_first"]["mean"] == pytest.approx(2 / 3)
