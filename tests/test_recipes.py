@@ -211,6 +211,7 @@ RANK = {  # imports point from high to low
             {"shared_prefix", "ppo", "loading", "evaluation", "playground", "plan", "tracking"},
             {"recipe", "tryout"},
             {"preflight", "sampling", "record", "outcome"},
+            {"health"},
             {"runs", "launch"},
             {"sweep"},
             {"compare"},
