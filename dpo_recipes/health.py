@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from trl import DPOTrainer
 from trl.data_utils import is_conversational
 
@@ -80,11 +80,6 @@ class Finding:
         return f"{kind} ({self.rule}), update {self.step}: {self.sign}. Likely: {self.cause}. Do: {self.remedy}."
 
 
-def make_finding(rule: str, step: int, sign: str) -> Finding:
-    """The finding of a rule, with what health.toml says of it."""
-    return Finding(rule, RULES[rule]["fatal"], step, sign, RULES[rule]["cause"], RULES[rule]["remedy"])
-
-
 def read_findings(output_dir: str | Path) -> list[Finding]:
     """What was found in a run."""
     return [Finding(**finding) for finding in read_json(Path(output_dir) / HEALTH_FILE).get("findings", [])]
@@ -133,13 +128,13 @@ def not_finite(logged: Logged, facts: Facts, *, updates: int) -> str | None:
 def loss_spike(
     logged: Logged, facts: Facts, *, times: float, nats: float, deviations: float, logs: int, pairs: int
 ) -> str | None:
-    """Not for PPO and its like, whose loss hovers around 0."""
-    if "reward" in logged or (now := _recent(logged.get("loss", []), facts, pairs)) is None:
+    """Against the logs before; the loss of PPO and its like hovers around 0."""
+    if (now := _recent(logged.get("loss", []), facts, pairs)) is None:
         return None
-    before = _values(logged, "loss")[: -now[1]][-logs:] or [math.log(2)] * facts.starts_at_ln2
-    usual = median(before) if before else math.inf
-    spread = median(abs(loss - usual) for loss in before) if before else 0.0
-    if now[0] <= max(times * usual, usual + max(nats, deviations * spread)):
+    before = _values(logged, "loss")[: -now[1]][-logs:] or [math.log(2) if facts.starts_at_ln2 else math.inf]
+    usual = median(before)
+    spread = median(abs(loss - usual) for loss in before)
+    if not now[0] > max(times * usual, usual + max(nats, deviations * spread)):
         return None
     return f"the loss is {now[0]:.3g}, and the median before was {usual:.3g}"
 
@@ -264,7 +259,7 @@ def reward_hacking(logged: Logged, facts: Facts, *, logs: int, deviations: float
         return None
     for name in logged:
         if name.startswith("rewards/") and name.endswith("/mean"):
-            means, spread = _values(logged, name), fmean(_values(logged, f"{name[:-4]}std")[:logs])
+            means, spread = _values(logged, name), fmean(_values(logged, f"{name[:-4]}std")[:logs] or [0])
             if (fall := fmean(means[:logs]) - fmean(means[-logs:])) > deviations * spread:
                 judge = name.removeprefix("rewards/").removesuffix("/mean")
                 return f"the reward rose to {fmean(total[-logs:]):.3g}, and {judge} fell by {fall:.3g}"
@@ -376,9 +371,7 @@ class HealthCallback(TrainerCallback):
         self.prompts: list[Any] = []
         self.first_loss = FirstLossGuard(trainer) if isinstance(trainer, DPOTrainer) else None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Probe the start; a resumed run remembers what was found before."""
         self.facts, self.healthy = read_facts(self.trainer), state.global_step
         if state.global_step:
@@ -391,34 +384,30 @@ class HealthCallback(TrainerCallback):
         if not state.global_step:
             self._probe(state)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        """Look at the first loss and at the gradients; `stop` drops broken ones, so that the weights stay good."""
-        if self.first_loss is not None:
-            try:
-                self.first_loss.on_pre_optimizer_step(args, state, control)
-            except WrongReferenceError as error:
-                self._found(make_finding("wrong_reference", 1, str(error).partition(":")[0]), state, control)
-        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-        if sharded(self.trainer) or not gradients or torch.nn.utils.get_total_norm(gradients).isfinite():
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the gradients and the first loss; `stop` drops the update, so that the weights stay good."""
+        gradients = [weight.grad for weight in self.trainer.model.parameters() if weight.grad is not None]
+        if gradients and not sharded(self.trainer) and not torch.nn.utils.get_total_norm(gradients).isfinite():
+            self.overflows += 1
+            if self.overflows > (RULES["not_finite"]["limits"]["updates"] if args.fp16 else 0):
+                self._found("not_finite", "the gradient is NaN or infinite", state.global_step + 1, control)
+        else:
             self.overflows = 0
-            return
-        self.overflows += 1
-        if self.overflows > (RULES["not_finite"]["limits"]["updates"] if args.fp16 else 0):
-            self._found(
-                make_finding("not_finite", state.global_step + 1, "the gradient is NaN or infinite"), state, control
-            )
-        if self.fatal is not None and not args.fp16:  # whose loss scale skips the update itself
-            model.zero_grad()
+            try:
+                if self.first_loss is not None:
+                    self.first_loss.on_pre_optimizer_step(args, state, control)
+            except WrongReferenceError as error:
+                self._found("wrong_reference", str(error).partition(":")[0], 1, control)
+        if self.fatal is not None and not args.fp16:  # whose loss scale skips an update that overflows itself
+            self.trainer.model.zero_grad()
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Apply the rules."""
         self._look(state, control)
         if not self.prompts and self.fatal is None:
             self.healthy = state.global_step
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Probe, and apply the rules."""
         if self.facts is None:  # an evaluation before training
             return
@@ -426,76 +415,67 @@ class HealthCallback(TrainerCallback):
         self._look(state, control)
         if self.fatal is None:
             self.healthy = state.global_step
-        self._write(state)
+        self._write()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """No checkpoint of a broken state."""
         if self.fatal is not None:
             control.should_save = control.should_evaluate = False
 
     on_epoch_end = on_step_end
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write what was found; a stopped run ends in an error.
 
         Raises:
             UnhealthyRunError: If a fatal finding has stopped the run.
         """
-        self._write(state)
-        if self.fatal is not None:
-            kept = latest_checkpoint(args.output_dir, before=self.healthy + 1)
-            last = f"The last good checkpoint is {kept}." if kept else "There is no good checkpoint yet."
+        self._write()
+        if self.fatal is not None and self.facts is not None:
+            seen_late = math.ceil(RULES["loss_spike"]["limits"]["pairs"] / self.facts.pairs_per_update)  # updates
+            kept = latest_checkpoint(args.output_dir, before=min(self.healthy, self.fatal.step - seen_late) + 1)
             raise UnhealthyRunError(
-                f"Stopped at update {self.fatal.step} ({self.fatal.rule}): {self.fatal.sign}. {last} "
-                f"{self.fatal.remedy[0].upper()}{self.fatal.remedy[1:]}. --health warn would go on."
+                f"Stopped at update {self.fatal.step} ({self.fatal.rule}). "
+                + (f"The last good checkpoint is {kept}." if kept else "There is no good checkpoint yet.")
+                + " --health warn would go on."
             )
 
-    def _probe(self, state: TrainerState) -> None:
+    def _probe(self, state: Any) -> None:
         """Put a probe's numbers into the log of all processes."""
-        if not self.prompts or self.facts is None:
-            return
-        most = min(_LONGEST_PROBE, max(64, math.ceil(2 * self.facts.chosen_tokens)))
-        found = [probe(self.trainer, self.prompts, max_new_tokens=most) if state.is_world_process_zero else {}]
-        state.log_history.append(broadcast_object_list(found)[0] | {"step": state.global_step})
+        if self.prompts and self.facts is not None:
+            most = min(_LONGEST_PROBE, max(64, math.ceil(2 * self.facts.chosen_tokens)))
+            found = [probe(self.trainer, self.prompts, max_new_tokens=most) if state.is_world_process_zero else {}]
+            state.log_history.append(broadcast_object_list(found)[0] | {"step": state.global_step})
 
-    def _look(self, state: TrainerState, control: TrainerControl) -> None:
-        if self.facts is None:
-            return
+    def _look(self, state: Any, control: Any) -> None:
         logged = read_logs(state.log_history)
-        for name in self.rules:
-            rule = _FUNCTIONS.get(name)
-            if rule is not None and (sign := rule(logged, self.facts, **RULES[name]["limits"])):
-                self._found(make_finding(name, state.global_step, sign), state, control)
+        for name in self.rules if self.facts is not None else ():
+            if (rule := _FUNCTIONS.get(name)) and (sign := rule(logged, self.facts, **RULES[name]["limits"])):
+                self._found(name, sign, state.global_step, control)
 
-    def _found(self, finding: Finding, state: TrainerState, control: TrainerControl) -> None:
+    def _found(self, name: str, sign: str, step: int, control: Any) -> None:
+        rule = RULES[name]
+        finding = Finding(name, rule["fatal"], step, sign, rule["cause"], rule["remedy"])
         if finding.fatal and self.mode == "stop":
             self.fatal = self.fatal or finding
             control.should_training_stop = True
             control.should_save = control.should_evaluate = False
-        if finding.rule in {each.rule for each in self.findings}:
+        if name in {each.rule for each in self.findings}:
             return
         self.findings.append(finding)
-        if state.is_world_process_zero:
+        self._write()
+        if self.trainer.is_world_process_zero():
             tqdm.write(str(finding))
-            self._write(state)
             if "wandb" in self.trainer.args.report_to:
                 import wandb
 
                 if wandb.run is not None:
-                    wandb.run.alert(title=f"{finding.rule}, update {finding.step}", text=str(finding))
+                    wandb.run.alert(title=f"{name}, update {step}", text=str(finding))
 
-    def _write(self, state: TrainerState) -> None:
-        if state.is_world_process_zero:
-            write_json(
-                Path(self.trainer.args.output_dir) / HEALTH_FILE,
-                {
-                    "mode": self.mode,
-                    "stopped": self.fatal is not None,
-                    "updates": state.global_step,
-                    "findings": [asdict(finding) for finding in self.findings],
-                    "rules": self.rules,
-                    "probes": [entry for entry in state.log_history if "probe/ended" in entry],
-                },
-            )
+    def _write(self) -> None:
+        if self.trainer.is_world_process_zero():
+            state = self.trainer.state
+            data = {"mode": self.mode, "stopped": self.fatal is not None, "updates": state.global_step}
+            data |= {"findings": [asdict(finding) for finding in self.findings], "rules": self.rules}
+            data |= {"probes": [entry for entry in state.log_history if "probe/ended" in entry]}
+            write_json(Path(self.trainer.args.output_dir) / HEALTH_FILE, data)
