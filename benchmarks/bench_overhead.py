@@ -3,7 +3,8 @@
     python benchmarks/bench_overhead.py [--updates 30] [--repeats 5]
 
 Both train the playground's model on the same pairs with the same settings; the recipe's trainer has the guards, the
-progress lines and the health rules (without an evaluation, hence without their probe) on it. The aim is an overhead under 2 % of a training.
+progress lines and the health rules (without an evaluation, hence without their probe) on it. The aim is an overhead
+under 2 % of a training.
 """
 
 import argparse

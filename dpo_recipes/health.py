@@ -172,12 +172,11 @@ def leak(logged: Logged, facts: Facts, *, accuracy: float, pairs: int, updates: 
 
 def likelihood_collapse(logged: Logged, facts: Facts, *, nats: float, pairs: int) -> str | None:
     """The implicit reward of chosen is beta times its log-ratio, summed over its tokens."""
-    chosen = _recent(logged.get("rewards/chosen", []), facts, pairs)
-    margin = _recent(logged.get("rewards/margins", []), facts, pairs)
-    if not (chosen and margin and facts.beta and facts.chosen_tokens):
+    chosen, margin = (_recent(logged.get(f"rewards/{name}", []), facts, pairs) for name in ("chosen", "margins"))
+    if not (chosen and margin and facts.beta and facts.chosen_tokens) or margin[0] <= 0:
         return None
     lost = -chosen[0] / facts.beta / facts.chosen_tokens
-    return f"chosen answers lost {lost:.2f} nats a token" if lost > nats and margin[0] > 0 else None
+    return f"chosen answers lost {lost:.2f} nats a token" if lost > nats else None
 
 
 def longer_answers(logged: Logged, facts: Facts, *, times: float, growth: float, online: float) -> str | None:
@@ -294,12 +293,10 @@ def read_facts(trainer: Trainer) -> Facts:
     def baselines() -> dict[str, float]:
         if not isinstance(rows, Dataset) or not {"prompt", "chosen", "rejected"} <= set(rows.column_names):
             return {}
-        part = rows.select_columns(["prompt", "chosen", "rejected"]).select(
-            range(0, len(rows), max(1, len(rows) // 1000))
-        )
+        part = rows.select_columns(["prompt", "chosen", "rejected"]).select(range(0, len(rows), len(rows) // 1000 + 1))
         found = find_signals(DatasetDict(train=part, test=part))["baselines"]
-        shares = {name: rule["accuracy"] for name, rule in found.items() if name != "bag_of_words"}  # which reads
-        return {name: max(share, 1 - share) for name, share in shares.items()}
+        found.pop("bag_of_words", None)  # which does read
+        return {name: max(rule["accuracy"], 1 - rule["accuracy"]) for name, rule in found.items()}
 
     return Facts(
         pairs_per_update=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -403,18 +400,12 @@ class HealthCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Apply the rules."""
-        self._look(state, control)
-        if not self.prompts and self.fatal is None:
-            self.healthy = state.global_step
+        self._look(state, control, proven=not self.prompts)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Probe, and apply the rules."""
-        if self.facts is None:  # an evaluation before training
-            return
         self._probe(state)
-        self._look(state, control)
-        if self.fatal is None:
-            self.healthy = state.global_step
+        self._look(state, control, proven=True)
         self._write()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -447,11 +438,15 @@ class HealthCallback(TrainerCallback):
             found = [probe(self.trainer, self.prompts, max_new_tokens=most) if state.is_world_process_zero else {}]
             state.log_history.append(broadcast_object_list(found)[0] | {"step": state.global_step})
 
-    def _look(self, state: Any, control: Any) -> None:
+    def _look(self, state: Any, control: Any, *, proven: bool) -> None:
+        if self.facts is None:  # an evaluation before training
+            return
         logged = read_logs(state.log_history)
-        for name in self.rules if self.facts is not None else ():
+        for name in self.rules:
             if (rule := _FUNCTIONS.get(name)) and (sign := rule(logged, self.facts, **RULES[name]["limits"])):
                 self._found(name, sign, state.global_step, control)
+        if proven and self.fatal is None:
+            self.healthy = state.global_step
 
     def _found(self, name: str, sign: str, step: int, control: Any) -> None:
         rule = RULES[name]
