@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl import DPOTrainer
 from trl.data_utils import is_conversational
 
@@ -373,11 +373,12 @@ class HealthCallback(TrainerCallback):
         self.facts, self.healthy = read_facts(self.trainer), state.global_step
         if state.global_step:
             self.findings = [each for each in read_findings(args.output_dir) if each.step <= state.global_step]
-        rows = self.trainer.eval_dataset
+        rows, tokenizer = self.trainer.eval_dataset, self.trainer.processing_class
         probed = "degenerate_text" in self.rules and args.eval_strategy != "no" and not sharded(self.trainer)
-        if probed and isinstance(rows, Dataset) and is_conversational({"prompt": rows[0]["prompt"]}):
+        if probed and isinstance(rows, Dataset) and isinstance(tokenizer, PreTrainedTokenizerBase):
             places = range(0, len(rows), max(1, len(rows) // _PROBED))[:_PROBED]
-            self.prompts = [rows[place]["prompt"] for place in places]
+            drawn = [rows[place].get("prompt") for place in places]
+            self.prompts = [prompt for prompt in drawn if is_conversational({"prompt": prompt})]
         if not state.global_step:
             self._probe(state)
 
