@@ -1,4 +1,4 @@
-"""The error that ends a run before it starts."""
+"""The errors that end a run with one message and no traceback."""
 
 
 class RecipeError(Exception):
@@ -6,3 +6,7 @@ class RecipeError(Exception):
 
     The message says what was got, what is needed and what to do.
     """
+
+
+class UnhealthyRunError(RuntimeError):
+    """A finding of `--health stop` has ended the run: one message, no traceback, exit status 1."""

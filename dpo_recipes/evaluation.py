@@ -294,15 +294,16 @@ def sampled_kl(trainer: Trainer, prompts: Sequence[Messages], *, max_new_tokens:
     temperature = getattr(trainer.args, "temperature", 1.0)  # DPOConfig has none
     options = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=trainer.args.seed)
     sampled = [both for both in sample_tokens(policy, tokenizer, prompts, **options) if both[1]]
-    ratios = _answer_logps(policy, sampled)
+    ratios = answer_logps(policy, sampled)
     with reference_model(trainer) as reference:
-        ratios -= _answer_logps(trainer.accelerator.unwrap_model(reference), sampled)
+        ratios -= answer_logps(trainer.accelerator.unwrap_model(reference), sampled)
     error = float(ratios.std(ddof=1) / len(ratios) ** 0.5) if len(ratios) > 1 else None
     tokens = sum(len(answer) for _, answer in sampled)
     return {"nats": float(ratios.mean()), "standard_error": error, "n": len(ratios), "tokens": tokens}
 
 
-def _answer_logps(model: Any, sampled: Sequence[tuple[list[int], list[int]]]) -> NDArray[np.float64]:
+@torch.no_grad()
+def answer_logps(model: Any, sampled: Sequence[tuple[list[int], list[int]]]) -> NDArray[np.float64]:
     """Log-prob of each answer after its prompt. Shape (answers,)."""
     logps = []
     was_training = model.training

@@ -17,7 +17,7 @@ from trl import DPOConfig, ModelConfig, RewardConfig, ScriptArguments, TrlParser
 
 from dpo_recipes.catalog import read_yaml
 from dpo_recipes.checkpoints import incomplete_reason, latest_checkpoint
-from dpo_recipes.errors import RecipeError
+from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.files import read_json
 from dpo_recipes.terminal import say
 from dpo_recipes.tracking import check_trackers
@@ -26,7 +26,7 @@ SETTINGS_FILE = "settings.json"
 DONE_FILE = "done.json"
 
 BOOKKEEPING = (
-    *("request", "output_dir", "overwrite", "dry_run", "threshold", "resume_from_checkpoint"),
+    *("request", "output_dir", "overwrite", "dry_run", "threshold", "health", "resume_from_checkpoint"),
     *("run_name", "report_to", "project", "logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "disable_tqdm"),
     "dataloader_num_",
 )
@@ -60,6 +60,10 @@ class RecipeArguments(ScriptArguments):
     shared_prefix: str = field(
         default="auto",
         metadata={"help": "Encode a pair's prompt once: auto where tested.", "choices": ["auto", "true", "false"]},
+    )
+    health: str = field(
+        default="warn",
+        metadata={"help": "Say what goes wrong, or stop where it is fatal.", "choices": ["warn", "stop", "off"]},
     )
     settings: dict[str, Any] = field(init=False, default_factory=dict)
     """All settings in force, set by `parse_recipe`; not a flag."""
@@ -334,6 +338,8 @@ def run(main: Callable[[], object]) -> None:
         main()
     except RecipeError as error:
         _leave(2, str(error))
+    except UnhealthyRunError as error:
+        _leave(1, str(error))
     except KeyboardInterrupt:
         _leave(130, "Interrupted outside of training. What was saved before is kept.")
     except Exception as error:

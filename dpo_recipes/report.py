@@ -25,6 +25,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Critic: explained variance": ("value/explained_variance",),
     "Critic: loss, clipped": ("value/loss", "value/clip_ratio"),
     "Gradient norm": ("grad_norm",),
+    "Health probe: answers that end, repeats": ("probe/ended", "probe/repeated"),
 }
 
 

@@ -20,6 +20,7 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluation import Messages
 from dpo_recipes.files import write_json, write_jsonl, write_text
 from dpo_recipes.guards import add_guards
+from dpo_recipes.health import HEALTH_FILE, HealthCallback, read_findings
 from dpo_recipes.outcome import Score, measure, readable, sharded
 from dpo_recipes.ppo import PPOTrainer
 from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, RecipeArguments, settings_hash
@@ -32,7 +33,7 @@ from dpo_recipes.tryout import open_model
 
 RESULTS = (
     *(DONE_FILE, SETTINGS_FILE, "metrics.json", "samples.jsonl", "curves.png", "README.md", "environment.txt"),
-    *("eval.json", "eval.jsonl", "eval.html"),
+    HEALTH_FILE,
     *("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json"),
 )
 
@@ -50,6 +51,8 @@ def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ProgressLines())
+    if script_args.health != "off":
+        trainer.add_callback(HealthCallback(trainer, script_args.health))
     folder = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
         _lock(folder)
@@ -163,13 +166,14 @@ def finish_run(
     if not trainer.is_world_process_zero():
         return
     spent, answers = cost(trainer), outcome.answers
+    warnings = outcome.warnings + [str(finding) for finding in read_findings(folder)]
     title = f"{folder.name}: {script_args.settings.get('model_name_or_path')} on {script_args.dataset_name}"
-    files = [write_json(folder / "metrics.json", outcome.metrics | {"warnings": outcome.warnings, "cost": spent})]
+    files = [write_json(folder / "metrics.json", outcome.metrics | {"warnings": warnings, "cost": spent})]
     if answers:
         files.append(write_jsonl(folder / "samples.jsonl", answers))
     files.append(plot_curves(trainer.state.log_history, folder / "curves.png", title=title))
     report = table(outcome.header, outcome.rows) if outcome.rows else ""
-    write_text(folder / "README.md", model_card(trainer, script_args, spent, report, outcome.warnings))
+    write_text(folder / "README.md", model_card(trainer, script_args, spent, report, warnings))
     judges = [part.config for part in getattr(trainer, "reward_funcs", []) if isinstance(part, PreTrainedModel)]
     write_json(
         folder / DONE_FILE,

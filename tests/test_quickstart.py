@@ -12,6 +12,11 @@ from dpo_recipes import playground
 SEEDS = (0, 1, 2)
 
 
+def health(folder, name):
+    """What the health rules found."""
+    return json.loads((folder / "outputs" / name.replace("-", "_") / "health.json").read_text())["findings"]
+
+
 def train(seed, folder, dpo_recipes):
     """Both stages in a folder of their own; returns the metrics, once what the run shows at its end was looked at."""
     flags = ["--profile", "cpu", "--seed", str(seed)]
@@ -19,6 +24,7 @@ def train(seed, folder, dpo_recipes):
     for name, more in stages:
         result = run_command(dpo_recipes, "train", name, *flags, *more, cwd=folder, timeout=1200)
         assert result.returncode == 0, result.stdout + result.stderr
+        assert health(folder, name) == [], "healthy"
     run = folder / "outputs" / "quickstart"
     end = result.stdout[result.stdout.rindex("before  ") :]
     assert "exact reward, temperature 0.7" in end
@@ -43,6 +49,7 @@ def test_the_reward_model_is_learned_and_raised(tmp_path, dpo_recipes):
         call = [dpo_recipes, "train", f"quickstart-{name}", "--profile", "cpu", *flags]
         result = run_command(*call, cwd=tmp_path, timeout=1800)
         assert result.returncode == 0, result.stdout + result.stderr
+        assert health(tmp_path, f"quickstart-{name}") == [], "healthy"
         trained += [line.split()[2].rstrip(",") for line in result.stdout.splitlines() if "trained first" in line]
         scores = json.loads((tmp_path / "outputs" / f"quickstart_{name}" / "metrics.json").read_text())["scores"]
         exact, reward = (scores["temperature 0.7"][key] for key in ("exact reward", "reward-model score"))
@@ -51,6 +58,7 @@ def test_the_reward_model_is_learned_and_raised(tmp_path, dpo_recipes):
         assert reward["after"]["mean"] > reward["before"]["mean"] + raised
         assert scores["temperature 0.7"]["grammatical"]["after"]["mean"] > 0.9
     assert trained == ["quickstart_sft", "quickstart_reward"], "each once"
+    assert health(tmp_path, "quickstart-reward") == [], "healthy"
     metrics = json.loads((tmp_path / "outputs" / "quickstart_reward" / "metrics.json").read_text())
     assert metrics["reward_accuracy"]["all"]["low"] > 0.85
     assert metrics["reward_accuracy"]["faults = 1"]["mean"] > 0.75

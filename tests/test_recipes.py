@@ -211,9 +211,10 @@ RANK = {  # imports point from high to low
             {"shared_prefix", "ppo", "loading", "evaluation", "playground", "plan", "tracking"},
             {"recipe", "tryout"},
             {"preflight", "sampling", "record", "outcome"},
-            {"runs", "launch", "answers"},
-            {"sweep", "judges"},
-            {"compare", "evaluate"},
+            {"health"},
+            {"runs", "launch"},
+            {"sweep"},
+            {"compare"},
             {"cli"},
         ]
     )
