@@ -29,7 +29,8 @@ from dpo_recipes.sweep import read_grid
 
 README = REPOSITORY / "README.md"
 RECIPES_README = RECIPES / "README.md"
-DOCUMENTS = [README, RECIPES_README, REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md"]
+IMDB = REPOSITORY / "docs" / "imdb_sentiment.md"
+DOCUMENTS = [README, RECIPES_README, REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md", IMDB]
 ELSEWHERE = [  # other people's messages that the table of common errors quotes
     Path(transformers.__file__).parent / "hf_argparser.py",
     Path(transformers.__file__).parent / "training_args.py",
