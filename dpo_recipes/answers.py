@@ -17,10 +17,10 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from dpo_recipes.dataset_adapters import Drop
-from dpo_recipes.evaluation import Messages, check_prompt, read_answer, sample_tokens
+from dpo_recipes.evaluation import check_prompt, read_answer, sample_tokens
 from dpo_recipes.files import read_json, write_json
 from dpo_recipes.preflight.tokens import render
-from dpo_recipes.rewards import load_reward_model, score
+from dpo_recipes.rewards import Text
 from dpo_recipes.statistics import repetition
 from dpo_recipes.terminal import say
 from dpo_recipes.tokenization import encode_pairs
@@ -28,7 +28,7 @@ from dpo_recipes.tryout import lora_config, open_model
 
 SIDES = ("chosen", "rejected")
 BATCH = 16  # answers, or completions of pairs, at a time
-Scorer = Callable[[Sequence[Messages], Sequence[str]], NDArray[np.float64]]
+Scorer = Callable[[Sequence[Text], Sequence[str]], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def answer_all(
     entries: Sequence[Entry],
     start: str,
     *,
-    prompts: Sequence[Messages],
+    prompts: Sequence[Text],
     pairs: Dataset,
     sampling: Sampling,
     folder: Path,
@@ -86,7 +86,7 @@ def answer_all(
     base, tokenizer = open_model(trained or start, base=start)  # as it was trained on: its dtype, its 4 bits
     base = base.unload() if isinstance(base, PeftModel) else base
     texts = [render(row["prompt"], *(row[side] for side in SIDES), tokenizer=tokenizer) for row in pairs]
-    ids = encode_pairs(texts, tokenizer)
+    ids = encode_pairs(texts, tokenizer, is_chat=not isinstance(pairs[0]["prompt"], str))
     lengths = {f"{side}_tokens": [len(getattr(row, side)) for row in ids] for side in SIDES}
     for number, entry in enumerate(missing, start=1):
         say(f"Answers of {entry.name}, {number} of {len(missing)}.")
@@ -103,8 +103,8 @@ def answer_all(
         base = model.unload() if isinstance(model, PeftModel) else base
         begun = policy if model is base else logps(base, sampled, temperature=sampling.temperature)
         answers = [
-            read_answer(base, tokenizer, tokens) | {"policy": own, "start": other, "scored": len(tokens)}
-            for (_, tokens), own, other in zip(sampled, policy.tolist(), begun.tolist(), strict=True)
+            read_answer(base, tokenizer, prompt, tokens) | {"policy": own, "start": other, "scored": len(tokens)}
+            for prompt, (_, tokens), own, other in zip(prompts, sampled, policy.tolist(), begun.tolist(), strict=True)
         ]
         found[entry.name] = {"key": keys[entry.name], "answers": answers, **sides, **lengths}
         write_json(folder / f"{entry.name}.json", found[entry.name])
@@ -148,25 +148,15 @@ def logps(
     return found
 
 
-def exact_judge(judge: Callable[[Messages, str], float]) -> Scorer:
+def exact_judge(judge: Callable[[Text, str], float]) -> Scorer:
     """The judge that a recipe file names, over many answers."""
     return lambda prompts, texts: np.array([float(judge(*both)) for both in zip(prompts, texts, strict=True)])
 
 
-def model_judge(name: str | Path) -> Scorer:
-    """A reward model's score of many answers; loaded when it is asked."""
-
-    def scores(prompts: Sequence[Messages], texts: Sequence[str]) -> NDArray[np.float64]:
-        model, tokenizer = load_reward_model(str(name))
-        return score(model, tokenizer, prompts, texts, batch_size=BATCH)
-
-    return scores
-
-
-def keep_answerable(start: str, prompts: Iterable[Messages], most: int) -> list[Messages]:
+def keep_answerable(start: str, prompts: Iterable[Text], most: int) -> list[Text]:
     """The first `most` prompts that leave room for an answer and that the chat template takes."""
     model, tokenizer = open_model(start)
-    kept: list[Messages] = []
+    kept: list[Text] = []
     for prompt in prompts:
         with suppress(Drop):
             check_prompt(model, tokenizer, prompt)
@@ -183,7 +173,7 @@ def draw_prompts(test: Dataset, *, start: str, most: int) -> list[Any]:
 def records(
     found: Mapping[str, Mapping[str, Any]],
     *,
-    prompts: Sequence[Messages],
+    prompts: Sequence[Text],
     judge: Scorer | None,
     rewards: Mapping[str, Scorer],
 ) -> dict[str, list[dict[str, Any]]]:

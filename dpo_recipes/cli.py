@@ -186,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     comparing.add_argument("--betas", type=_listed(spelling), metavar="X,Y", help="by default the DPO recipe's own")
     comparing.add_argument("--budget", choices=("samples", "compute"), help="what is equal; by default samples")
     comparing.add_argument("--prompts", type=_at_least(2), help="to answer, of the test split: 200")
+    comparing.add_argument("--judge", metavar="MODEL", help="a reward model or classifier; by default the recipe's own")
     comparing.add_argument("--output_dir", metavar="DIR", help="by default outputs/compare/RECIPE")
     comparing.add_argument("--profile", metavar="P", help="as in train")
     comparing.add_argument("--accelerate", metavar="A", help="as in train")
@@ -226,6 +227,11 @@ def _parser() -> argparse.ArgumentParser:
         sampling.add_argument(f"--{name}", required=name == "dataset_name", help="as for a recipe")
     sampling.add_argument("--output", metavar="FILE", help="samples.jsonl, or pairs.jsonl with --pairs")
     sampling.add_argument("--pairs", action="store_true", help="write pairs: the answer as rejected, chosen as it was")
+    sampling.add_argument(
+        "--judge", metavar="MODEL", help="write pairs: answers ranked by a reward model or classifier"
+    )
+    words = "plain text to go on with: the first A to B words of each prompt"
+    sampling.add_argument("--first_words", nargs=2, type=_at_least(1), metavar=("A", "B"), help=words)
     sampling.add_argument("--num_samples", type=_at_least(1), default=1, help="answers to each prompt: 1")
     sampling.add_argument("--batch_size", type=_at_least(1), default=16, help="answers at a time: 16")
 

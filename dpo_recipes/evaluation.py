@@ -26,9 +26,9 @@ from trl import DPOTrainer, RewardTrainer
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from dpo_recipes.dataset_adapters import Drop
+from dpo_recipes.errors import RecipeError
 from dpo_recipes.intervals import Estimate, wilson
-
-Messages = list[dict[str, str]]
+from dpo_recipes.rewards import Text
 
 
 @dataclass
@@ -168,23 +168,25 @@ def calibration(margins: NDArray[np.float64], *, bins: int = 10) -> dict[str, An
 
 
 def generate(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages], **options: Any
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], **options: Any
 ) -> list[dict[str, Any]]:
     """One answer to each prompt, in order; the options are those of `sample_tokens`.
 
     Returns:
-        For each prompt `text` (special tokens removed), `tokens` (their number) and `ended` (it gave its end token).
+        For each prompt `text` (special tokens removed; what goes on with plain text keeps its white space), `tokens`
+        (their number) and `ended` (it gave its end token).
     """
     sampled = sample_tokens(model, tokenizer, prompts, **options)
-    return [read_answer(model, tokenizer, tokens) for _, tokens in sampled]
+    return [read_answer(model, tokenizer, prompt, tokens) for prompt, (_, tokens) in zip(prompts, sampled, strict=True)]
 
 
 def read_answer(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, tokens: list[int]
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: Text, tokens: list[int]
 ) -> dict[str, Any]:
-    """Sampled tokens as `generate` returns an answer."""
+    """The tokens sampled after a prompt as `generate` returns an answer."""
     kept = tokens[:-1] if tokens and tokens[-1] in stop_tokens(model, tokenizer) else tokens
-    text = tokenizer.decode(kept, skip_special_tokens=True).strip()
+    text = tokenizer.decode(kept, skip_special_tokens=True)
+    text = text if isinstance(prompt, str) else text.strip()
     return {"text": text, "tokens": len(kept), "ended": len(kept) < len(tokens)}
 
 
@@ -194,10 +196,22 @@ def stop_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokeniz
     return [tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])]
 
 
-def check_prompt(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> None:
-    """Nothing, if the model can answer the prompt; else raises Drop with the reason."""
+def check_prompt(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: Text) -> None:
+    """Nothing, if the model can answer the prompt; else raises Drop with the reason.
+
+    Raises:
+        RecipeError: If the prompt is a conversation, and the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None and not isinstance(prompt, str):
+        raise RecipeError(
+            f"The tokenizer of {tokenizer.name_or_path} has no chat template: it is no model that answers. Name "
+            "another."
+        )
     try:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt, verbose=False)["input_ids"]
+        else:
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     except (TemplateError, TypeError, ValueError) as error:
         raise Drop("template_refuses") from error
     if len(ids) >= _context(model):
@@ -212,7 +226,7 @@ def _context(model: PreTrainedModel | PeftModel) -> int:
 def sample_tokens(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Messages],
+    prompts: Sequence[Text],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -226,8 +240,9 @@ def sample_tokens(
 
     Args:
         model: A causal language model; its mode (train or eval) is left as it was.
-        tokenizer: Its tokenizer, with a chat template. Padding is done on the left here, whatever its own side is.
-        prompts: Conversations that end in a user turn.
+        tokenizer: Its tokenizer, for conversations with a chat template. Padding is done on the left here, whatever its
+            own side is.
+        prompts: Conversations that end in a user turn, or plain text to go on with.
         max_new_tokens: Where an answer is cut, if the model's context does not cut it before.
         temperature: 0 is greedy decoding. Sampling is from the whole distribution (no top-k, no top-p).
         seed: Of the sampling; the same seed, prompts and batch size give the same answers.
@@ -242,8 +257,12 @@ def sample_tokens(
         pad_token_id=tokenizer.pad_token_id,
         **(dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else {}),
     )
-    texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
-    widths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    is_text = any(isinstance(prompt, str) for prompt in prompts)  # it gets special tokens from the tokenizer
+    texts = [
+        prompt if is_text else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        for prompt in prompts
+    ]
+    widths = [len(ids) for ids in tokenizer(texts, add_special_tokens=is_text, verbose=False)["input_ids"]]
     order = sorted((row for row in range(len(texts)) if widths[row] < context), key=lambda row: len(texts[row]))
     sampled: list[tuple[list[int], list[int]]] = [([], [])] * len(texts)
     was_training = model.training
@@ -259,7 +278,7 @@ def sample_tokens(
                 return_tensors="pt",
                 padding=True,
                 padding_side="left",
-                add_special_tokens=False,
+                add_special_tokens=is_text,
             ).to(model.device)
             width = batch["input_ids"].shape[1]
             config.max_new_tokens = min(max_new_tokens, context - width)
@@ -278,7 +297,7 @@ def sample_tokens(
 
 
 @torch.no_grad()
-def sampled_kl(trainer: Trainer, prompts: Sequence[Messages], *, max_new_tokens: int) -> dict[str, Any]:
+def sampled_kl(trainer: Trainer, prompts: Sequence[Text], *, max_new_tokens: int) -> dict[str, Any]:
     """KL(policy || reference) of the answers, estimated by one that the policy samples to each prompt.
 
     The temperature is 1, or the one that an online trainer samples at, whose log-probs are those of that temperature.

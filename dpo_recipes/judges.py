@@ -21,12 +21,11 @@ from numpy.typing import NDArray
 from sklearn.metrics import cohen_kappa_score
 from tqdm.auto import tqdm
 
-from dpo_recipes.answers import Scorer, exact_judge, model_judge
+from dpo_recipes.answers import Scorer, exact_judge
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.evaluation import Messages
 from dpo_recipes.files import write_jsonl
 from dpo_recipes.intervals import wilson
-from dpo_recipes.rewards import check_reward_model, read_reward_config
+from dpo_recipes.rewards import Text, check_reward_model, model_judge, read_reward_config
 from dpo_recipes.statistics import wins
 from dpo_recipes.terminal import say
 
@@ -92,21 +91,22 @@ class Endpoint:
 
 
 def open_judge(
-    name: str | None, *, rule: Callable[[Any, str], float] | None, endpoint: Mapping[str, Any], cache: Path
+    name: str | None, *, rule: Callable[[Any, str], float] | str | None, endpoint: Mapping[str, Any], cache: Path
 ) -> Judge | None:
     """The judge of that name; None where there is none.
 
     Args:
         name: The URL of an endpoint, FILE.py:FUNCTION, or a reward model; None: the rule.
-        rule: The recipe's own.
+        rule: The recipe's own, a function or a model.
         endpoint: Fields of `Endpoint` but the URL.
         cache: Where an endpoint's replies are kept.
 
     Raises:
         RecipeError: If there is no such judge.
     """
-    if name is None:
+    if name is None and not isinstance(rule, str):
         return rule and _by_score("the recipe's exact rule", exact_judge(rule))
+    name = name or str(rule)
     if re.match("https?://", name):
         if not endpoint.get("model"):
             raise RecipeError(f"{name} is an endpoint, which may have many models. Name one with --judge_model.")
@@ -114,7 +114,7 @@ def open_judge(
         return Judge(f"{asked.model} at {asked.url}", lambda *answers: ask_all(asked, *answers, cache=cache))
     if ".py:" in name:
         return _by_score(name, exact_judge(_read_function(name)))
-    check_reward_model(*read_reward_config(name), [])
+    check_reward_model(*read_reward_config(name), [], labels=(1, 2))
     return _by_score(f"the reward model {name}", model_judge(name))
 
 
@@ -207,7 +207,7 @@ def ask_all(
     return Judged(won, facts=facts)
 
 
-def _as_text(prompt: str | Messages) -> str:
+def _as_text(prompt: Text) -> str:
     return prompt if isinstance(prompt, str) else "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 

@@ -13,7 +13,6 @@ from trl import DPOTrainer, RewardTrainer
 
 from dpo_recipes import rewards
 from dpo_recipes.evaluation import (
-    Messages,
     calibration,
     generate,
     pair_scores,
@@ -24,8 +23,9 @@ from dpo_recipes.evaluation import (
 )
 from dpo_recipes.intervals import Estimate, mean_with_interval
 from dpo_recipes.recipe import OnlineArguments, RecipeArguments
+from dpo_recipes.rewards import Text
 
-Score = Callable[[Messages, str], dict[str, float]]
+Score = Callable[[Text, str], dict[str, float]]
 
 KL_PROMPTS = 64  # answers at temperature 1 that the divergence is estimated by
 REWARD_SCORE = "reward-model score"
@@ -49,7 +49,7 @@ def measure(
     *,
     strata: str | None,
     score: Score | None,
-    prompts: Sequence[Messages] | None,
+    prompts: Sequence[Text] | None,
     max_new_tokens: int,
     temperatures: Sequence[float],
 ) -> Outcome:
@@ -170,7 +170,7 @@ def _chance_warning(accuracy: Estimate) -> list[str]:
     ]
 
 
-def _draw_prompts(trainer: Trainer, prompts: Sequence[Messages] | None) -> list[Messages]:
+def _draw_prompts(trainer: Trainer, prompts: Sequence[Text] | None) -> list[Text]:
     """The prompts, by default those of the held-out pairs, in an order drawn by seed."""
     distinct = list(prompts or {str(prompt): prompt for prompt in trainer.eval_dataset["prompt"]}.values())
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(trainer.args.seed)).tolist()
@@ -178,7 +178,7 @@ def _draw_prompts(trainer: Trainer, prompts: Sequence[Messages] | None) -> list[
 
 
 def _answers(
-    trainer: Trainer, drawn: Sequence[Messages], temperature: float, max_new_tokens: int, score: Score | None
+    trainer: Trainer, drawn: Sequence[Text], temperature: float, max_new_tokens: int, score: Score | None
 ) -> list[dict[str, Any]]:
     """The prompts, each with the answer before and after."""
     unwrap, tokenizer = trainer.accelerator.unwrap_model, trainer.processing_class

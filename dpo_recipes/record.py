@@ -62,7 +62,7 @@ def hardware(device: torch.device, processes: int = 1) -> str:
 
 def data_hash(dataset: Dataset) -> str:
     """A hash of the pairs themselves, in order; the same whether they came from a cache or not."""
-    columns = [name for name in ("prompt", "chosen", "rejected", "completion") if name in dataset.column_names]
+    columns = [name for name in ("prompt", "chosen", "rejected", "completion", "text") if name in dataset.column_names]
     digest = hashlib.sha256()
     for rows in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
         digest.update(json.dumps(rows.to_pylist()).encode())

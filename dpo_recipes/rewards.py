@@ -1,7 +1,8 @@
 """Scores completions with a reward model, and refuses one that cannot before anything is generated."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,21 +30,27 @@ _LOADING = (OSError, ValueError, RuntimeError, SafetensorError)  # no such name,
 
 
 def load_reward_model(
-    name: str, *, revision: str = "main", dtype: str = "auto", trust_remote_code: bool = False
+    name: str,
+    *,
+    revision: str = "main",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    labels: Container[int] = (1,),
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A reward model on the accelerator, if there is one, and its own tokenizer, which can pad.
 
     Args:
-        name: The folder or Hub name of a full sequence-classification model with one output.
+        name: The folder or Hub name of a full sequence-classification model.
         revision: On the Hub.
         dtype: Of the weights; by default as they were saved.
         trust_remote_code: Whether code that comes with the model may run.
+        labels: As `check_reward_model` reads them.
 
     Raises:
         RecipeError: If it cannot be loaded, or is no reward model.
     """
     config, tokenizer = read_reward_config(name, revision=revision, trust_remote_code=trust_remote_code)
-    check_reward_model(config, tokenizer, [])
+    check_reward_model(config, tokenizer, [], labels=labels)
     options = dict(revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     options["device_map"] = {"": torch.accelerator.current_accelerator() or "cpu"}
     try:
@@ -80,6 +87,7 @@ def check_reward_model(
     prompts: Sequence[Text],
     *,
     max_completion_length: int = 1,
+    labels: Container[int] = (1,),
 ) -> None:
     """Nothing, if the reward model can score answers to the prompts; call it before anything is generated.
 
@@ -88,9 +96,10 @@ def check_reward_model(
         tokenizer: The reward model's own.
         prompts: All that will be answered; conversations with the same roles are looked at once.
         max_completion_length: Tokens of the longest answer.
+        labels: How many outputs it may have. TRL takes the first one as the score; `score` reads a classifier's two.
 
     Raises:
-        RecipeError: If the model's score head is untrained or has several outputs, the tokenizer has no chat template,
+        RecipeError: If the model's score head is untrained or has other outputs, the tokenizer has no chat template,
             refuses the conversations, cannot pad, or has more tokens than the model, or a prompt leaves no room.
     """
     config: Any = getattr(model, "config", model)
@@ -102,7 +111,7 @@ def check_reward_model(
             f"{name} is a {others[0]}, which has no score head: a random one would be put on. Name a reward model, or "
             "train one: make train RECIPE=hh-rlhf-reward."
         )
-    if config.num_labels != 1:
+    if config.num_labels not in labels:
         raise RecipeError(
             f"{name} has {config.num_labels} outputs, where a reward model has one score. Name another, or turn its "
             "outputs into one number in a reward function."
@@ -167,15 +176,20 @@ def score(
 ) -> NDArray[np.float64]:
     """The reward model's score of each completion, in order. Shape (completions,).
 
+    That of a classifier with two labels is the probability of POSITIVE, or of the second one where none is named so
+    (Rafailov et al. 2023, section 6); it reads the special tokens that it was trained with.
+
     Args:
-        model: A reward model; its mode (train or eval) is left as it was.
+        model: A reward model or such a classifier; its mode (train or eval) is left as it was.
         tokenizer: The reward model's own, which can pad.
         prompts: One for each completion.
         completions: Plain text after a conversation is an assistant's turn.
         batch_size: Completions at a time. They are sorted by length, so that little is padded.
     """
     texts = [as_text(*both, tokenizer) for both in zip(prompts, completions, strict=True)]
-    ids = _token_ids(texts, tokenizer)
+    two = model.config.num_labels == 2
+    columns = {name.upper(): column for column, name in model.config.id2label.items()}
+    ids = _token_ids(texts, tokenizer, special=two)
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     scores = np.zeros(len(ids))
     was_training = model.training
@@ -184,9 +198,19 @@ def score(
         rows = order[start : start + batch_size]
         batch = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, padding_side="right", return_tensors="pt")
         batch = batch.to(model.device)
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        scores[rows] = logits[:, 0].double().cpu().numpy()
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
+        given = logits.softmax(dim=1)[:, columns.get("POSITIVE", 1)] if two else logits[:, 0]
+        scores[rows] = given.cpu().numpy()
     model.train(was_training)
+    return scores
+
+
+def model_judge(name: str | Path) -> Callable[[Sequence[Text], Sequence[Text]], NDArray[np.float64]]:
+    """Scores answers to prompts by a reward model or a classifier with two labels, loaded when it is asked."""
+
+    def scores(prompts: Sequence[Text], texts: Sequence[Text]) -> NDArray[np.float64]:
+        return score(*load_reward_model(str(name), labels=(1, 2)), prompts, texts)
+
     return scores
 
 
@@ -210,6 +234,6 @@ def check_reloads(folder: str, model: PreTrainedModel, probe: Mapping[str, torch
         raise RuntimeError(f"The reward model in {folder} scores a batch differently by {error:.1e}: do not use it.")
 
 
-def _token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+def _token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
     return ids

@@ -17,7 +17,6 @@ from trl import RewardTrainer
 
 from dpo_recipes.checkpoints import check_saved, merge_adapter, trained_weights
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.evaluation import Messages
 from dpo_recipes.files import write_json, write_jsonl, write_text
 from dpo_recipes.guards import add_guards
 from dpo_recipes.health import HEALTH_FILE, HealthCallback, read_findings
@@ -26,14 +25,14 @@ from dpo_recipes.ppo import PPOTrainer
 from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, RecipeArguments, settings_hash
 from dpo_recipes.record import LIBRARIES, cost, data_hash, hardware, model_card, weights_hash
 from dpo_recipes.report import plot_curves, side_by_side, table
-from dpo_recipes.rewards import check_reloads
+from dpo_recipes.rewards import Text, check_reloads
 from dpo_recipes.terminal import say
 from dpo_recipes.tracking import start_tracking
 from dpo_recipes.tryout import open_model
 
 RESULTS = (
     *(DONE_FILE, SETTINGS_FILE, "metrics.json", "samples.jsonl", "curves.png", "README.md", "environment.txt"),
-    HEALTH_FILE,
+    *("eval.json", "eval.jsonl", "eval.html", HEALTH_FILE),
     *("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json"),
 )
 
@@ -134,7 +133,7 @@ def finish_run(
     merge: bool = False,
     strata: str | None = None,
     score: Score | None = None,
-    prompts: Sequence[Messages] | None = None,
+    prompts: Sequence[Text] | None = None,
     max_new_tokens: int = 128,
     temperatures: Sequence[float] = (0.0,),
 ) -> None:

@@ -1,7 +1,9 @@
 """Writes a model's answers to the prompts of a dataset: to be ranked, or as the rejected side of pairs."""
 
 import hashlib
+import itertools
 import json
+import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,13 +11,23 @@ from typing import Any
 
 from tqdm.auto import tqdm, trange
 
-from dpo_recipes.dataset_adapters import DROP_REASONS, Drop, as_messages, check_pair, preference_jsonl, recognise
+from dpo_recipes.dataset_adapters import (
+    DROP_REASONS,
+    Drop,
+    as_messages,
+    check_pair,
+    plain_text,
+    preference_jsonl,
+    prompts_alone,
+    recognise,
+)
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluation import check_prompt, generate
 from dpo_recipes.files import write_jsonl
 from dpo_recipes.ledger import Ledger
 from dpo_recipes.loading import load_rows
 from dpo_recipes.recipe import RecipeArguments
+from dpo_recipes.rewards import check_reward_model, model_judge, read_reward_config
 from dpo_recipes.terminal import say
 from dpo_recipes.tryout import open_model
 
@@ -23,7 +35,15 @@ AT_A_TIME = 8  # batches between two writes
 
 
 def sample(
-    model: str, dataset: RecipeArguments, *, output: str | None, pairs: bool, num_samples: int, **options: Any
+    model: str,
+    dataset: RecipeArguments,
+    *,
+    output: str | None,
+    pairs: bool,
+    num_samples: int,
+    judge: str | None = None,
+    first_words: tuple[int, int] | None = None,
+    **options: Any,
 ) -> Path:
     """The path of a JSON Lines file, written whole; until then a .part lies beside it: the same call goes on with it.
 
@@ -34,17 +54,31 @@ def sample(
         pairs: Write `{prompt, chosen, rejected}`: the dataset's chosen answer, and the model's own as the rejected one.
             Without it `{prompt, completions, ended}`, a line for each distinct prompt.
         num_samples: Answers to each prompt.
+        judge: A reward model, or a classifier with two labels as `score` reads it. Write a pair of every two answers to
+            a prompt that it scores differently, and the difference as their `margin`.
+        first_words: Least and most. The prompts are plain text to go on with: the first words of the dataset's, their
+            number drawn by a hash of the text.
         options: Those of `sample_tokens`: temperature, max_new_tokens, seed, batch_size.
 
     Raises:
         RecipeError: If the file exists, the call makes no sense, or the rows have no prompt.
     """
-    target = Path(output or ("pairs.jsonl" if pairs else "samples.jsonl"))
+    target = Path(output or ("pairs.jsonl" if pairs or judge else "samples.jsonl"))
     if target.exists():
         raise RecipeError(f"{target} exists already. Name another file with --output.")
     if options["temperature"] == 0 and num_samples > 1:
         raise RecipeError("At temperature 0 all answers to a prompt are the same: leave out --num_samples.")
-    asked = _read_prompts(dataset, pairs=pairs)
+    if pairs and (judge or first_words):
+        raise RecipeError(
+            "--pairs keeps the dataset's prompts and chosen answers: leave out --judge and --first_words."
+        )
+    if judge and num_samples < 2:
+        raise RecipeError("--judge ranks the answers to a prompt, which needs two or more: --num_samples 4.")
+    asked = _read_prompts(dataset, pairs=pairs, first_words=first_words)
+    if judge:
+        prompts = [row["prompt"] for row in asked]
+        room = dict(max_completion_length=options["max_new_tokens"], labels=(1, 2))
+        check_reward_model(*read_reward_config(judge), prompts, **room)
     loaded, tokenizer = open_model(model)
     asked = _keep(asked, lambda row: check_prompt(loaded, tokenizer, row["prompt"]), "prompts")
     weights = sorted((file.name, file.stat().st_mtime_ns) for file in Path(model).glob("*.safetensors"))
@@ -66,24 +100,28 @@ def sample(
         with part.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in done[start:])
     lines = [{**row, **answered} for row, answered in zip(asked, done, strict=True)]
-    write_jsonl(target, _own_rejected(lines) if pairs else lines)
+    write_jsonl(target, _own_rejected(lines) if pairs else _ranked(lines, judge) if judge else lines)
     part.unlink()
     cut = sum(not ended for line in lines for ended in line["ended"])
     say(f"{len(asked)} prompts, {len(asked) * num_samples} answers, {cut} of them cut short")
-    say(f"{'Pairs' if pairs else 'Answers':<14}{target}")
+    say(f"{'Pairs' if pairs or judge else 'Answers':<14}{target}")
     return target
 
 
-def _read_prompts(script_args: RecipeArguments, *, pairs: bool) -> list[dict[str, Any]]:
+def _read_prompts(
+    script_args: RecipeArguments, *, pairs: bool, first_words: tuple[int, int] | None
+) -> list[dict[str, Any]]:
     """`prompt`, and `chosen` for pairs, of every row; without pairs each prompt once."""
     rows = load_rows(script_args)["train"]
     alone = not pairs and "prompt" in rows.column_names and not {"chosen", "rejected"} & set(rows.column_names)
-    for side in ("chosen", "rejected") if alone else ():  # so that a prompt is checked and counted as in a pair
-        rows = rows.add_column(side, [side] * len(rows))
+    dataset_adapter = plain_text if first_words else preference_jsonl if alone else recognise(rows)
     with Ledger() as ledger:
-        kept = preference_jsonl(rows) if alone else recognise(rows)(rows)
+        kept = dataset_adapter(prompts_alone(rows) if alone else rows)
     _account(len(kept), "rows", {reason: drop.count for reason, drop in ledger.total().dropped.items()})
     found: list[dict[str, Any]] = kept.select_columns(["prompt", "chosen"] if pairs else ["prompt"]).to_list()
+    if first_words:
+        for row in found:
+            row["prompt"] = " ".join(row["prompt"].split()[: random.Random(row["prompt"]).randint(*first_words)])
     return found if pairs else list({json.dumps(row): row for row in found}.values())
 
 
@@ -96,6 +134,27 @@ def _own_rejected(lines: Sequence[dict[str, Any]]) -> list[Any]:
     ]
     repeated = sum(len(line["completions"]) for line in lines) - len(own)
     return _keep(own, check_pair, "pairs", same_answer_again=repeated)
+
+
+def _ranked(lines: Sequence[dict[str, Any]], judge: str) -> list[Any]:
+    """A pair of every two answers of a line that the judge scores differently; the others are counted and named."""
+    own = [(line["prompt"], text) for line in lines for text in dict.fromkeys(line["completions"])]
+    repeated = sum(len(line["completions"]) for line in lines) - len(own)
+    scores = model_judge(judge)([prompt for prompt, _ in own], [text for _, text in own]).tolist()
+    ranked = []
+    for prompt, group in itertools.groupby(zip(own, scores, strict=True), key=lambda scored: scored[0][0]):
+        best_first = sorted(group, key=lambda scored: -scored[1])
+        for ((_, chosen), high), ((_, rejected), low) in itertools.combinations(best_first, 2):
+            ranked.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": high - low})
+    return _keep(ranked, _check_ranked, "pairs", same_answer_again=repeated)
+
+
+def _check_ranked(pair: dict[str, Any]) -> None:
+    prompt = as_messages(pair["prompt"], role="user")
+    chosen, rejected = (as_messages(pair[side], role="assistant") for side in ("chosen", "rejected"))
+    check_pair({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    if pair["margin"] == 0:
+        raise Drop("not_rated_higher")
 
 
 def _keep(rows: Sequence[Any], check: Callable[[Any], None], what: str, **dropped: int) -> list[Any]:

@@ -55,11 +55,11 @@ def open_model(
         name: The folder or Hub name of a full model, or the folder of a LoRA adapter: a run's or a checkpoint's.
         base: Of the LoRA adapter; by default the one that it was trained on.
         as_trained: Whether a LoRA adapter's base gets the dtype and the 4 bits that it was trained with, or its own
-            weights. A model as trained has a chat template.
+            weights.
         reward_model: Whether it is one, with a score head.
 
     Raises:
-        RecipeError: If the model or its base cannot be loaded, or lacks the chat template.
+        RecipeError: If the model or its base cannot be loaded.
     """
     lora, settings = lora_config(name), run_settings(name)
     start = base or lora["base_model_name_or_path"] if lora else name
@@ -89,8 +89,6 @@ def open_model(
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options["trust_remote_code"])
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # a size that does not fit, a file cut short
         raise RecipeError(f"Cannot load {what}: {textwrap.shorten(str(error), 300)}") from error
-    if as_trained and tokenizer.chat_template is None:
-        raise RecipeError(f"The tokenizer of {name} has no chat template: it is no model that answers. Name another.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if reward_model:

@@ -7,7 +7,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
-# Of every process that the tests start, a sixth of the imports is what bitsandbytes gives torch.compile and nobody calls.
+# A sixth of what every process imports is for what bitsandbytes gives torch.compile, and nobody calls.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import pytest

@@ -29,12 +29,14 @@ from dpo_recipes.sweep import read_grid
 
 README = REPOSITORY / "README.md"
 RECIPES_README = RECIPES / "README.md"
+IMDB = REPOSITORY / "docs" / "imdb_sentiment.md"
 DOCUMENTS = [
     README,
     RECIPES_README,
     REPOSITORY / "CONTRIBUTING.md",
     REPOSITORY / "CHANGELOG.md",
     REPOSITORY / "docs" / "evaluation.md",
+    IMDB,
 ]
 ELSEWHERE = [  # other people's messages that the table of common errors quotes
     Path(transformers.__file__).parent / "hf_argparser.py",

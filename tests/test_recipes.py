@@ -34,8 +34,9 @@ from dpo_recipes.recipe import RecipeArguments, argument_classes, parse_recipe
 NAMES = sorted(path.stem for path in RECIPES.glob("*.py"))
 PROFILES = sorted(path.stem for path in (RECIPES / "profiles").glob("*.yaml"))
 HH_RLHF = ["hh_rlhf_full", "hh_rlhf_lora", "hh_rlhf_qlora", "hh_rlhf_sft"]
-REWARD = ["hh_rlhf_reward", "quickstart_reward"]
-ONLINE = ["hh_rlhf_ppo", "hh_rlhf_rloo", "quickstart_ppo", "quickstart_rloo"]
+REWARD = ["hh_rlhf_reward", "imdb_sentiment_reward", "quickstart_reward"]
+ONLINE = ["hh_rlhf_ppo", "hh_rlhf_rloo", "imdb_sentiment_ppo", "quickstart_ppo", "quickstart_rloo"]
+SIBLINGS = {"hh": "hh_rlhf_lora", "imdb": "imdb_sentiment_lora", "quickstart": "quickstart"}  # DPO, by the first word
 ON_DATASETS = [*HH_RLHF, "mixture_lora", "oasst1_lora", "shp_lora", "ultrafeedback_qlora"]
 
 
@@ -149,7 +150,7 @@ def test_a_rollout_is_whole_updates_under_every_profile(name, processes, profile
 
 @pytest.mark.parametrize(
     ("name", "sibling"),
-    [(name, "hh_rlhf_lora" if "hh_rlhf" in name else "quickstart") for name in ["hh_rlhf_sft", *REWARD, *ONLINE]],
+    [(name, SIBLINGS[name.split("_")[0]]) for name in ["hh_rlhf_sft", *REWARD, *ONLINE]],
 )
 def test_settings_that_two_algorithms_share_read_the_same(name, sibling):
     """Same groups in the same order, and the same line for the same setting but for what must differ."""
@@ -212,9 +213,9 @@ RANK = {  # imports point from high to low
             {"recipe", "tryout"},
             {"preflight", "sampling", "record", "outcome"},
             {"health"},
-            {"runs", "launch"},
-            {"sweep"},
-            {"compare"},
+            {"runs", "launch", "answers"},
+            {"sweep", "judges"},
+            {"compare", "evaluate"},
             {"cli"},
         ]
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from dpo_recipes.answers import Entry, Sampling, answer_all, draw_prompts, exact_judge, model_judge, records
+from dpo_recipes.answers import Entry, Sampling, answer_all, draw_prompts, exact_judge, records
 from dpo_recipes.compare.budget import budget_in_words, check_match, samples_of, updates_within
 from dpo_recipes.compare.plan import ALGORITHMS, ONLINE, Recipe, Stage, plan_stages, read_recipes
 from dpo_recipes.compare.report import write_report
@@ -25,6 +25,7 @@ from dpo_recipes.measures import columns
 from dpo_recipes.preflight import measure_pairs
 from dpo_recipes.recipe import load_tokenizer
 from dpo_recipes.record import LIBRARIES
+from dpo_recipes.rewards import check_reward_model, model_judge, read_reward_config
 from dpo_recipes.sweep import STOPPED
 from dpo_recipes.terminal import say
 
@@ -43,7 +44,7 @@ class Comparison:
     betas: Sequence[str]
     budget: str
     prompts: int
-    judge: Callable[[Any, str], float] | None  # the recipe's exact reward; None: one is trained
+    judge: Callable[[Any, str], float] | str | None  # the exact reward, or a model's name; None: one is trained
     updates: dict[str, int] = field(default_factory=dict)  # of the online algorithms
     parts: dict[str, Dataset] = field(default_factory=dict)
 
@@ -71,6 +72,7 @@ def compare(
     quick: bool = False,
     budget: str = "samples",
     prompts: int = 200,
+    judge: str | None = None,
     output_dir: str | None = None,
 ) -> int:
     """Trains what is missing, and writes results.json, records.jsonl, report.html, report.md and the plots.
@@ -86,6 +88,7 @@ def compare(
         quick: The first beta and the first seed alone.
         budget: `samples` or `compute`, as `updates_within` reads it.
         prompts: To answer, of the test split.
+        judge: A reward model, or a classifier with two labels; by default the recipe's own judge.
         output_dir: `outputs/compare/RECIPE` by default.
 
     Returns:
@@ -95,7 +98,7 @@ def compare(
         RecipeError: If the call or the data is wrong.
     """
     launch = prepare(name, profile=profile, accelerate=accelerate)
-    recipes = read_recipes(launch, stages, flags=flags)
+    recipes = read_recipes(launch, stages, flags=flags, judge=judge)
     some = slice(1 if quick else None)
     comparison = Comparison(
         root=Path(output_dir or f"outputs/compare/{launch.recipe.stem}"),
@@ -105,8 +108,10 @@ def compare(
         betas=list(betas or [str(recipes["dpo"].training_args.beta)])[some],
         budget=budget,
         prompts=prompts,
-        judge=recipes["dpo"].namespace.get("judge"),
+        judge=judge or recipes["dpo"].namespace.get("judge"),
     )
+    if isinstance(comparison.judge, str):
+        check_reward_model(*read_reward_config(comparison.judge), [], labels=(1, 2))
     clock, root = Clock(), comparison.root
     stages_with = partial(plan_stages, recipes, betas=comparison.betas, seeds=comparison.seeds, root=root)
     planned = stages_with(updates=dict.fromkeys(ONLINE, 0))  # the budget needs the tokenizer that SFT leaves
@@ -174,11 +179,12 @@ def _report(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[s
         sampling=comparison.sampling,
         folder=root / "answers",
     )
+    judge = comparison.judge or root / "judge"
     optimised = {stage.seed: model_judge(stage.folder) for stage in finished if stage.kind == "reward"}
     rows = records(
         found,
         prompts=prompts,
-        judge=exact_judge(comparison.judge) if comparison.judge else model_judge(root / "judge"),
+        judge=exact_judge(judge) if callable(judge) else model_judge(judge),
         rewards={entry.name: optimised[entry.seed] for entry in entries if entry.seed in optimised},
     )
     write_jsonl(root / "records.jsonl", ({"run": name} | row for name, each in rows.items() for row in each))
@@ -201,7 +207,10 @@ def _about(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[st
         for stage in finished
         if stage.kind in ("judge", "reward")
     }
-    if comparison.judge is None:
+    if isinstance(comparison.judge, str):
+        said = f"The judge is {comparison.judge}, a model that was not trained here."
+        judge = {"name": comparison.judge, "detail": said}
+    elif comparison.judge is None:
         right = Estimate(**accuracies["judge"])
         judge = {
             "name": "a reward model of its own",

@@ -86,7 +86,9 @@ def find_siblings(recipe: Path, kinds: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def read_recipes(launch: Launch, stages: Sequence[str], *, flags: Sequence[str]) -> dict[str, Recipe]:
+def read_recipes(
+    launch: Launch, stages: Sequence[str], *, flags: Sequence[str], judge: str | None = None
+) -> dict[str, Recipe]:
     """The recipes that a comparison takes, by kind, their settings read and found valid.
 
     `reward` is among them where something optimises it, `judge` where the DPO recipe has no exact reward of that name:
@@ -97,6 +99,7 @@ def read_recipes(launch: Launch, stages: Sequence[str], *, flags: Sequence[str])
         stages: Kinds that are asked for.
         flags: `--key value` goes to every recipe that has such a setting, `--ppo.key value` to that one,
             `--reward.key value` to the judge too.
+        judge: A model that was named for it; none is trained then.
 
     Raises:
         RecipeError: If a recipe is missing, a stage or flag is none of theirs, or a value is refused.
@@ -108,7 +111,7 @@ def read_recipes(launch: Launch, stages: Sequence[str], *, flags: Sequence[str])
     free = ("dpo.max_steps", "reward.max_steps", "judge.max_steps")
     if taken := [name for name, _ in given if name.rpartition(".")[2] in RESERVED and name not in free]:
         raise RecipeError(f"--{taken[0]} is for the comparison to set. Give {RESERVED[taken[0].rpartition('.')[2]]}.")
-    is_judged = "judge" not in runpy.run_path(str(launch.recipe))
+    is_judged = judge is None and "judge" not in runpy.run_path(str(launch.recipe))
     needs_reward = is_judged or {*ONLINE} & {*kinds}
     files = find_siblings(launch.recipe, [*kinds, *(["reward"] if needs_reward else [])])
     files |= {"judge": files["reward"]} if is_judged else {}

@@ -25,9 +25,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from datasets import Dataset, Value
+from datasets import Dataset, Features, Value
 
 from dpo_recipes.dataset_adapters.adapting import DROP_REASONS as DROP_REASONS
+from dpo_recipes.dataset_adapters.adapting import PAIR_FEATURES, require_columns
 from dpo_recipes.dataset_adapters.adapting import Drop as Drop
 from dpo_recipes.dataset_adapters.adapting import Message as Message
 from dpo_recipes.dataset_adapters.adapting import Pair as Pair
@@ -38,8 +39,8 @@ from dpo_recipes.dataset_adapters.adapting import check_pair as check_pair
 from dpo_recipes.dataset_adapters.adapting import keep_pairs as keep_pairs
 from dpo_recipes.dataset_adapters.adapting import map_rows as map_rows
 from dpo_recipes.dataset_adapters.adapting import rename_columns as rename_columns
-from dpo_recipes.dataset_adapters.adapting import require_columns
 from dpo_recipes.dataset_adapters.oasst import oasst1 as oasst1
+from dpo_recipes.errors import RecipeError
 
 _SHP_COLUMNS = ["history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B", "post_id", "domain"]
 _ULTRAFEEDBACK_RATINGS = [  # of HuggingFaceH4 and trl-lib; argilla's -cleaned; argilla's first
@@ -134,6 +135,32 @@ def _pair_of_conversations(chosen: list[Message], rejected: list[Message], *, pr
     if prompt is not None and as_messages(prompt, role="user")[-1] not in context:
         raise Drop("prompt_differs")
     return {"prompt": context, "chosen": chosen[-1:], "rejected": rejected[-1:]}
+
+
+def plain_text(dataset: Dataset) -> Dataset:
+    """Pairs of rows with prompt, chosen and rejected as plain text, which stays so: TRL's string format.
+
+    The completions go on with the prompt, white space included, and no chat template is put around them.
+
+    Raises:
+        RecipeError: If a column is missing, or holds messages.
+    """
+    kinds = {side: dataset.features.get(side, Value("string")) for side in PAIR_FEATURES}
+    if messages := [side for side, kind in kinds.items() if kind != Value("string")]:
+        raise RecipeError(f"plain_text reads text, and {messages} hold something else. Read it by preference_jsonl.")
+    pairs = preference_jsonl(dataset)
+    return map_rows(pairs, _contents, features=Features({**pairs.features, **kinds}), desc="plain text")
+
+
+def _contents(batch: Row) -> Row:
+    return {**batch, **{side: [turns[0]["content"] for turns in batch[side]] for side in PAIR_FEATURES}}
+
+
+def prompts_alone(dataset: Dataset) -> Dataset:
+    """Rows of prompts with sides that say nothing, so that a prompt is checked and counted as in a pair."""
+    for side in ("chosen", "rejected"):
+        dataset = dataset.add_column(side, [side] * len(dataset))
+    return dataset
 
 
 def shp(dataset: Dataset, *, least_ratio: float = 2.0, pairs_per_post: int = 5) -> Dataset:

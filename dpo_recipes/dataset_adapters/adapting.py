@@ -62,6 +62,7 @@ DROP_REASONS = {
     "other_part": "the prompt is in another part (--part)",
     "too_long": "last user turn + completion over max_length",
     "prompt_too_long": "last user turn over max_prompt_length",
+    "text_too_long": "a text with its end token over max_length",
     "same_prompt": "a prompt that came before",
     "template_refuses": "the chat template refuses the conversation",
     "no_room": "the prompt fills the model's context",

@@ -33,6 +33,7 @@ _REMEDIES = {
     "too_long": "Raise --max_length.",
     "other_part": "Leave out --part, or give more rows.",
     "prompt_too_long": "Raise --max_prompt_length.",
+    "text_too_long": "Raise --max_length.",
     "template_refuses": "Take a model whose chat template accepts such conversations.",
 }
 
@@ -76,12 +77,15 @@ def prepare_prompts(
     """`train` and `test` prompts for an online trainer, each once, every row of the dataset accounted for.
 
     A prompt over `max_prompt_length` tokens loses its oldest turns, and is dropped where that does not help. Columns
-    beside prompt, chosen and rejected are kept for reward functions. The rest is as in `prepare_pairs`.
+    beside prompt, chosen and rejected are kept for reward functions. The rest is as in `prepare_pairs`. For SFT prompts
+    are texts, each with room for an end token within `max_length`, and no answer to them is looked at.
 
     Args:
         load_pairs: The recipe's own.
-        script_args: OnlineArguments, passed to load_pairs. The reward model that they name is checked.
-        training_args: `max_completion_length`, `generation_batch_size`, `num_generations` and `output_dir` are read.
+        script_args: OnlineArguments, or RecipeArguments for SFT, passed to load_pairs. The reward model that they name
+            is checked.
+        training_args: `max_length` is read for SFT, else `max_completion_length`, `generation_batch_size` and
+            `num_generations`; `output_dir`.
         tokenizer: The one that the trainer is given.
 
     Raises:
@@ -161,27 +165,32 @@ def measure_prompts(
     Raises:
         RecipeError: For every reason that `prepare_prompts` has but a finding.
     """
-    thresholds, longest = thresholds_of(script_args, training_args), script_args.max_prompt_length
+    thresholds, is_sft = thresholds_of(script_args, training_args), isinstance(training_args, SFTConfig)
+    limit = "max_length" if is_sft else "max_prompt_length"
+    longest = getattr(training_args if is_sft else script_args, limit)
+    room, what = (longest and longest - 1, "text") if is_sft else (longest, "prompt")
     with Ledger() as ledger:
         pairs = _load(load_pairs, script_args)
         tokenizer = tokenizer_to_measure(tokenizer, pairs=pairs["train"])
-        fitted = {split: fit_prompts(pairs[split], tokenizer, longest, split=split) for split in ("train", "test")}
+        fitted = {split: fit_prompts(pairs[split], tokenizer, room, f"{what}_too_long", split=split) for split in pairs}
         prompts = drop_prompts_in_test(DatasetDict(fitted), stage="preflight")
         prompts["test"] = _draw_eval_pairs(prompts["test"], script_args)
         for split in prompts:
             ledger.accounts[split].shortened = sum(tokens > 0 for tokens in prompts[split]["cut_tokens"][:])
-    account = account_lines(ledger, limit=f"max_prompt_length {longest}", kept="prompts")
+    account = account_lines(ledger, limit=f"{limit} {longest}", kept=f"{what}s")
     _refuse_empty(prompts, ledger, account)
-    check_prompts(prompts, script_args, training_args, tokenizer)
-    data = account_data(ledger, name=script_args.dataset_name, max_length=None) | {"max_prompt_length": longest}
-    data |= {"model": tokenizer.name_or_path, "reward_model": script_args.reward_model_name_or_path}
+    data = account_data(ledger, name=script_args.dataset_name, max_length=None)
+    data |= {limit: longest, "model": tokenizer.name_or_path}
+    if not is_sft:
+        check_prompts(prompts, script_args, training_args, tokenizer)
+        data["reward_model"] = script_args.reward_model_name_or_path
     data["prompts"] = {split: digest(rows) for split, rows in prompts.items()}
     data["tokens"] = {split: describe_prompts(rows) for split, rows in prompts.items()}
     findings = dropped_findings(ledger, thresholds)
     tokens = [data["tokens"][split]["prompt"] for split in prompts]
     lines = [
         f"{label:<54}" + "".join(f"{split[key]:>10,.0f}" for split in tokens)
-        for label, key in (("tokens of the longest prompt", "max"), ("  of a prompt, on average", "mean"))
+        for label, key in ((f"tokens of the longest {what}", "max"), (f"  of a {what}, on average", "mean"))
     ]
     return Measured(prompts, [*account, *lines], data | {"thresholds": thresholds} | judged(findings), findings)
 

@@ -11,7 +11,7 @@ from dpo_recipes.preflight.tokens import FAULTS
 
 _SHOWN_REASONS = 5  # on the screen; preflight.json has them all
 _NO_FAULT = {  # reasons by which good rows are left out: a choice of the dataset adapter, or of the settings
-    *("prompt_in_test", "same_prompt", "too_long", "prompt_too_long"),
+    *("prompt_in_test", "same_prompt", "too_long", "prompt_too_long", "text_too_long"),
     *("no_rating", "not_rated_higher", "low_score_ratio", "post_has_enough", "language"),
     *("deleted", "synthetic", "not_reviewed", "thread_is_broken", "not_a_pair_of_replies", "removed_by_load_pairs"),
     "other_part",

@@ -21,7 +21,7 @@ from dpo_recipes.preflight import measure_pairs, off_distribution, page, refuse_
 from dpo_recipes.preflight.cost import cost_findings, cost_lines, estimate_cost
 from dpo_recipes.preflight.findings import finding_lines, judge, judged
 from dpo_recipes.preflight.tokens import MEASURES
-from dpo_recipes.recipe import OnlineArguments, RecipeArguments, argument_classes, load_tokenizer, parse_recipe
+from dpo_recipes.recipe import RecipeArguments, argument_classes, load_tokenizer, parse_recipe
 from dpo_recipes.terminal import say
 
 PRECISION = ("bf16", "fp16", "use_cpu")  # what a profile for a card says, and a machine without one refuses
@@ -53,10 +53,10 @@ def inspect(
     if not {"RECIPE", "load_pairs"} <= set(namespace):
         raise RecipeError(f"{recipe} lacks RECIPE or load_pairs. Start from a recipe: dpo-recipes copy hh-rlhf-lora.")
     script = recipe or Path(re.sub(r"\W+", "_", Path(name).stem))
-    if any(issubclass(part, OnlineArguments) for part in argument_classes(namespace)):
+    if "prepare_prompts" in namespace:
         raise RecipeError(
             f"{name} learns from prompts alone, which its training accounts for (--dry_run true). Inspect the "
-            "pairs by the recipe of its reward model."
+            "pairs by a recipe that learns from them."
         )
     script_args, training_args, model_args = parse_namespace(namespace, script, profile=profile, flags=flags)
     tokenizer = load_tokenizer(model_args, training_args)

@@ -49,11 +49,11 @@ def fit(pairs: Dataset, tokenizer: Any, max_length: int | None, *, split: str) -
     return keep_pairs(marked, name="preflight", split=split)
 
 
-def fit_prompts(pairs: Dataset, tokenizer: Any, max_prompt_length: int, *, split: str) -> Dataset:
-    """The distinct prompts of the pairs, of at most `max_prompt_length` tokens, with the columns of their first pairs.
+def fit_prompts(pairs: Dataset, tokenizer: Any, longest: int | None, too_long: str, *, split: str) -> Dataset:
+    """The distinct prompts of the pairs, of at most `longest` tokens, with the columns of their first pairs.
 
-    Long ones lose their oldest turns as in `fit`, and are dropped where that does not help. `chosen` and `rejected` go;
-    `prompt_tokens` and `cut_tokens` are added.
+    Long ones lose their oldest turns as in `fit`, and are dropped as `too_long` says where that does not help. `chosen`
+    and `rejected` go; `prompt_tokens` and `cut_tokens` are added.
     """
     tokenizer("settle")  # a tokenizer's first call changes its state, and with it the key of the map's cache
     kept = {name: kind for name, kind in pairs.features.items() if name not in ("chosen", "rejected")}
@@ -64,7 +64,8 @@ def fit_prompts(pairs: Dataset, tokenizer: Any, max_prompt_length: int, *, split
         features=Features({**kept, **counts, "drop_reason": Value("string")}),
         desc=f"measuring prompts ({split})",
         tokenizer=tokenizer,
-        max_prompt_length=max_prompt_length,
+        longest=longest,
+        too_long=too_long,
     )
     prompts = keep_pairs(marked, name="preflight", split=split)
     first = {key: row for row, key in reversed(list(enumerate(prompt_hashes(prompts))))}
@@ -74,7 +75,9 @@ def fit_prompts(pairs: Dataset, tokenizer: Any, max_prompt_length: int, *, split
     return prompts.select(sorted(first.values()))
 
 
-def _fit_prompts(batch: dict[str, list[Any]], *, tokenizer: Any, max_prompt_length: int) -> dict[str, list[Any]]:
+def _fit_prompts(
+    batch: dict[str, list[Any]], *, tokenizer: Any, longest: int | None, too_long: str
+) -> dict[str, list[Any]]:
     prompts, reasons, tokens, cut = [], [], [], []
     for prompt, chosen, rejected in zip(*(batch[side] for side in SIDES), strict=True):
         count = first = 0
@@ -84,11 +87,11 @@ def _fit_prompts(batch: dict[str, list[Any]], *, tokenizer: Any, max_prompt_leng
                 text = render(prompt, chosen, rejected, tokenizer=tokenizer)[0]
                 count = len(tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
                 first = first or count
-                if count <= max_prompt_length:
+                if longest is None or count <= longest:
                     break
                 shorter = None if isinstance(prompt, str) else without_oldest_exchange(prompt)
                 if shorter is None:
-                    raise Drop("prompt_too_long")
+                    raise Drop(too_long)
                 prompt = shorter
         except Drop as drop:
             reason = str(drop)
