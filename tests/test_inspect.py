@@ -458,11 +458,11 @@ def no_weights(tiny_model, tmp_path_factory):
     return folder
 
 
-def test_a_recipe_that_learns_from_prompts_names_the_one_with_the_pairs(here, capsys):
+def test_a_recipe_that_learns_from_prompts_alone_has_no_pairs_to_inspect(here, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["inspect", "hh-rlhf-ppo", "--gpu", "24GB"])
     assert ended.value.code == 2
-    assert "Inspect the pairs by the recipe of its reward model" in capsys.readouterr().err
+    assert "Inspect the pairs by a recipe that learns from them" in capsys.readouterr().err
 
 
 def test_a_reward_recipe_is_inspected_as_pairs_without_a_reference(here, hh_rows, no_weights, capsys):
