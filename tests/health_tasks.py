@@ -76,7 +76,7 @@ def sft(start, output_dir, pairs, *, tokenizer=None, **settings):
 
 def dpo(start, output_dir, pairs, *, model=None, ref_model=None, peft_config=None, **settings):
     """A trainer of the taught model."""
-    args = DPOConfig(output_dir=str(output_dir), **MACHINE, **SMALL | FEW | dict(learning_rate=1e-4) | settings)
+    args = DPOConfig(output_dir=str(output_dir), **MACHINE, **SMALL | FEW | dict(learning_rate=3e-4) | settings)
     model = AutoModelForCausalLM.from_pretrained(start) if model is None else model
     data = dict(train_dataset=pairs, eval_dataset=write_pairs(64, seed=9))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
