@@ -1,4 +1,4 @@
-"""Pages as one file, for a screen, a phone or paper, without scripts; all have the look of page.css.jinja."""
+"""Pages as one file, for a screen, a phone or paper, without scripts; all extend base.html.jinja."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from dpo_recipes.files import write_text
 
 
 def write_page(
-    path: str | Path, template: Path, data: Mapping[str, Any], filters: Mapping[str, Callable[..., str]]
+    path: str | Path, template: Path, data: Mapping[str, Any], filters: Mapping[str, Callable[..., str]] | None = None
 ) -> Path:
     """The path, holding the template filled with the data, all of it escaped where the template is of a page."""
     environment = Environment(
@@ -19,5 +19,10 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(filters)
+    environment.filters.update({"number": number, **(filters or {})})
     return write_text(path, environment.get_template(template.name).render(data))
+
+
+def number(value: float | None, places: int = 3) -> str:
+    """The number as it is shown; a dash for none."""
+    return "\N{EN DASH}" if value is None else f"{value:,.{places}f}".replace("-", "\N{MINUS SIGN}")

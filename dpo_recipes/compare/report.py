@@ -37,17 +37,13 @@ def write_report(folder: Path, results: Mapping[str, Any]) -> list[Path]:
             write_bytes(folder / name, drawn)
             pictures.append({"name": name, "title": title, "data": base64.b64encode(drawn).decode()})
     shown = {"measures": MEASURES, "rates": RATES, "colours": COLOURS, "pictures": pictures}
-    filters: dict[str, Callable[..., str]] = {"number": _number, "cell": _cell}
+    filters: dict[str, Callable[..., str]] = {"cell": _cell}
     filters["time"] = lambda seconds: NOTHING if seconds is None else duration(seconds)
     pages = []
     for kind in ("html", "md"):
         template = Path(__file__).with_name(f"report.{kind}.jinja")
         pages.append(page.write_page(folder / f"report.{kind}", template, {**results, **shown}, filters))
     return [*pages, *(folder / picture["name"] for picture in pictures)]
-
-
-def _number(value: float | None, places: int = 3) -> str:
-    return NOTHING if value is None else f"{value:,.{places}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _cell(text: str) -> str:

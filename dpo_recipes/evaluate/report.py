@@ -22,7 +22,7 @@ def write_report(folder: Path, results: Mapping[str, Any], answers: Sequence[Map
     template, path = Path(__file__).with_name("page.html.jinja"), folder / "eval.json"
     write_json(path, json.loads(json.dumps(results, default=asdict)))
     write_jsonl(path.with_suffix(".jsonl"), answers)
-    page.write_page(path.with_suffix(".html"), template, {**results, "labels": MEASURES}, {"number": _number})
+    page.write_page(path.with_suffix(".html"), template, {**results, "labels": MEASURES})
     shown, words = table(("", *SIDES), _rows(results)), results["verdict"]["words"]
     if (card := folder / "README.md").exists() and (folder / DONE_FILE).exists():
         text = card.read_text(encoding="utf-8").partition(SECTION)[0]
@@ -50,7 +50,3 @@ def _rows(results: Mapping[str, Any]) -> list[list[Any]]:
     found["perplexity on chosen"] = results["perplexity"]
     found |= {MEASURES[key][0]: sides for key, sides in results["measures"].items()}
     return [[label, *(sides.get(side, "-") for side in SIDES)] for label, sides in found.items()]
-
-
-def _number(value: float, places: int = 3) -> str:
-    return f"{value:,.{places}f}".replace("-", "\N{MINUS SIGN}")
