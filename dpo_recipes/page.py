@@ -7,6 +7,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from dpo_recipes.files import write_text
+from dpo_recipes.terminal import duration
+
+NOTHING = "\N{EN DASH}"
 
 
 def write_page(
@@ -19,10 +22,15 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update({"number": number, **(filters or {})})
+    environment.filters.update({"number": number, "time": time, **(filters or {})})
     return write_text(path, environment.get_template(template.name).render(data))
 
 
 def number(value: float | None, places: int = 3) -> str:
-    """The number as it is shown; a dash for none."""
-    return "\N{EN DASH}" if value is None else f"{value:,.{places}f}".replace("-", "\N{MINUS SIGN}")
+    """As it is shown; a dash for none."""
+    return NOTHING if value is None else f"{value:,.{places}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def time(seconds: float | None) -> str:
+    """As a person would say it; a dash for none."""
+    return NOTHING if seconds is None else duration(seconds)

@@ -19,6 +19,13 @@ from transformers import Trainer
 from dpo_recipes.recipe import RecipeArguments
 
 LIBRARIES = ("dpo-recipes", "trl", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "torch")
+SHOWN_SETTINGS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "pairs_per_update",
+    "beta", "loss_type", "loss_weights", "max_length", "center_rewards_coefficient", "reward_model_name_or_path",
+    "max_prompt_length", "max_completion_length", "generation_batch_size", "num_generations", "num_iterations",
+    "temperature", "gamma", "lam", "vf_coef", "adam_beta2", "weight_decay", "use_peft", "lora_r", "lora_alpha",
+    "load_in_4bit", "dtype", "bf16", "seed",
+)  # fmt: skip
 
 
 def peak_memory() -> int:
@@ -83,7 +90,12 @@ def weights_hash(config: Any) -> str | None:
 
 
 def model_card(
-    trainer: Trainer, script_args: RecipeArguments, spent: dict[str, Any], report: str, warnings: Sequence[str]
+    trainer: Trainer,
+    script_args: RecipeArguments,
+    spent: dict[str, Any],
+    report: str,
+    note: str,
+    warnings: Sequence[str],
 ) -> str:
     """The README.md of a run's folder.
 
@@ -92,19 +104,13 @@ def model_card(
         script_args: As `parse_recipe` returned them.
         spent: As `cost` returns it.
         report: The table of results; "" for none.
+        note: What to know of the table.
         warnings: What must be known before the model is used.
     """
     settings = script_args.settings
     base = settings.get("model_name_or_path")
     method = trainer._name
     is_adapter = (Path(trainer.args.output_dir) / "adapter_config.json").exists()
-    shown = (
-        "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "pairs_per_update",
-        "beta", "loss_type", "loss_weights", "max_length", "center_rewards_coefficient", "reward_model_name_or_path",
-        "max_prompt_length", "max_completion_length", "generation_batch_size", "num_generations", "num_iterations",
-        "temperature", "gamma", "lam", "vf_coef", "adam_beta2", "weight_decay", "use_peft", "lora_r", "lora_alpha",
-        "load_in_4bit", "dtype", "bf16", "seed",
-    )  # fmt: skip
     header = [
         "---",
         *([] if base is None or Path(base).exists() else [f"base_model: {base}"]),
@@ -120,10 +126,11 @@ def model_card(
             f"\n{method} of `{base}` on `{script_args.dataset_name}` ({len(trainer.train_dataset):,} training rows; "
             "every row is accounted for in `preflight.json`).",
             *(f"\n**Warning.** {warning}" for warning in warnings),
-            *(["\n## Results on held-out pairs (95 % intervals)", f"\n```\n{report}\n```"] if report else []),
+            *(["\n## Results on held-out pairs (95 % intervals)", f"\n```\n{report}\n```\n\n{note}"] if report else []),
             "\n![curves](curves.png)",
+            "\nAll of it on one page: `report.html`.",
             "\n## Settings\n",
-            *(f"- {name}: {settings[name]}" for name in shown if settings.get(name) not in (None, -1)),
+            *(f"- {name}: {settings[name]}" for name in SHOWN_SETTINGS if settings.get(name) not in (None, -1)),
             "\nAll of them are in `settings.json`, the installed packages in `environment.txt`.",
             "\n## Made with\n",
             f"- {versions}",

@@ -26,13 +26,14 @@ from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, Recipe
 from dpo_recipes.record import LIBRARIES, cost, data_hash, hardware, model_card, weights_hash
 from dpo_recipes.report import plot_curves, side_by_side, table
 from dpo_recipes.rewards import Text, check_reloads
+from dpo_recipes.run_page import RUN_PAGE, write_run_page
 from dpo_recipes.terminal import say
 from dpo_recipes.tracking import start_tracking
 from dpo_recipes.tryout import open_model
 
 RESULTS = (
     *(DONE_FILE, SETTINGS_FILE, "metrics.json", "samples.jsonl", "curves.png", "README.md", "environment.txt"),
-    *("eval.json", "eval.jsonl", "eval.html", HEALTH_FILE),
+    *("eval.json", "eval.jsonl", "eval.html", HEALTH_FILE, RUN_PAGE),
     *("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json"),
 )
 
@@ -167,16 +168,18 @@ def finish_run(
     spent, answers = cost(trainer), outcome.answers
     warnings = outcome.warnings + [str(finding) for finding in read_findings(folder)]
     title = f"{folder.name}: {script_args.settings.get('model_name_or_path')} on {script_args.dataset_name}"
-    files = [write_json(folder / "metrics.json", outcome.metrics | {"warnings": warnings, "cost": spent})]
+    more = {"note": outcome.note, "warnings": warnings, "cost": spent}
+    files = [write_json(folder / "metrics.json", outcome.metrics | more)]
     if answers:
         files.append(write_jsonl(folder / "samples.jsonl", answers))
     files.append(plot_curves(trainer.state.log_history, folder / "curves.png", title=title))
     report = table(outcome.header, outcome.rows) if outcome.rows else ""
-    write_text(folder / "README.md", model_card(trainer, script_args, spent, report, warnings))
+    write_text(folder / "README.md", model_card(trainer, script_args, spent, report, outcome.note, warnings))
     judges = [part.config for part in getattr(trainer, "reward_funcs", []) if isinstance(part, PreTrainedModel)]
     write_json(
         folder / DONE_FILE,
         {
+            "method": trainer._name,
             "settings_hash": settings_hash(script_args.settings),
             "data_hash": data_hash(trainer.train_dataset),
             "start_hash": weights_hash(trainer.accelerator.unwrap_model(trainer.model).config),
@@ -189,6 +192,7 @@ def finish_run(
             **spent,
         },
     )
+    files.append(write_run_page(folder))
     if report:
         say(f"\n{report}\n{outcome.note}\n")
     for warning in outcome.warnings:

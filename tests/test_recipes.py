@@ -213,6 +213,7 @@ RANK = {  # imports point from high to low
             {"recipe", "tryout"},
             {"preflight", "sampling", "record", "outcome"},
             {"health"},
+            {"run_page"},
             {"runs", "launch", "answers"},
             {"sweep", "judges"},
             {"compare", "evaluate"},

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dpo_recipes import page
-from dpo_recipes.compare.results import NAMES, duration
+from dpo_recipes.compare.results import NAMES
 from dpo_recipes.files import write_bytes
 from dpo_recipes.measures import MEASURES, RATES
 
-NOTHING = "\N{EN DASH}"
 COLOURS = {"sft": "#7d8591", "dpo": "#2b6cb0", "ppo": "#c2571a", "rloo": "#2f8f6b"}
 PLOTS = {  # file: what stands across, its label, what the plot shows
     "reward_kl.png": (
@@ -37,12 +36,10 @@ def write_report(folder: Path, results: Mapping[str, Any]) -> list[Path]:
             write_bytes(folder / name, drawn)
             pictures.append({"name": name, "title": title, "data": base64.b64encode(drawn).decode()})
     shown = {"measures": MEASURES, "rates": RATES, "colours": COLOURS, "pictures": pictures}
-    filters: dict[str, Callable[..., str]] = {"cell": _cell}
-    filters["time"] = lambda seconds: NOTHING if seconds is None else duration(seconds)
     pages = []
     for kind in ("html", "md"):
         template = Path(__file__).with_name(f"report.{kind}.jinja")
-        pages.append(page.write_page(folder / f"report.{kind}", template, {**results, **shown}, filters))
+        pages.append(page.write_page(folder / f"report.{kind}", template, {**results, **shown}, {"cell": _cell}))
     return [*pages, *(folder / picture["name"] for picture in pictures)]
 
 

@@ -10,6 +10,7 @@ from dpo_recipes import statistics
 from dpo_recipes.compare.plan import ALGORITHMS, ONLINE, Stage
 from dpo_recipes.files import read_json
 from dpo_recipes.measures import against, of_model
+from dpo_recipes.terminal import duration
 
 NAMES = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "rloo": "RLOO"}
 COSTS = {
@@ -175,10 +176,3 @@ def _in_words(pair: Mapping[str, Any], one: Mapping[str, Any], other: Mapping[st
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, as a person would say them."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

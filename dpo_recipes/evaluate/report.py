@@ -1,4 +1,4 @@
-"""What an evaluation leaves: eval.json, eval.jsonl, a page, and a section of the run's model card."""
+"""What an evaluation leaves: eval.json, eval.jsonl, a page, and its part of the run's page and model card."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ from dpo_recipes.files import write_json, write_jsonl, write_text
 from dpo_recipes.measures import MEASURES
 from dpo_recipes.recipe import DONE_FILE
 from dpo_recipes.report import table
+from dpo_recipes.run_page import write_run_page
 from dpo_recipes.terminal import say
 
 SECTION = "\n## Evaluation\n"
@@ -28,6 +29,7 @@ def write_report(folder: Path, results: Mapping[str, Any], answers: Sequence[Map
         text = card.read_text(encoding="utf-8").partition(SECTION)[0]
         about = f"({results['pairs']} held-out pairs, {results['prompts']} prompts; judge: {results['judge']})"
         write_text(card, f"{text}{SECTION}\n{words}\n\n```\n{shown}\n```\n\n{about}\n")
+        write_run_page(folder)
     warnings = [f"WARNING: {warning}" for warning in results["warnings"]]
     files = f"{path}, beside it eval.jsonl (the answers) and eval.html"
     say("\n".join(["", shown, "(95 % intervals)", "", words, *warnings, "", files]))
