@@ -1,5 +1,6 @@
 """A tuned model beside its start: the numbers are those of a direct computation, and the words follow from them."""
 
+import html
 import io
 import json
 import math
@@ -147,6 +148,7 @@ def test_every_number_of_the_held_out_pairs_is_that_of_a_direct_computation(call
     card = (run / "README.md").read_text()
     assert card.startswith("# run\n")
     assert card.count("## Evaluation") == 1
+    assert results["verdict"]["words"] in html.unescape((run / "report.html").read_text())
     page = (run / "eval.html").read_text()
     for text in ("Win rate", "chosen shorter", "Calibration", "perplexity on chosen", "at equal length"):
         assert text in page

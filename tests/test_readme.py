@@ -458,3 +458,11 @@ def test_own_rows_train_as_described_and_leave_what_is_listed(tmp_path, tiny_mod
     samples = [json.loads(line) for line in (tmp_path / "outputs/mine/samples.jsonl").read_text().splitlines()]
     assert '"ended": true' in section("Common errors")
     assert "ended" in samples[0]["after"]
+    page = (tmp_path / "outputs/mine/report.html").read_text()
+    assert f"DPO of {tiny_model} on pairs.jsonl, finished 20" in page
+    for heading in ("summed", "KL to the start", "Curves", "Side by side", "every row", "Settings", "health rules"):
+        assert heading in page
+    assert samples[0]["prompt"][-1]["content"] in page
+    card = (tmp_path / "outputs/mine/README.md").read_text()
+    assert "accuracy alone says little" in page
+    assert "accuracy alone says little" in card

@@ -1,0 +1,187 @@
+"""The page of a run holds what the run's files say, and nothing that they would have a browser do."""
+
+import json
+import re
+
+import pytest
+from PIL import Image
+from test_page import HOSTILE, Page, hostile, preflight
+
+from dpo_recipes.health import Finding
+from dpo_recipes.run_page import write_run_page
+
+
+def estimate(mean, n=400):
+    return {"mean": mean, "low": mean - 0.05, "high": mean + 0.02, "n": n}
+
+
+def both(before, after):
+    return {"before": estimate(before), "after": estimate(after)}
+
+
+def finding(rule="loss_spike", **other):
+    words = {"sign": "the loss is 9.1, and the median before was 0.5", "cause": "a batch is broken"}
+    return {"rule": rule, "fatal": True, "step": 7, **words, "remedy": "halve the learning rate", **other}
+
+
+SPENT = {
+    "updates": 1888,
+    "resumed_from_update": 44,
+    "train_seconds": 7200.0,
+    "tokens": 168048.0,
+    "peak_memory_mib": 873,
+}
+PROBE = {"probe/answer_tokens": 37.5, "probe/ended": 1.0, "probe/repeated": 0.25, "step": 44}
+
+
+def run():
+    """The files of a DPO run that was evaluated, with every section."""
+    answers = {
+        side: {"text": text, "tokens": 9, "ended": side == "after", "scores": {"exact reward": score}}
+        for side, text, score in (("before", "Yes, go ahead.", 0.25), ("after", "Please do not.", 1.0))
+    }
+    accuracy = {"summed": both(0.91, 0.97), "implicit reward": {"after": estimate(0.88)}}
+    accuracy |= {"summed, kind = 1": both(0.81, 0.82), "per token, kind = 1": both(0.111, 0.112)}
+    return {
+        "settings": {"model_name_or_path": "a-start", "dataset_name": "some/pairs", "beta": 0.3, "seed": 5},
+        "preflight": preflight(),
+        "metrics": {
+            "train": {"loss": 0.4321, "rewards/chosen": 0.0804, "step": 88},
+            "held_out": {"eval_loss": 0.5432, "step": 88},
+            "preference_accuracy": accuracy | {"chosen_logps": {"before": -9.56, "after": -8.99}},
+            "kl": {"nats": 1.16, "standard_error": 0.21, "n": 64, "tokens": 2448},
+            "scores": {"greedy": {"exact reward": both(0.44, 0.99)}},
+            "note": "(The likelihood before ranks 91% of them right already.)",
+            "warnings": ["No better than a coin.", str(Finding(**finding()))],
+            "cost": SPENT,
+        },
+        "health": {
+            **{"mode": "warn", "stopped": False, "updates": 1888, "rules": ["loss_spike", "no_end"]},
+            **{"findings": [finding(), finding("no_end", fatal=False)], "probes": [PROBE | {"step": 0}, PROBE]},
+        },
+        "done": {
+            **{"method": "DPO", "finished": "2026-01-02T03:45:54+00:00", "hardware": "a card"},
+            **{"versions": {"trl": "1.16.0", "python": "3.11.7"}, **SPENT},
+        },
+        "eval": {
+            **{"verdict": {"level": "works", "words": "It works: all of the interval is above 55 %."}},
+            **{"pairs": 77, "prompts": 66, "judge": "a rule", "warnings": ["The same weights."]},
+            **{"win_rate": estimate(0.7), "length_controlled": estimate(0.66), "ties": estimate(0.1)},
+        },
+        "samples": [{"prompt": [{"role": "user", "content": "May I?"}], "temperature": 0.7, **answers}] * 9,
+    }
+
+
+@pytest.fixture
+def page_of(tmp_path):
+    def write(held, *, curves=True):
+        folder = tmp_path / "beta03"
+        folder.mkdir(exist_ok=True)
+        for name, data in held.items():
+            lines = [json.dumps(row, ensure_ascii=False) for row in (data if name == "samples" else [data])]
+            (folder / (f"{name}.jsonl" if name == "samples" else f"{name}.json")).write_text("\n".join(lines) + "\n")
+        if curves:
+            Image.new("RGB", (2, 2)).save(folder / "curves.png")
+        page = Page(write_run_page(folder).read_text(encoding="utf-8"))
+        for file in folder.iterdir():
+            file.unlink()
+        return page
+
+    return write
+
+
+def test_every_section_says_what_the_files_hold(page_of):
+    page = page_of(run())
+    for said in (
+        "beta03 DPO of a-start on some/pairs, finished 2026-01-02 03:45 UTC.",
+        "Not healthy: 2 of the 2 health rules were broken, 1 of them fatal.",
+        "loss spike fatal, update 7: the loss is 9.1, and the median before was 0.5 Likely a batch is broken. halve",
+        *(
+            "no end update 7",
+            "No better than a coin.",
+            "It works: all of the interval is above 55 %.",
+            "The same weights.",
+        ),
+        "summed n = 400 before 0.910 [0.860, 0.930] after 0.970 [0.920, 0.990]",
+        *("implicit reward n = 400 after 0.880", "summed, kind = 1", "The likelihood before ranks 91%"),
+        *("Answers, greedy exact reward n = 400 before 0.440", "KL to the start, nats an answer 1.16 ± 0.21"),
+        *(
+            "completion, nats -9.56 → -8.99",
+            "77 held-out pairs and 66 prompts; judge: a rule",
+            "win rate 0.700 [0.650,",
+        ),
+        *("Loss 0.4321 0.5432", "Implicit reward: rewards/chosen 0.0804 none", "update answer tokens ended repeated"),
+        *("44 37.50 1.00 0.25", "The first 6 of 9 in samples.jsonl", "Temperature 0.7 May I?"),
+        *("before exact reward 0.25 (cut) Yes, go ahead. after exact reward 1.00 Please do not.", "= pairs 4 4"),
+        *(
+            "over max_length -3 none train 11, 22, 33",
+            "The longer answer wins 80%. Balance them.",
+            "beta 0.3",
+            "seed 5",
+        ),
+        *("updates 1,888 from 44 on", "training 2.0 h", "873 MiB", "hardware a card", "trl 1.16.0"),
+    ):
+        assert said in page.words, said
+    assert page.words.count("the loss is 9.1") == 2, "once for each finding, and not again as a warning"
+    assert "0.111" not in page.words, "of a stratum the summed log-probs are enough"
+
+
+def test_a_healthy_run_says_so_and_a_reward_model_shows_what_it_is_worth(page_of):
+    held = run()
+    fit = {"log_loss": 0.1191, "brier": 0.0391, "expected_calibration_error": 0.036}
+    fit["reliability"] = [{"low": 0.5, "high": 0.55, "said": 0.526, "right": 0.333, "n": 12}]
+    spread = {"margin": {"mean": 3.888, "std": 1.77}}
+    held["metrics"] = {"train": {}, "held_out": {}, "reward_accuracy": {"all": estimate(0.93)}, "calibration": fit}
+    held["metrics"] |= {"reward_scores": spread, "note": "", "warnings": [], "cost": SPENT}
+    held["health"]["findings"] = []
+    page = page_of({name: held[name] for name in ("settings", "metrics", "health", "done")})
+    for said in (
+        *("Healthy: none of the 2 health rules was broken in 1,888 updates.", "accuracy, all n = 400 0.930 [0.880,"),
+        *("margin, mean ± std 3.89 ± 1.77", "Log-loss 0.119", "0.50 to 0.55 0.526 0.333 12"),
+    ):
+        assert said in page.words, said
+    assert "Before and after" not in page.words
+
+
+@pytest.mark.parametrize(
+    ("name", "heading"),
+    [
+        *(("settings", "Settings"), ("preflight", "What became of every row"), ("metrics", "Before and after")),
+        *(("health", "Health probes"), ("done", "trl"), ("eval", "Evaluation"), ("samples", "Side by side")),
+    ],
+)
+def test_what_is_missing_is_left_out(name, heading, page_of):
+    held = run()
+    assert heading in page_of(held).words
+    assert heading not in page_of({each: held[each] for each in held if each != name}).words
+
+
+def test_a_folder_without_results_says_that_the_run_has_not_finished(page_of):
+    stopped = run()["health"] | {"stopped": True}
+    page = page_of({"settings": run()["settings"], "health": stopped}, curves=False)
+    assert "This run has not finished: a health rule stopped it." in page.words
+    assert sum(tag == "h2" for tag, _ in page.tags) == 2, "health probes and settings"
+    assert "img" not in {tag for tag, _ in page.tags}
+    empty = page_of({}, curves=False)
+    assert "This run has not finished" in empty.words
+
+
+def test_hostile_texts_stay_texts(page_of):
+    """Whatever stands in the files: prompts and answers of any data, names of datasets, scores and strata."""
+    attacked = {name: hostile(data) for name, data in run().items()}
+    attacked["metrics"]["scores"] = {HOSTILE: {HOSTILE: both(0.4, 0.5)}}
+    attacked["metrics"]["preference_accuracy"][f"summed, {HOSTILE}"] = both(0.4, 0.5)
+    attacked["samples"][0]["before"]["scores"] = {HOSTILE: 1.0}
+    attacked["samples"][1]["after"]["text"] = f"one\u2028line {HOSTILE}"
+    harmless, page = page_of(run()), page_of(attacked)
+    assert {tag for tag, _ in page.tags} == {tag for tag, _ in harmless.tags}
+    assert {name for _, given in page.tags for name in given} == {name for _, given in harmless.tags for name in given}
+    assert page.text.count("<script>alert('x')</script>") > 30
+    assert "{{ 7 * 7 }}" in page.text
+
+
+def test_the_page_needs_nothing_but_itself_and_names_its_files(page_of):
+    page = page_of(run())
+    assert not {tag for tag, _ in page.tags} & {"script", "iframe", "object", "embed", "form"}
+    links = [value for _, given in page.tags for name, value in given.items() if name in ("href", "src")]
+    assert [re.sub(r"base64,.*", "base64", link) for link in links] == ["data:,", "eval.html", "data:image/png;base64"]
