@@ -110,7 +110,7 @@ def test_every_section_says_what_the_files_hold(page_of):
             "77 held-out pairs and 66 prompts; judge: a rule",
             "win rate 0.700 [0.650,",
         ),
-        *("Loss 0.4321 0.5432", "Implicit reward: rewards/chosen 0.0804 none", "update answer tokens ended repeated"),
+        *("Loss 0.4321 0.5432", "rewards/chosen 0.0804 none", "update answer tokens ended repeated"),
         *("44 37.50 1.00 0.25", "The first 6 of 9 in samples.jsonl", "Temperature 0.7 May I?"),
         *("before exact reward 0.25 (cut) Yes, go ahead. after exact reward 1.00 Please do not.", "= pairs 4 4"),
         *(
