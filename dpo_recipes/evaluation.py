@@ -23,7 +23,7 @@ from transformers import (
     Trainer,
 )
 from trl import DPOTrainer, RewardTrainer
-from trl.trainer.utils import add_fused_lm_head, use_adapter
+from trl.trainer.utils import add_fused_lm_head, pad, use_adapter
 
 from dpo_recipes.dataset_adapters import Drop
 from dpo_recipes.errors import RecipeError
@@ -262,8 +262,9 @@ def sample_tokens(
         prompt if is_text else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         for prompt in prompts
     ]
-    widths = [len(ids) for ids in tokenizer(texts, add_special_tokens=is_text, verbose=False)["input_ids"]]
-    order = sorted((row for row in range(len(texts)) if widths[row] < context), key=lambda row: len(texts[row]))
+    encoded = tokenizer(texts, add_special_tokens=is_text, verbose=False)["input_ids"]
+    ids = [torch.tensor(row, dtype=torch.long) for row in encoded]
+    order = sorted((row for row in range(len(texts)) if len(ids[row]) < context), key=lambda row: len(texts[row]))
     sampled: list[tuple[list[int], list[int]]] = [([], [])] * len(texts)
     was_training = model.training
     model.eval()
@@ -273,25 +274,21 @@ def sample_tokens(
             range(0, len(order), batch_size), desc="Generating", leave=False, disable=streamer is not None
         ):
             rows = order[start : start + batch_size]
-            batch = tokenizer(
-                [texts[row] for row in rows],
-                return_tensors="pt",
-                padding=True,
-                padding_side="left",
-                add_special_tokens=is_text,
-            ).to(model.device)
-            width = batch["input_ids"].shape[1]
+            # Not by the tokenizer, which would keep that it pads, and be saved so.
+            padded = pad([ids[row] for row in rows], tokenizer.pad_token_id, "left").to(model.device)
+            mask = pad([torch.ones_like(ids[row]) for row in rows], 0, "left").to(model.device)
+            width = padded.shape[1]
             config.max_new_tokens = min(max_new_tokens, context - width)
             output = model.generate(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
+                input_ids=padded,
+                attention_mask=mask,
                 generation_config=config,
                 streamer=streamer,
             )
-            for row, mask, tokens in zip(rows, batch["attention_mask"], output.tolist(), strict=True):
+            for row, tokens in zip(rows, output.tolist(), strict=True):
                 answer = tokens[width:]
                 end = next((at for at, token in enumerate(answer, start=1) if token in stops), None)
-                sampled[row] = tokens[width - int(mask.sum()) : width], answer[:end]
+                sampled[row] = tokens[width - len(ids[row]) : width], answer[:end]
     model.train(was_training)
     return sampled
 

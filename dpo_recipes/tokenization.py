@@ -126,7 +126,10 @@ def encode_pairs(
     pieces = [_cut(*three, cuts) for three in texts]
     distinct = list({piece for row in pieces for piece in row})
     if is_plain:
-        encodings = tokenizer.backend_tokenizer.encode_batch_fast(distinct, add_special_tokens=not is_chat)
+        backend = tokenizer.backend_tokenizer
+        backend.no_padding()  # it keeps what its last call asked for, and is saved with it
+        backend.no_truncation()
+        encodings = backend.encode_batch_fast(distinct, add_special_tokens=not is_chat)
         ids = [encoding.ids for encoding in encodings]
     else:
         ids = [tokenizer(text, add_special_tokens=not is_chat, verbose=False)["input_ids"] for text in distinct]

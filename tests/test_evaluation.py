@@ -77,6 +77,7 @@ def test_the_seed_decides_the_sample_and_nothing_else_is_disturbed(model, tokeni
     assert torch.equal(torch.rand(3), expected)
     assert first == generate(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=1.0, seed=1)
     assert first != generate(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=1.0, seed=2)
+    assert tokenizer.backend_tokenizer.padding is None  # it would be saved with the tokenizer
 
 
 def test_an_answer_ends_at_its_end_token(model, tokenizer):

@@ -219,6 +219,15 @@ def test_every_kind_of_tokenizer_gives_the_same_ids(tokenizer, rows):
     assert_same([*AWKWARD, *rows[6::200]], tokenizer)
 
 
+def test_a_tokenizer_that_was_saved_while_it_padded_and_cut_gives_the_same_ids(tokenizer, rows):
+    pairs = Dataset.from_list(AWKWARD)
+    theirs = prepared(DPOTrainer._prepare_dataset, pairs, tokenizer)
+    padding = copy.deepcopy(tokenizer)
+    padding.backend_tokenizer.enable_padding(direction="left", pad_id=0, pad_token="<pad>")
+    padding.backend_tokenizer.enable_truncation(4)
+    assert prepared(prepare_dataset, pairs, padding)[:] == theirs[:]
+
+
 def test_plain_text_gets_its_end_token_and_special_tokens_as_in_trl(tokenizer):
     rows = [
         {"prompt": "Once upon a time", "chosen": " there was a fox", "rejected": f" no{tokenizer.eos_token}"},
