@@ -5,7 +5,8 @@ import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from dpo_recipes.terminal import say
 from dpo_recipes.tryout import open_model
 
 AT_A_TIME = 8  # batches between two writes
+Rows = list[dict[str, Any]]
 
 
 def sample(
@@ -81,31 +83,56 @@ def sample(
         check_reward_model(*read_reward_config(judge), prompts, **room)
     loaded, tokenizer = open_model(model)
     asked = _keep(asked, lambda row: check_prompt(loaded, tokenizer, row["prompt"]), "prompts")
-    weights = sorted((file.name, file.stat().st_mtime_ns) for file in Path(model).glob("*.safetensors"))
-    request = json.dumps([model, weights, num_samples, options, asked])
-    part = target.with_name(f"{target.name}.{hashlib.sha256(request.encode()).hexdigest()[:8]}.part")
     step = max(1, AT_A_TIME * options["batch_size"] // num_samples)  # prompts between two writes
-    done = [json.loads(line) for line in part.read_text(encoding="utf-8").split("\n")[:-1]] if part.exists() else []
-    done = done[: len(done) // step * step]  # a step that was cut short is sampled again
-    write_jsonl(part, done)
-    for start in trange(len(done), len(asked), step, desc=f"{step} prompts at a time"):
-        repeated = [row["prompt"] for row in asked[start : start + step] for _ in range(num_samples)]
-        # A seed for each step: an interrupted run and one in one go write the same.
-        answers = generate(loaded, tokenizer, repeated, **options | {"seed": options["seed"] + start})
+
+    def answer(rows: Rows, seed: int) -> Rows:
+        repeated = [row["prompt"] for row in rows for _ in range(num_samples)]
+        answers = generate(loaded, tokenizer, repeated, **options | {"seed": seed})
         groups = [answers[first : first + num_samples] for first in range(0, len(answers), num_samples)]
-        done += [
+        return [
             {"completions": [each["text"] for each in group], "ended": [each["ended"] for each in group]}
             for group in groups
         ]
-        with part.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in done[start:])
-    lines = [{**row, **answered} for row, answered in zip(asked, done, strict=True)]
-    write_jsonl(target, _own_rejected(lines) if pairs else _ranked(lines, judge) if judge else lines)
-    part.unlink()
+
+    settings = options | {"num_samples": num_samples}
+    with in_steps(answer, asked, target, step=step, model=model, settings=settings) as done:
+        lines = [{**row, **answered} for row, answered in zip(asked, done, strict=True)]
+        write_jsonl(target, _own_rejected(lines) if pairs else _ranked(lines, judge) if judge else lines)
     cut = sum(not ended for line in lines for ended in line["ended"])
     say(f"{len(asked)} prompts, {len(asked) * num_samples} answers, {cut} of them cut short")
     say(f"{'Pairs' if pairs or judge else 'Answers':<14}{target}")
     return target
+
+
+@contextmanager
+def in_steps(
+    answer: Callable[[Rows, int], Rows], asked: Rows, target: Path, *, step: int, model: str, settings: dict[str, Any]
+) -> Iterator[Rows]:
+    """The answers to all that is asked, of which `target` is to be written inside.
+
+    Until then a .part file lies beside it, from which the same call goes on.
+
+    Args:
+        answer: Takes the rows of a step and a seed.
+        asked: Rows that JSON can hold.
+        target: The file.
+        step: Rows between two writes.
+        model: As `open_model` reads it.
+        settings: What else the answers depend on, `seed` among it.
+    """
+    weights = sorted((file.name, file.stat().st_mtime_ns) for file in Path(model).glob("*.safetensors"))
+    request = json.dumps([model, weights, settings, asked])
+    part = target.with_name(f"{target.name}.{hashlib.sha256(request.encode()).hexdigest()[:8]}.part")
+    done = [json.loads(line) for line in part.read_text(encoding="utf-8").split("\n")[:-1]] if part.exists() else []
+    done = done[: len(done) // step * step]  # a step that was cut short is sampled again
+    write_jsonl(part, done)
+    for start in trange(len(done), len(asked), step, desc=f"{step} prompts at a time"):
+        # A seed for each step: an interrupted run and one in one go write the same.
+        done += answer(asked[start : start + step], settings["seed"] + start)
+        with part.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in done[start:])
+    yield done
+    part.unlink()
 
 
 def _read_prompts(
