@@ -53,12 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from dpo_recipes.tryout import try_run
 
                 try_run(**given)
-            case "sample":
+            case "sample" | "answer":
+                from dpo_recipes.benchmarks import answer
                 from dpo_recipes.recipe import RecipeArguments
                 from dpo_recipes.sampling import sample
 
                 dataset = RecipeArguments(**{name: given.pop(name) for name in DATASET_FLAGS if name in given})
-                sample(given.pop("model"), dataset, **{"output": None} | given)
+                if options.command == "answer":
+                    answer(given.pop("model"), dataset, **given)
+                else:
+                    sample(given.pop("model"), dataset, **{"output": None} | given)
             case "inspect":
                 return inspect_data(options, flags)
             case _:
@@ -223,8 +227,6 @@ def _parser() -> argparse.ArgumentParser:
         "sample", help="write a model's answers to the prompts of a dataset", allow_abbrev=False
     )
     sampling.add_argument("model", metavar="MODEL", help="a folder, a Hub name, or a run that left a LoRA adapter")
-    for name in DATASET_FLAGS:
-        sampling.add_argument(f"--{name}", required=name == "dataset_name", help="as for a recipe")
     sampling.add_argument("--output", metavar="FILE", help="samples.jsonl, or pairs.jsonl with --pairs")
     sampling.add_argument("--pairs", action="store_true", help="write pairs: the answer as rejected, chosen as it was")
     sampling.add_argument(
@@ -233,7 +235,12 @@ def _parser() -> argparse.ArgumentParser:
     words = "plain text to go on with: the first A to B words of each prompt"
     sampling.add_argument("--first_words", nargs=2, type=_at_least(1), metavar=("A", "B"), help=words)
     sampling.add_argument("--num_samples", type=_at_least(1), default=1, help="answers to each prompt: 1")
-    sampling.add_argument("--batch_size", type=_at_least(1), default=16, help="answers at a time: 16")
+
+    answering = commands.add_parser("answer", help="write answers for AlpacaEval or MT-Bench", allow_abbrev=False)
+    answering.add_argument("model", metavar="MODEL", help="as in sample")
+    answering.add_argument("--benchmark", required=True, choices=("alpaca_eval", "mt_bench"), help="who is to judge")
+    answering.add_argument("--name", help="of the model in the benchmark; by default that of its folder")
+    answering.add_argument("--output_dir", metavar="DIR", help="by default outputs/BENCHMARK")
 
     trying = commands.add_parser(
         "try", help="ask a run's model and the one it started from, side by side", allow_abbrev=False
@@ -242,10 +249,17 @@ def _parser() -> argparse.ArgumentParser:
     trying.add_argument("prompt", nargs="?", metavar="PROMPT", help="without it each line typed or piped in")
     trying.add_argument("--base", metavar="MODEL", help="the start; by default what the run names")
     trying.add_argument("--system", metavar="TEXT", help="a system message in front of the prompt")
-    for answering, warmth in ((sampling, 1.0), (evaluating, 1.0), (trying, 0.7)):
-        answering.add_argument("--temperature", type=_at_least(0.0), default=warmth, help=f"{warmth}; 0 is greedy")
-        answering.add_argument("--max_new_tokens", type=_at_least(1), default=256, help="where an answer is cut: 256")
-        answering.add_argument("--seed", type=_at_least(0), default=0, help="of the sampling: 0")
+    for verb in (sampling, answering):
+        verb.add_argument("--batch_size", type=_at_least(1), default=16, help="answers at a time: 16")
+        for name in DATASET_FLAGS:
+            verb.add_argument(f"--{name}", required=name == "dataset_name", help="as for a recipe")
+    by_category = "0.7, and for MT-Bench that of the category"
+    warmths = ((sampling, 1.0, "1.0"), (evaluating, 1.0, "1.0"), (trying, 0.7, "0.7"), (answering, None, by_category))
+    for verb, warmth, words in warmths:
+        most = 1024 if verb is answering else 256
+        verb.add_argument("--temperature", type=_at_least(0.0), default=warmth, help=f"{words}; 0 is greedy")
+        verb.add_argument("--max_new_tokens", type=_at_least(1), default=most, help=f"where an answer is cut: {most}")
+        verb.add_argument("--seed", type=_at_least(0), default=0, help="of the sampling: 0")
 
     inspecting = commands.add_parser(
         "inspect",

@@ -30,7 +30,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_alone_it_prints_the_help(capsys: pytest.CaptureFixture) -> None:
     assert main([]) == 0
     output = capsys.readouterr().out
-    assert all(command in output for command in ("list", "copy", "train", "merge", "sample", "try"))
+    assert all(command in output for command in ("list", "copy", "train", "merge", "sample", "answer", "try"))
 
 
 def test_version(capsys: pytest.CaptureFixture) -> None:

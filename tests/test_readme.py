@@ -169,7 +169,7 @@ def check_command(command: str) -> None:
             check_flags(find_recipe("hh-rlhf-lora" if "/" in options.model else options.model), flags)
         case [".venv/bin/dpo-recipes", "copy", name, "mine.py"]:
             assert find_recipe(name).is_file()
-        case [".venv/bin/dpo-recipes", "merge" | "sample" | "try", *_]:
+        case [".venv/bin/dpo-recipes", "answer" | "merge" | "sample" | "try", *_]:
             _parser().parse_args(words[1:])
         case [".venv/bin/accelerate", "launch", *rest]:
             check_launch(rest)

@@ -214,7 +214,7 @@ RANK = {  # imports point from high to low
             {"preflight", "sampling", "record", "outcome"},
             {"health"},
             {"run_page"},
-            {"runs", "launch", "answers"},
+            {"runs", "launch", "answers", "benchmarks"},
             {"sweep", "judges"},
             {"compare", "evaluate"},
             {"cli"},

@@ -1,0 +1,116 @@
+"""Answers as public benchmarks read them: AlpacaEval's model_outputs.json, MT-Bench's file of a model's answers."""
+
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from dpo_recipes.dataset_adapters.adapting import require_columns
+from dpo_recipes.errors import RecipeError
+from dpo_recipes.evaluation import generate
+from dpo_recipes.files import write_json, write_jsonl
+from dpo_recipes.loading import load_rows
+from dpo_recipes.recipe import RecipeArguments
+from dpo_recipes.sampling import Rows, in_steps
+from dpo_recipes.terminal import say
+from dpo_recipes.tryout import open_model
+
+COLUMNS = {"alpaca_eval": ["instruction"], "mt_bench": ["question_id", "category", "turns"]}
+# FastChat's: temperature_config in fastchat/llm_judge/common.py, and 0.7 for any other category (gen_model_answer.py).
+# AlpacaEval leaves it to the model; 0.7 is what most models_configs of its leaderboard have.
+TEMPERATURES = {
+    **{"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0},
+    **{"stem": 0.1, "humanities": 0.1},
+}
+OTHERWISE = 0.7
+
+
+def answer(
+    model: str,
+    dataset: RecipeArguments,
+    *,
+    benchmark: str,
+    name: str | None = None,
+    output_dir: str | None = None,
+    temperature: float | None = None,
+    **options: Any,
+) -> Path:
+    """The path of the answers, written whole; until then a .part lies beside it: the same call goes on with it.
+
+    Every row has its answer, since both benchmarks compare row by row: where a prompt leaves no room for one it is
+    empty, and counted.
+
+    Args:
+        model: As `open_model` reads it.
+        dataset: As `load_rows` reads it: AlpacaEval's rows of `instruction`, or MT-Bench's question.jsonl.
+        benchmark: A key of COLUMNS.
+        name: Of the model in the benchmark; by default that of its folder.
+        output_dir: Laid out as the benchmark's own: NAME/model_outputs.json, model_answer/NAME.jsonl.
+        temperature: Of all answers; by default that of the question's category.
+        options: max_new_tokens, seed and batch_size, as those of `sample_tokens`.
+
+    Raises:
+        RecipeError: If the file exists, or the rows are not the benchmark's.
+    """
+    name = name or Path(model).resolve().name
+    folder = Path(output_dir or f"outputs/{benchmark}")
+    is_alpaca = benchmark == "alpaca_eval"
+    target = folder / (f"{name}/model_outputs.json" if is_alpaca else f"model_answer/{name}.jsonl")
+    if target.exists():
+        raise RecipeError(f"{target} exists already. Name the model otherwise with --name, or use --output_dir.")
+    rows = load_rows(dataset)["train"]
+    require_columns(rows, COLUMNS[benchmark], name=benchmark)
+    asked = []
+    for number, row in enumerate(rows):
+        turns = [row["instruction"]] if is_alpaca else row["turns"]
+        if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn for turn in turns)):
+            raise RecipeError(f"Row {number} of {dataset.dataset_name} asks {turns!r}, where text is needed.")
+        warmth = TEMPERATURES.get(row.get("category"), OTHERWISE) if temperature is None else temperature
+        asked.append({"turns": turns, "temperature": warmth})
+    loaded, tokenizer = open_model(model)
+    if tokenizer.chat_template is None:
+        raise RecipeError(f"The tokenizer of {model} has no chat template: it is no model that answers. Name another.")
+
+    def answer_step(questions: Rows, seed: int) -> Rows:
+        return _converse(loaded, tokenizer, questions, **options | {"seed": seed})
+
+    with in_steps(answer_step, asked, target, step=options["batch_size"], model=model, settings=options) as done:
+        both = list(zip(rows, (line["turns"] for line in done), strict=True))
+        if is_alpaca:
+            kept = [column for column in ("dataset", "datasplit", "instruction") if column in rows.column_names]
+            own = [{**{key: row[key] for key in kept}, "output": turns[0], "generator": name} for row, turns in both]
+            write_json(target, own)
+        else:
+            write_jsonl(target, [_fastchat(row["question_id"], turns, model_id=name) for row, turns in both])
+    ended = [end for line in done for end in line["ended"]]
+    empty = sum(not turn for line in done for turn in line["turns"])
+    say(f"{len(rows)} questions, {len(ended)} answers, {ended.count(False)} of them cut short, {empty} empty")
+    say(f"Answers       {target}")
+    return target
+
+
+def _fastchat(question_id: Any, turns: list[str], *, model_id: str) -> dict[str, Any]:
+    own = {"question_id": question_id, "answer_id": uuid.uuid4().hex, "model_id": model_id}
+    return {**own, "choices": [{"index": 0, "turns": turns}], "tstamp": time.time()}
+
+
+def _converse(model: Any, tokenizer: Any, questions: Rows, **options: Any) -> Rows:
+    """For each question its `turns`, answered one after the other with what was said before, and which of them `ended`.
+
+    Questions of one temperature are answered together.
+    """
+    talks: list[list[dict[str, str]]] = [[] for _ in questions]
+    ended: list[list[bool]] = [[] for _ in questions]
+    for turn in range(max(len(question["turns"]) for question in questions)):
+        rows_at: dict[float, list[int]] = {}
+        for row, question in enumerate(questions):
+            if len(question["turns"]) > turn:
+                talks[row].append({"role": "user", "content": question["turns"][turn]})
+                rows_at.setdefault(question["temperature"], []).append(row)
+        for temperature, rows in rows_at.items():
+            said = generate(model, tokenizer, [talks[row] for row in rows], temperature=temperature, **options)
+            for row, answered in zip(rows, said, strict=True):
+                talks[row].append({"role": "assistant", "content": answered["text"]})
+                ended[row].append(answered["ended"])
+    answers = [[message["content"] for message in talk[1::2]] for talk in talks]
+    return [{"turns": turns, "ended": ends} for turns, ends in zip(answers, ended, strict=True)]
