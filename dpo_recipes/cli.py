@@ -215,6 +215,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluating.add_argument("--judge_options", type=_json_object, metavar="JSON", help="further fields of a request")
     evaluating.add_argument("--yes", action="store_true", help="spend what an endpoint costs without asking")
     evaluating.add_argument("--prompts", type=_at_least(2), default=200, help="to answer, of the held-out pairs: 200")
+    evaluating.add_argument("--tasks", type=_listed(str), metavar="A,B", help="of lm-evaluation-harness, on both")
+    evaluating.add_argument("--tasks_path", metavar="DIR", help="task files of your own, in its format")
     evaluating.add_argument("--output_dir", metavar="DIR", help="a recipe's run; of a model, where the results go")
     evaluating.add_argument("--profile", metavar="P", help="as in train")
 

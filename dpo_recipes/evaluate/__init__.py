@@ -18,6 +18,7 @@ from trl import RewardConfig
 
 from dpo_recipes.answers import Entry, Sampling, answer_all, draw_prompts
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.evaluate.general import find_tasks, general_tasks
 from dpo_recipes.evaluate.report import write_report
 from dpo_recipes.evaluate.results import SIDES, answer_pairs, judging, measures, preference
 from dpo_recipes.files import read_json
@@ -61,6 +62,8 @@ def evaluate(
     seed: int = 0,
     judge: str | None = None,
     yes: bool = False,
+    tasks: Sequence[str] = (),
+    tasks_path: str | None = None,
     endpoint: Mapping[str, Any],
 ) -> Path:
     """The path of eval.json, beside which are eval.jsonl (the answers) and eval.html.
@@ -81,11 +84,14 @@ def evaluate(
         seed: Of the sampling.
         judge: As `open_judge` reads it.
         yes: Spend what an endpoint costs without asking.
+        tasks: Of lm-evaluation-harness, before and after.
+        tasks_path: A folder of task files of one's own.
         endpoint: Fields of `Endpoint` but the URL.
 
     Raises:
         RecipeError: If the call or the data is wrong.
     """
+    manager = find_tasks(tasks, tasks_path) if tasks else None
     subject = _open_subject(name, recipe, profile=profile, flags=flags, base=base, output_dir=output_dir)
     kept = subject.folder / "eval"
     referee = open_judge(judge, rule=subject.rule, endpoint=endpoint, cache=kept / "judgements.jsonl")
@@ -106,6 +112,7 @@ def evaluate(
     texts = [[answer["text"] for answer in found[side]["answers"]] for side in SIDES]
     judged = referee.compare(asked, *texts) if referee else None
     answers = answer_pairs(found, asked, judged)
+    general = general_tasks(tasks, manager, models=models, hashes=hashes, folder=kept / "tasks") if tasks else None
     results = {
         **{key: getattr(subject, key) for key in ("name", "model", "start", "dataset", "beta")},
         "made": datetime.now(UTC).isoformat(timespec="minutes"),
@@ -118,6 +125,7 @@ def evaluate(
         **judging(found, subject.pairs, referee, judged),
         **preference(found, subject.beta),
         **measures(found, asked, judged, greedy=temperature == 0),
+        "tasks": general,
         "samples": answers[:SHOWN],  # the prompts were drawn by seed
         "hardware": hardware(torch.device(torch.accelerator.current_accelerator() or "cpu")),
         "versions": [f"{library} {version(library)}" for library in LIBRARIES],

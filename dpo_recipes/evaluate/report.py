@@ -25,6 +25,8 @@ def write_report(folder: Path, results: Mapping[str, Any], answers: Sequence[Map
     write_jsonl(path.with_suffix(".jsonl"), answers)
     page.write_page(path.with_suffix(".html"), template, {**results, "labels": MEASURES})
     shown, words = table(("", *SIDES), _rows(results)), results["verdict"]["words"]
+    if results["tasks"]:
+        words += f"\n\nGeneral tasks: {results['tasks']['words']}"
     if (card := folder / "README.md").exists() and (folder / DONE_FILE).exists():
         text = card.read_text(encoding="utf-8").partition(SECTION)[0]
         about = f"({results['pairs']} held-out pairs, {results['prompts']} prompts; judge: {results['judge']})"
@@ -51,4 +53,10 @@ def _rows(results: Mapping[str, Any]) -> list[list[Any]]:
         found["calibration error"] = {"after": f"{fit['expected_calibration_error']:.3f}"}
     found["perplexity on chosen"] = results["perplexity"]
     found |= {MEASURES[key][0]: sides for key, sides in results["measures"].items()}
+    for row in results["tasks"]["rows"] if results["tasks"] else ():
+        found[row["name"]] = {side: _with_error(**row[side]) for side in SIDES}
     return [[label, *(sides.get(side, "-") for side in SIDES)] for label, sides in found.items()]
+
+
+def _with_error(mean: float, standard_error: float | None) -> str:
+    return f"{mean:.3f}" if standard_error is None else f"{mean:.3f} (s.e. {standard_error:.3f})"
