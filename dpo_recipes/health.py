@@ -354,11 +354,13 @@ class HealthCallback(TrainerCallback):
         trainer: Any trainer of TRL's, or PPOTrainer. Rules that do not apply to it are silent.
         mode: `stop` ends the run at a fatal finding with UnhealthyRunError, without an update by a broken gradient
             and without another checkpoint; `warn` goes on.
+        on_stop: Called by the main process before that error.
     """
 
-    def __init__(self, trainer: Trainer, mode: str = "warn") -> None:
+    def __init__(self, trainer: Trainer, mode: str = "warn", on_stop: Callable[[], object] | None = None) -> None:
         self.trainer = trainer
         self.mode = mode
+        self.on_stop = on_stop
         self.rules = [name for name, rule in RULES.items() if trainer._name in rule["for"]]
         self.findings: list[Finding] = []
         self.fatal: Finding | None = None
@@ -424,6 +426,8 @@ class HealthCallback(TrainerCallback):
         """
         self._write()
         if self.fatal is not None and self.facts is not None:
+            if self.on_stop is not None and state.is_world_process_zero:
+                self.on_stop()
             seen_late = math.ceil(RULES["loss_spike"]["limits"]["pairs"] / self.facts.pairs_per_update)  # updates
             kept = latest_checkpoint(args.output_dir, before=min(self.healthy, self.fatal.step - seen_late) + 1)
             raise UnhealthyRunError(

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -52,7 +53,7 @@ def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ProgressLines())
     if script_args.health != "off":
-        trainer.add_callback(HealthCallback(trainer, script_args.health))
+        trainer.add_callback(HealthCallback(trainer, script_args.health, partial(_show_stopped, trainer, script_args)))
     folder = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
         _lock(folder)
@@ -74,6 +75,17 @@ def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
         f"{script_args.pairs_per_update} {unit} = {trainer.args.per_device_train_batch_size} a device x "
         f"{trainer.args.world_size} process(es) x {trainer.args.gradient_accumulation_steps} accumulated."
     )
+
+
+def _show_stopped(trainer: Trainer, script_args: RecipeArguments) -> None:
+    """What a health rule ended can be looked at: its curves, and the page without what is measured at the end."""
+    folder = Path(trainer.args.output_dir)
+    plot_curves(trainer.state.log_history, folder / "curves.png", title=_title(folder, script_args))
+    say(f"What happened until then: {write_run_page(folder)}")
+
+
+def _title(folder: Path, script_args: RecipeArguments) -> str:
+    return f"{folder.name}: {script_args.settings.get('model_name_or_path')} on {script_args.dataset_name}"
 
 
 def _lock(folder: Path) -> None:
@@ -167,12 +179,11 @@ def finish_run(
         return
     spent, answers = cost(trainer), outcome.answers
     warnings = outcome.warnings + [str(finding) for finding in read_findings(folder)]
-    title = f"{folder.name}: {script_args.settings.get('model_name_or_path')} on {script_args.dataset_name}"
     more = {"note": outcome.note, "warnings": warnings, "cost": spent}
     files = [write_json(folder / "metrics.json", outcome.metrics | more)]
     if answers:
         files.append(write_jsonl(folder / "samples.jsonl", answers))
-    files.append(plot_curves(trainer.state.log_history, folder / "curves.png", title=title))
+    files.append(plot_curves(trainer.state.log_history, folder / "curves.png", title=_title(folder, script_args)))
     report = table(outcome.header, outcome.rows) if outcome.rows else ""
     write_text(folder / "README.md", model_card(trainer, script_args, spent, report, outcome.note, warnings))
     judges = [part.config for part in getattr(trainer, "reward_funcs", []) if isinstance(part, PreTrainedModel)]

@@ -345,6 +345,8 @@ def test_two_processes_of_a_recipe_stop_together_with_status_1(tmp_path, tiny_mo
     assert "Traceback" not in result.stderr
     assert (tmp_path / "run" / "health.json").exists()
     assert not (tmp_path / "run" / "done.json").exists()
+    assert result.stdout.count("What happened until then: run/report.html") == 1
+    assert "a health rule stopped it" in (tmp_path / "run" / "report.html").read_text()
 
 
 # The page
