@@ -28,6 +28,7 @@ from dpo_recipes.rewards import Text
 Score = Callable[[Text, str], dict[str, float]]
 
 KL_PROMPTS = 64  # answers at temperature 1 that the divergence is estimated by
+SMALL = 100e6  # weights of a model that has room for more answers at a time
 REWARD_SCORE = "reward-model score"
 
 
@@ -183,6 +184,8 @@ def _answers(
     """The prompts, each with the answer before and after."""
     unwrap, tokenizer = trainer.accelerator.unwrap_model, trainer.processing_class
     options = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=trainer.args.seed)
+    if not temperature and unwrap(trainer.model).num_parameters() < SMALL:
+        options["batch_size"] = 64  # greedy answers do not depend on it
     after = generate(unwrap(trainer.model), tokenizer, drawn, **options)
     with reference_model(trainer) as reference:
         before = generate(unwrap(reference), tokenizer, drawn, **options)
