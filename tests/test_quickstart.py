@@ -1,15 +1,18 @@
 """The quickstart teaches what it says: its recipes, three seeds, 200 prompts of combinations not trained on."""
 
 import json
+import shlex
+import shutil
 from statistics import mean
 
 import pytest
-from conftest import run_command
+from conftest import REPOSITORY, run_command
 from PIL import Image
+from test_readme import README, commands, shown_output
 
 from dpo_recipes import playground
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)  # beside that of the recipe
 
 
 def health(folder, name):
@@ -17,16 +20,45 @@ def health(folder, name):
     return json.loads((folder / "outputs" / name.replace("-", "_") / "health.json").read_text())["findings"]
 
 
+def make_train(folder, *words):
+    """What it prints in a copy of the repository whose .venv is there."""
+    result = run_command("make", "train", *words, cwd=folder, timeout=1800)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "Installing" not in result.stdout
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A copy of the repository in which `make train` was called, and what it printed."""
+    folder = tmp_path_factory.mktemp("first")
+    (folder / ".venv").mkdir()
+    for part in (REPOSITORY / ".venv").iterdir():
+        if part.name != ".installed":
+            (folder / ".venv" / part.name).symlink_to(part)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, folder)
+    for name in ("dpo_recipes", "recipes"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / ".venv" / ".installed").write_text(f"{folder.resolve()}\n")  # as make writes it
+    return folder, make_train(folder)
+
+
 def train(seed, folder, dpo_recipes):
-    """Both stages in a folder of their own; returns the metrics, once what the run shows at its end was looked at."""
+    """Both stages in a folder of their own; returns the metrics."""
     flags = ["--profile", "cpu", "--seed", str(seed)]
     stages = [("quickstart-sft", []), ("quickstart", ["--model_name_or_path", "outputs/quickstart_sft"])]
     for name, more in stages:
         result = run_command(dpo_recipes, "train", name, *flags, *more, cwd=folder, timeout=1200)
         assert result.returncode == 0, result.stdout + result.stderr
-        assert health(folder, name) == [], "healthy"
+    return metrics(folder, result.stdout)
+
+
+def metrics(folder, printed):
+    """Those of a run, once what it shows at its end was looked at."""
+    assert health(folder, "quickstart-sft") == health(folder, "quickstart") == [], "healthy"
     run = folder / "outputs" / "quickstart"
-    end = result.stdout[result.stdout.rindex("before  ") :]
+    end = printed[printed.rindex("before  ") :]
     assert "exact reward, temperature 0.7" in end
     assert end.count("\nPrompt ") == end.count("\nAfter ") == 3
     for name in ("metrics.json", "samples.jsonl", "curves.png"):
@@ -41,35 +73,42 @@ def train(seed, folder, dpo_recipes):
 
 
 @pytest.mark.slow
-def test_the_reward_model_is_learned_and_raised(tmp_path, dpo_recipes):
+def test_make_train_prints_what_the_readme_shows(first):
+    expected = [line for line in shown_output().splitlines() if "outputs/" in line]
+    assert expected
+    assert shlex.split(commands(README)[0]) == ["make", "train"]
+    printed = first[1].splitlines()
+    for line in expected:
+        assert line in printed, "the README shows what a run prints"
+
+
+@pytest.mark.slow
+def test_the_reward_model_is_learned_and_raised(first):
     """What PPO and RLOO gain on the reward model is a gain in the exact reward, which neither sees."""
-    trained = []
-    part = ["--max_steps", "24", "--eval_steps", "24", "--save_steps", "24"]  # of 56
-    for name, flags, exact_after, raised in (("ppo", [], 0.85, 1.0), ("rloo", part, 0.7, 0.5)):
-        call = [dpo_recipes, "train", f"quickstart-{name}", "--profile", "cpu", *flags]
-        result = run_command(*call, cwd=tmp_path, timeout=1800)
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert health(tmp_path, f"quickstart-{name}") == [], "healthy"
-        trained += [line.split()[2].rstrip(",") for line in result.stdout.splitlines() if "trained first" in line]
-        scores = json.loads((tmp_path / "outputs" / f"quickstart_{name}" / "metrics.json").read_text())["scores"]
+    folder, trained = first[0], []
+    part = "--max_steps 24 --eval_steps 24 --save_steps 24"  # of 56
+    for name, flags, exact_after, raised in (("ppo", "", 0.85, 1.0), ("rloo", part, 0.7, 0.5)):
+        printed = make_train(folder, f"RECIPE=quickstart-{name}", f"ARGS={flags}")
+        assert health(folder, f"quickstart-{name}") == [], "healthy"
+        trained += [line.split()[2].rstrip(",") for line in printed.splitlines() if "trained first" in line]
+        scores = json.loads((folder / "outputs" / f"quickstart_{name}" / "metrics.json").read_text())["scores"]
         exact, reward = (scores["temperature 0.7"][key] for key in ("exact reward", "reward-model score"))
         assert exact["before"]["mean"] < 0.65
         assert exact["after"]["mean"] > exact_after
         assert reward["after"]["mean"] > reward["before"]["mean"] + raised
         assert scores["temperature 0.7"]["grammatical"]["after"]["mean"] > 0.9
-    assert trained == ["quickstart_sft", "quickstart_reward"], "each once"
-    assert health(tmp_path, "quickstart-reward") == [], "healthy"
-    metrics = json.loads((tmp_path / "outputs" / "quickstart_reward" / "metrics.json").read_text())
-    assert metrics["reward_accuracy"]["all"]["low"] > 0.85
-    assert metrics["reward_accuracy"]["faults = 1"]["mean"] > 0.75
-    assert metrics["calibration"]["log_loss"] < 0.3
-    assert metrics["warnings"] == []
+    assert trained == ["quickstart_reward"], "once, and the start not again"
+    assert health(folder, "quickstart-reward") == [], "healthy"
+    measured = json.loads((folder / "outputs" / "quickstart_reward" / "metrics.json").read_text())
+    assert measured["reward_accuracy"]["all"]["low"] > 0.85
+    assert measured["reward_accuracy"]["faults = 1"]["mean"] > 0.75
+    assert measured["calibration"]["log_loss"] < 0.3
+    assert measured["warnings"] == []
 
 
 @pytest.mark.slow
-def test_the_quickstart_makes_the_chatbot_safe(tmp_path, dpo_recipes):
-    """One test, so that the seeds are trained once, whatever worker takes it."""
-    runs = []
+def test_the_quickstart_makes_the_chatbot_safe(first, tmp_path, dpo_recipes):
+    runs = [metrics(*first)]
     for seed in SEEDS:
         (tmp_path / str(seed)).mkdir()
         runs.append(train(seed, tmp_path / str(seed), dpo_recipes))

@@ -5,7 +5,6 @@ import json
 import re
 import runpy
 import shlex
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -244,29 +243,6 @@ def test_list_and_copy_do_what_the_readme_says(tmp_path, dpo_recipes):
         result = run_command(dpo_recipes, *shlex.split(command)[1:], cwd=tmp_path)
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "mine.py").read_text() == (RECIPES / "hh_rlhf_lora.py").read_text()
-
-
-@pytest.mark.slow
-def test_make_train_prints_what_the_readme_shows(tmp_path):
-    expected = [line for line in shown_output().splitlines() if "outputs/" in line]
-    assert expected
-    (tmp_path / ".venv").mkdir()
-    for part in (REPOSITORY / ".venv").iterdir():
-        if part.name != ".installed":
-            (tmp_path / ".venv" / part.name).symlink_to(part)
-    for name in ("Makefile", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
-        shutil.copy(REPOSITORY / name, tmp_path)
-    for name in ("dpo_recipes", "recipes"):
-        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / ".venv" / ".installed").write_text(f"{tmp_path.resolve()}\n")  # as make writes it
-    command = shlex.split(commands(README)[0])
-    assert command == ["make", "train"]
-    result = run_command(*command, cwd=tmp_path, timeout=1800)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "Installing" not in result.stdout
-    printed = result.stdout.splitlines()
-    for line in expected:
-        assert line in printed, "the README shows what a run prints"
 
 
 def shown_output() -> str:
