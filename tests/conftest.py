@@ -1,7 +1,12 @@
 import json
+import multiprocessing
 import os
+import runpy
+import shlex
 import subprocess
 import sys
+import tempfile
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -127,6 +132,50 @@ def run_command(*command: str | Path, cwd: Path, timeout: int = 300, **environme
         text=True,
         timeout=timeout,
     )
+
+
+def run_train(*words: str | Path, cwd: Path, timeout: int = 300) -> subprocess.CompletedProcess:
+    """What `dpo-recipes train` does, in a fork of this process, which has imported what takes a new one ten seconds.
+
+    Only accelerate is left out, by which the other processes of a run are started.
+    """
+    from trl import DPOTrainer  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("stdout", "stderr")]
+        call = ["train", *map(str, words)]
+        child = multiprocessing.get_context("fork").Process(target=_train, args=(call, cwd, files))
+        child.start()
+        child.join(timeout)
+        assert child.exitcode is not None, f"{shlex.join(call)} takes longer than {timeout} s"
+        return subprocess.CompletedProcess(call, child.exitcode, *(file.read_text() for file in files))
+
+
+def _train(call: list[str], cwd: Path, files: list[Path]) -> None:
+    from accelerate.state import AcceleratorState, GradientState
+
+    from dpo_recipes import cli, launch
+
+    def recipe(command: list[str], environment: dict[str, str]) -> int:
+        os.environ.update(environment)
+        first = next(at for at, word in enumerate(command) if word.endswith(".py"))
+        sys.argv = command[first:]
+        sys.path.insert(0, str(Path(sys.argv[0]).parent))
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    for number, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    os.chdir(cwd)
+    warnings.resetwarnings()
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the tests before
+    GradientState._reset_state()
+    launch.supervise = recipe
+    sys.exit(cli.main(call))
 
 
 @pytest.fixture(scope="session")

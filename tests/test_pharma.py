@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 
 import pytest
-from conftest import RECIPES, run_command
+from conftest import RECIPES, run_command, run_train
 
 from dpo_recipes.dataset_adapters import preference_jsonl
 from dpo_recipes.ledger import Ledger
@@ -127,9 +127,9 @@ def test_the_warning_comes_first_in_the_card_and_in_the_recipe():
 TRAINING = ("--max_steps", "2", "--pairs_per_update", "4", "--eval_pairs", "4", "--max_length", "2048")
 
 
-def test_the_recipe_trains_by_the_command_that_a_user_types(tmp_path, tiny_model, dpo_recipes):
-    command = (dpo_recipes, "train", "pharma-lora", "--profile", "cpu", "--model_name_or_path", tiny_model)
-    result = run_command(*command, *TRAINING, cwd=tmp_path)
+def test_the_recipe_trains_by_the_command_that_a_user_types(tmp_path, tiny_model):
+    command = ("pharma-lora", "--profile", "cpu", "--model_name_or_path", tiny_model)
+    result = run_train(*command, *TRAINING, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     run = tmp_path / "outputs" / "pharma_lora"
     assert json.loads((run / "done.json").read_text())["updates"] == 2

@@ -3,7 +3,7 @@ import runpy
 import shutil
 
 import pytest
-from conftest import RECIPES, run_command
+from conftest import RECIPES, run_train
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from dpo_recipes.plan import TILE, count_weights, memory_parts
@@ -62,12 +62,12 @@ def test_memory_of_lora_on_four_bits_with_checkpointing():
     assert parts["activations"] == 2 * (3 * 400 * 10 + LAYER)
 
 
-def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, tiny_model, hh_rows, dpo_recipes):
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, tiny_model, hh_rows):
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     (model / "model.safetensors").unlink()  # no weight is loaded
-    result = run_command(
-        *(dpo_recipes, "train", "hh-rlhf-lora", "--profile", "cpu", "--dataset_name", hh_rows, "--dry_run", "true"),
+    result = run_train(
+        *("hh-rlhf-lora", "--profile", "cpu", "--dataset_name", hh_rows, "--dry_run", "true"),
         *("--model_name_or_path", model, "--pairs_per_update", "8", "--beta", "0.25", "--output_dir", "run"),
         cwd=tmp_path,
     )
@@ -82,8 +82,8 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, tiny_model, hh_r
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_dry_run_plans_the_stage_before_without_training_it(tmp_path, dpo_recipes):
-    result = run_command(dpo_recipes, "train", "quickstart", "--profile", "cpu", "--dry_run", "true", cwd=tmp_path)
+def test_a_dry_run_plans_the_stage_before_without_training_it(tmp_path):
+    result = run_train("quickstart", "--profile", "cpu", "--dry_run", "true", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "quickstart needs quickstart_sft, which would be trained first" in result.stdout
     updates = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("  updates ")]
@@ -91,8 +91,8 @@ def test_a_dry_run_plans_the_stage_before_without_training_it(tmp_path, dpo_reci
     assert not any(tmp_path.iterdir())
 
 
-def test_a_dry_run_of_ppo_plans_both_stages_before_it_once_each(tmp_path, dpo_recipes):
-    result = run_command(dpo_recipes, "train", "quickstart-ppo", "--profile", "cpu", "--dry_run", "true", cwd=tmp_path)
+def test_a_dry_run_of_ppo_plans_both_stages_before_it_once_each(tmp_path):
+    result = run_train("quickstart-ppo", "--profile", "cpu", "--dry_run", "true", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     said = [line for line in result.stdout.splitlines() if "which would be trained first" in line]
     assert [line.partition(",")[0] for line in said] == [
@@ -110,11 +110,11 @@ def test_a_dry_run_of_ppo_plans_both_stages_before_it_once_each(tmp_path, dpo_re
     assert not any(tmp_path.iterdir())
 
 
-def test_a_dry_run_says_what_would_be_refused(tmp_path, tiny_model, hh_rows, dpo_recipes):
+def test_a_dry_run_says_what_would_be_refused(tmp_path, tiny_model, hh_rows):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "settings.json").write_text('{"beta": 0.5}')
-    result = run_command(
-        *(dpo_recipes, "train", "hh-rlhf-lora", "--profile", "cpu", "--dataset_name", hh_rows, "--dry_run", "true"),
+    result = run_train(
+        *("hh-rlhf-lora", "--profile", "cpu", "--dataset_name", hh_rows, "--dry_run", "true"),
         *("--model_name_or_path", tiny_model, "--output_dir", "run"),
         cwd=tmp_path,
     )

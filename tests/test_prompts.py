@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import run_command
+from conftest import run_train
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RLOOConfig
@@ -117,13 +117,13 @@ def test_plain_text_is_a_prompt_too(prepare):
     assert data["splits"]["train"]["dropped"]["prompt_too_long"]["count"] == 1
 
 
-def test_a_dry_run_counts_what_sampling_and_scoring_take(tmp_path, tiny_model, hh_rows, dpo_recipes):
+def test_a_dry_run_counts_what_sampling_and_scoring_take(tmp_path, tiny_model, hh_rows):
     reward_model = tmp_path / "reward"
     AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1).save_pretrained(reward_model)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(reward_model)
     (reward_model / "model.safetensors").unlink()  # no weight is loaded
-    result = run_command(
-        *(dpo_recipes, "train", "hh-rlhf-rloo", "--profile", "cpu", "--dataset_name", hh_rows, "--dry_run", "true"),
+    result = run_train(
+        *("hh-rlhf-rloo", "--profile", "cpu", "--dataset_name", hh_rows, "--dry_run", "true"),
         *("--model_name_or_path", tiny_model, "--reward_model_name_or_path", reward_model, "--output_dir", "run"),
         *("--pairs_per_update", "8", "--generation_batch_size", "16", "--max_prompt_length", "100"),
         *("--max_completion_length", "20", "--num_iterations", "2"),

@@ -9,12 +9,13 @@ import re
 import runpy
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import RECIPES, REPOSITORY, run_command
+from conftest import RECIPES, REPOSITORY, run_command, run_train
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import (
@@ -232,11 +233,10 @@ def rows_for(name, rows_of):
 
 
 @pytest.mark.parametrize("name", ON_DATASETS)
-def test_recipe_trains_and_what_it_saved_is_what_it_trained(name, tmp_path, tiny_model, rows_of, dpo_recipes):
+def test_recipe_trains_and_what_it_saved_is_what_it_trained(name, tmp_path, tiny_model, rows_of):
     dataset = rows_for(name, rows_of)
-    result = run_command(
-        dpo_recipes,
-        *("train", name.replace("_", "-"), "--profile", "cpu"),
+    result = run_train(
+        *(name.replace("_", "-"), "--profile", "cpu"),
         *("--dataset_name", dataset, "--model_name_or_path", tiny_model, "--output_dir", "run", "--max_steps", "5"),
         *("--pairs_per_update", "4", "--eval_pairs", "4", "--logging_steps", "1", "--warmup_steps", "0"),
         cwd=tmp_path,
@@ -271,7 +271,7 @@ def test_recipe_trains_and_what_it_saved_is_what_it_trained(name, tmp_path, tiny
         assert moved == (set(start) if name == "hh_rlhf_full" else linear)
         assert "adapter_config.json" not in files
     if name == "hh_rlhf_sft":
-        starts_dpo(run, tmp_path, dataset, dpo_recipes)
+        starts_dpo(run, tmp_path, dataset)
     else:
         kl = json.loads((run / "metrics.json").read_text())["kl"]
         assert kl["n"] == len((run / "samples.jsonl").read_text().splitlines())
@@ -320,9 +320,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_reward_model_reloads_whole_and_scores_as_it_did(kind, tmp_path, tiny_model, rows_of, dpo_recipes):
-    result = run_command(
-        *(dpo_recipes, "train", "hh-rlhf-reward", "--profile", "cpu", "--dataset_name", rows_of["hh"]),
+def test_a_reward_model_reloads_whole_and_scores_as_it_did(kind, tmp_path, tiny_model, rows_of):
+    result = run_train(
+        *("hh-rlhf-reward", "--profile", "cpu", "--dataset_name", rows_of["hh"]),
         *("--model_name_or_path", tiny_model, "--output_dir", "run", "--max_steps", "5", "--pairs_per_update", "4"),
         *("--eval_pairs", "4", "--logging_steps", "1", "--warmup_steps", "0", "--learning_rate", "1e-2", *KINDS[kind]),
         cwd=tmp_path,
@@ -377,8 +377,9 @@ def test_a_reward_model_reloads_whole_and_scores_as_it_did(kind, tmp_path, tiny_
 def test_an_online_recipe_trains_and_leaves_a_policy_alone(
     name, flags, tmp_path, tiny_model, reward_model, hh_rows, dpo_recipes
 ):
-    result = run_command(
-        *(dpo_recipes, "train", name, "--profile", "cpu", "--dataset_name", hh_rows, "--output_dir", "run"),
+    run_it = partial(run_command, dpo_recipes, "train") if "--accelerate" in flags else run_train
+    result = run_it(
+        *(name, "--profile", "cpu", "--dataset_name", hh_rows, "--output_dir", "run"),
         *("--model_name_or_path", tiny_model, "--reward_model_name_or_path", reward_model, "--max_steps", "4"),
         *("--pairs_per_update", "8", "--generation_batch_size", "16", "--per_device_train_batch_size", "4"),
         *("--num_iterations", "1", "--eval_pairs", "4", "--logging_steps", "1", "--warmup_steps", "0"),
@@ -421,9 +422,9 @@ def test_an_online_recipe_trains_and_leaves_a_policy_alone(
     assert "reward-model score, greedy" in (run / "README.md").read_text()
 
 
-def test_a_reward_model_that_is_none_is_refused_before_anything_is_loaded(tmp_path, tiny_model, hh_rows, dpo_recipes):
-    result = run_command(
-        *(dpo_recipes, "train", "hh-rlhf-rloo", "--profile", "cpu", "--dataset_name", hh_rows),
+def test_a_reward_model_that_is_none_is_refused_before_anything_is_loaded(tmp_path, tiny_model, hh_rows):
+    result = run_train(
+        *("hh-rlhf-rloo", "--profile", "cpu", "--dataset_name", hh_rows),
         *("--model_name_or_path", tiny_model, "--reward_model_name_or_path", tiny_model, "--max_steps", "1"),
         *("--pairs_per_update", "8", "--generation_batch_size", "8", "--max_completion_length", "8"),
         *("--max_prompt_length", "200"),
@@ -434,9 +435,9 @@ def test_a_reward_model_that_is_none_is_refused_before_anything_is_loaded(tmp_pa
     assert "Loading weights" not in result.stderr
 
 
-def test_a_reward_model_that_learned_nothing_is_no_success(tmp_path, tiny_model, rows_of, dpo_recipes):
-    result = run_command(
-        *(dpo_recipes, "train", "hh-rlhf-reward", "--profile", "cpu", "--dataset_name", rows_of["hh"]),
+def test_a_reward_model_that_learned_nothing_is_no_success(tmp_path, tiny_model, rows_of):
+    result = run_train(
+        *("hh-rlhf-reward", "--profile", "cpu", "--dataset_name", rows_of["hh"]),
         *("--model_name_or_path", tiny_model, "--output_dir", "run", "--max_steps", "1", "--pairs_per_update", "4"),
         *("--eval_pairs", "4", "--learning_rate", "0"),
         cwd=tmp_path,
@@ -447,11 +448,10 @@ def test_a_reward_model_that_learned_nothing_is_no_success(tmp_path, tiny_model,
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["warnings"]
 
 
-def starts_dpo(run, folder, hh_rows, dpo_recipes):
+def starts_dpo(run, folder, hh_rows):
     """A DPO recipe takes what SFT left."""
-    result = run_command(
-        dpo_recipes,
-        *("train", "hh-rlhf-lora", "--profile", "cpu", "--dataset_name", hh_rows, "--model_name_or_path", run),
+    result = run_train(
+        *("hh-rlhf-lora", "--profile", "cpu", "--dataset_name", hh_rows, "--model_name_or_path", run),
         *("--max_steps", "1", "--pairs_per_update", "4", "--eval_pairs", "2", "--logging_steps", "1"),
         cwd=folder,
     )
@@ -482,9 +482,9 @@ def test_a_copied_recipe_runs_from_another_folder_by_plain_python(tmp_path, tiny
         (["--model_name_or_path", "outputs/nothing"], "There is no model in outputs/nothing"),
     ],
 )
-def test_a_wrong_call_ends_with_status_2_and_no_traceback(flags, message, tmp_path, tiny_model, hh_rows, dpo_recipes):
-    result = run_command(
-        *(dpo_recipes, "train", "hh-rlhf-lora", "--profile", "cpu", "--dataset_name", hh_rows),
+def test_a_wrong_call_ends_with_status_2_and_no_traceback(flags, message, tmp_path, tiny_model, hh_rows):
+    result = run_train(
+        *("hh-rlhf-lora", "--profile", "cpu", "--dataset_name", hh_rows),
         *("--model_name_or_path", tiny_model, *flags),
         cwd=tmp_path,
     )
@@ -493,22 +493,22 @@ def test_a_wrong_call_ends_with_status_2_and_no_traceback(flags, message, tmp_pa
     assert "Traceback" not in result.stderr
 
 
-def test_columns_are_renamed_from_the_command_line(tmp_path, tiny_model, rows_of, dpo_recipes):
+def test_columns_are_renamed_from_the_command_line(tmp_path, tiny_model, rows_of):
     text = Path(rows_of["hh"]).read_text().replace('"chosen"', '"good"').replace('"rejected"', '"bad"')
     (tmp_path / "rows.jsonl").write_text(text)
-    command = [dpo_recipes, "train", "hh-rlhf-lora", "--profile", "cpu", "--dataset_name", "rows.jsonl"]
+    command = ["hh-rlhf-lora", "--profile", "cpu", "--dataset_name", "rows.jsonl"]
     command += ["--model_name_or_path", tiny_model, "--max_steps", "1", "--pairs_per_update", "4", "--eval_pairs", "2"]
-    result = run_command(*command, "--columns", "chosen=better,rejected=bad", cwd=tmp_path)
+    result = run_train(*command, "--columns", "chosen=better,rejected=bad", cwd=tmp_path)
     assert result.returncode == 2
     assert "the dataset has ['good', 'bad']" in result.stderr
-    result = run_command(*command, "--columns", "chosen=good,rejected=bad", cwd=tmp_path)
+    result = run_train(*command, "--columns", "chosen=good,rejected=bad", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_rows_of_another_schema_end_with_status_2(tmp_path, tiny_model, dpo_recipes):
+def test_rows_of_another_schema_end_with_status_2(tmp_path, tiny_model):
     (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 3)
-    result = run_command(
-        *(dpo_recipes, "train", "hh-rlhf-lora", "--profile", "cpu", "--dataset_name", "rows.jsonl"),
+    result = run_train(
+        *("hh-rlhf-lora", "--profile", "cpu", "--dataset_name", "rows.jsonl"),
         *("--model_name_or_path", tiny_model),
         cwd=tmp_path,
     )
@@ -528,9 +528,9 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_ends_with_one_message(small_disk, tmp_path, tiny_model, hh_rows, dpo_recipes):
-    result = run_command(
-        *(dpo_recipes, "train", "hh-rlhf-full", "--profile", "cpu", "--dataset_name", hh_rows),
+def test_a_full_disk_ends_with_one_message(small_disk, tmp_path, tiny_model, hh_rows):
+    result = run_train(
+        *("hh-rlhf-full", "--profile", "cpu", "--dataset_name", hh_rows),
         *("--model_name_or_path", tiny_model, "--max_steps", "2", "--save_steps", "1", "--pairs_per_update", "4"),
         *("--eval_pairs", "2", "--output_dir", small_disk / "run"),
         cwd=tmp_path,

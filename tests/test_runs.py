@@ -3,7 +3,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import run_command
+from conftest import run_train
 from datasets import Dataset, concatenate_datasets
 
 from dpo_recipes.errors import RecipeError
@@ -30,13 +30,13 @@ def test_two_runs_never_train_in_one_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_replaces_another_leaves_nothing_of_it(tmp_path, tiny_model, hh_rows, dpo_recipes):
+def test_a_run_that_replaces_another_leaves_nothing_of_it(tmp_path, tiny_model, hh_rows):
     """A LoRA adapter beside a full model would be loaded on top of it."""
     flags = ["--profile", "cpu", "--dataset_name", hh_rows, "--model_name_or_path", tiny_model, "--output_dir", "run"]
     flags += ["--pairs_per_update", "4", "--eval_pairs", "2"]
     updates = ["--max_steps", "3"]
     for name in ("hh-rlhf-lora", "hh-rlhf-full"):
-        result = run_command(dpo_recipes, "train", name, *flags, *updates, "--overwrite", "true", cwd=tmp_path)
+        result = run_train(name, *flags, *updates, "--overwrite", "true", cwd=tmp_path)
         assert result.returncode == 0, result.stdout + result.stderr
         updates = ["--max_steps", "1"]
     files = {path.name for path in (tmp_path / "run").iterdir()}

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import RECIPES, run_command
+from conftest import RECIPES, run_command, run_train
 from safetensors.torch import load_file
 
 SMALL = ["--profile", "cpu", "--pairs_per_update", "4", "--logging_steps", "1", "--warmup_steps", "0"]
@@ -19,7 +19,9 @@ def dpo(tmp_path, dpo_recipes):
     """Run `dpo-recipes ...` as a user types it; it must succeed unless another status is expected."""
 
     def call(*words: object, status: int = 0) -> str:
-        result = run_command(dpo_recipes, *map(str, words), cwd=tmp_path)
+        typed = [str(word) for word in words]
+        is_training = typed[0] == "train"
+        result = run_train(*typed[1:], cwd=tmp_path) if is_training else run_command(dpo_recipes, *typed, cwd=tmp_path)
         assert result.returncode == status, result.stdout + result.stderr
         return result.stdout + result.stderr
 
