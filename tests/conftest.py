@@ -152,6 +152,7 @@ def run_train(*words: str | Path, cwd: Path, timeout: int = 300) -> subprocess.C
 
 
 def _train(call: list[str], cwd: Path, files: list[Path]) -> None:
+    import torch
     from accelerate.state import AcceleratorState, GradientState
 
     from dpo_recipes import cli, launch
@@ -175,6 +176,7 @@ def _train(call: list[str], cwd: Path, files: list[Path]) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)  # of the tests before
     GradientState._reset_state()
     launch.supervise = recipe
+    torch.set_num_threads(1)  # as run_command has it
     sys.exit(cli.main(call))
 
 

@@ -8,30 +8,28 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
-from conftest import RECIPES, run_command
+from conftest import RECIPES, run_command, run_train
 from safetensors.torch import load_file
 
 FLAGS = ["--max_steps", "12", "--save_steps", "3", "--eval_steps", "3", "--logging_steps", "1", "--eval_pairs", "2"]
 FLAGS += ["--pairs_per_update", "4", "--per_device_train_batch_size", "2", "--learning_rate", "1e-3"]
 ONLINE = ["--generation_batch_size", "8", "--num_iterations", "2", "--max_prompt_length", "200"]  # a rollout: 4 updates
 ONLINE += ["--max_completion_length", "8", "--beta", "0.1"]
-PROFILE = ["--config", str(RECIPES / "profiles" / "cpu.yaml")]
 
 
 @pytest.fixture
-def command(tiny_model, reward_model, hh_rows):
-    """The recipe by plain Python, on the test's own models and rows."""
+def flags(tiny_model, reward_model, hh_rows):
+    """A recipe's flags for the test's own models and rows."""
 
-    def command(name, *flags):
-        if name.endswith("ppo"):
-            flags = (*ONLINE, "--reward_model_name_or_path", str(reward_model), *flags)
-        data = ["--dataset_name", str(hh_rows), "--model_name_or_path", str(tiny_model)]
-        return [sys.executable, str(RECIPES / f"{name}.py"), *PROFILE, *data, *FLAGS, *flags]
+    def flags(name):
+        online = [*ONLINE, "--reward_model_name_or_path", str(reward_model)] if name.endswith("ppo") else []
+        return ["--dataset_name", str(hh_rows), "--model_name_or_path", str(tiny_model), *FLAGS, *online]
 
-    return command
+    return flags
 
 
 def history(folder):
@@ -71,20 +69,23 @@ def start(command, cwd, log):
         pytest.param("hh_rlhf_ppo", marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_run_resumes_bit_identically(name, command, tmp_path):
-    whole = run_command(*command(name, "--output_dir", "whole"), cwd=tmp_path)
+def test_a_killed_run_resumes_bit_identically(name, flags, tmp_path):
+    train = partial(run_train, name, "--profile", "cpu", *flags(name), cwd=tmp_path)
+    resume = partial(train, "--output_dir", "killed", "--resume_from_checkpoint", "true")
+    whole = train("--output_dir", "whole")
     assert whole.returncode == 0, whole.stdout + whole.stderr
     assert "Prompts are not shared" not in whole.stdout + whole.stderr
 
     step = random.Random(os.getpid()).randint(5, 10)
     log = tmp_path / "log"
-    process = start(command(name, "--output_dir", "killed"), tmp_path, log)
+    recipe = [sys.executable, str(RECIPES / f"{name}.py"), "--config", str(RECIPES / "profiles" / "cpu.yaml")]
+    process = start([*recipe, *flags(name), "--output_dir", "killed"], tmp_path, log)
     wait_for(process, log, f"\n  {step:>5}  loss")
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed" / "done.json").exists()
 
-    again = run_command(*command(name, "--output_dir", "killed", "--resume_from_checkpoint", "true"), cwd=tmp_path)
+    again = resume()
     assert again.returncode == 0, again.stdout + again.stderr
     assert "Resuming from killed/checkpoint-" in again.stdout
     assert history(tmp_path / "killed") == history(tmp_path / "whole"), f"killed after step {step}"
@@ -92,7 +93,7 @@ def test_a_killed_run_resumes_bit_identically(name, command, tmp_path):
 
     # Killed after the last update, before the end: no update more than there are.
     (tmp_path / "killed" / "done.json").unlink()
-    late = run_command(*command(name, "--output_dir", "killed", "--resume_from_checkpoint", "true"), cwd=tmp_path)
+    late = resume()
     assert late.returncode == 0, late.stdout + late.stderr
     assert json.loads((tmp_path / "killed" / "done.json").read_text())["updates"] == 12
     assert history(tmp_path / "killed") == history(tmp_path / "whole")
@@ -103,7 +104,7 @@ def test_a_killed_run_resumes_bit_identically(name, command, tmp_path):
     (tmp_path / "killed" / "checkpoint-12").mkdir()
     (tmp_path / "killed" / "checkpoint-12" / "adapter_model.safetensors").write_bytes(b"half")
     (tmp_path / "killed" / "done.json").unlink()
-    third = run_command(*command(name, "--output_dir", "killed", "--resume_from_checkpoint", "true"), cwd=tmp_path)
+    third = resume()
     assert third.returncode == 0, third.stdout + third.stderr
     assert "checkpoint-12 is half-written" in third.stderr
     assert history(tmp_path / "killed") == history(tmp_path / "whole")
