@@ -185,8 +185,10 @@ def read_answer(
 ) -> dict[str, Any]:
     """The tokens sampled after a prompt as `generate` returns an answer."""
     kept = tokens[:-1] if tokens and tokens[-1] in stop_tokens(model, tokenizer) else tokens
-    text = tokenizer.decode(kept, skip_special_tokens=True)
-    text = text if isinstance(prompt, str) else text.strip()
+    before = tokenizer(prompt, verbose=False)["input_ids"] if isinstance(prompt, str) else []
+    # Behind what it goes on with: alone, SentencePiece's first token would lose its space.
+    text, begun = (tokenizer.decode(ids, skip_special_tokens=True) for ids in ([*before, *kept], before))
+    text = text[len(begun) :] if isinstance(prompt, str) else text.strip()
     return {"text": text, "tokens": len(kept), "ended": len(kept) < len(tokens)}
 
 

@@ -3,13 +3,15 @@ import pytest
 import torch
 from datasets import Dataset
 from scipy.stats import binomtest
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer
 
 from dpo_recipes.evaluation import (
     PreferenceLogps,
     generate,
     preference_logps,
+    read_answer,
     reference_model,
     sample_tokens,
     sampled_kl,
@@ -305,3 +307,15 @@ def test_an_answer_ends_where_the_models_positions_do(tokenizer):
     assert lengths[3] > 64
     for length, answer in zip(lengths, answers, strict=True):
         assert answer["ended"] or length + answer["tokens"] == max(64, length)
+
+
+def test_text_that_goes_on_keeps_the_space_that_sentencepiece_puts_into_its_first_token(tiny_model):
+    words = {token: number for number, token in enumerate(["<unk>", "<eos>", "▁Once", "▁upon", "▁a", "▁time", "s"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)  # whose end token is 1, too
+    assert tokenizer.decode([4, 5]) == "a time", "alone it is lost"
+    told = read_answer(model, tokenizer, "Once upon", [4, 5, 1])
+    assert told == {"text": " a time", "tokens": 2, "ended": True}
+    assert read_answer(model, tokenizer, "Once upon a time", [6]) == {"text": "s", "tokens": 1, "ended": False}
