@@ -1,5 +1,6 @@
 """Scores completions with a reward model, and refuses one that cannot before anything is generated."""
 
+import sys
 import textwrap
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import (
 from trl.data_utils import apply_chat_template
 
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.terminal import say
 
 Text = str | list[dict[str, str]]
 """Plain text, or the messages of a conversation."""
@@ -177,7 +179,8 @@ def score(
     """The reward model's score of each completion, in order. Shape (completions,).
 
     That of a classifier with two labels is the probability of POSITIVE, or of the second one where none is named so
-    (Rafailov et al. 2023, section 6); it reads the special tokens that it was trained with.
+    (Rafailov et al. 2023, section 6); it reads the special tokens that it was trained with. Of a text that is longer
+    than the model's positions the first token and the last ones are read, and it is said how many texts those are.
 
     Args:
         model: A reward model or such a classifier; its mode (train or eval) is left as it was.
@@ -189,7 +192,7 @@ def score(
     texts = [as_text(*both, tokenizer) for both in zip(prompts, completions, strict=True)]
     two = model.config.num_labels == 2
     columns = {name.upper(): column for column, name in model.config.id2label.items()}
-    ids = _token_ids(texts, tokenizer, special=two)
+    ids = _fitting(_token_ids(texts, tokenizer, special=two), model, tokenizer)
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     scores = np.zeros(len(ids))
     was_training = model.training
@@ -232,6 +235,14 @@ def check_reloads(folder: str, model: PreTrainedModel, probe: Mapping[str, torch
     error = (again - scores).abs().max().item()
     if not error <= 1e-3 * max(1.0, scores.abs().max().item()):  # NaN is refused too
         raise RuntimeError(f"The reward model in {folder} scores a batch differently by {error:.1e}: do not use it.")
+
+
+def _fitting(ids: Sequence[list[int]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    room = min(room, tokenizer.model_max_length)
+    if longer := sum(len(row) > room for row in ids):
+        say(f"{longer} of {len(ids)} texts have more than the {room} tokens that their judge reads: the oldest go.")
+    return [row if len(row) <= room else [row[0], *row[len(row) - room + 1 :]] for row in ids]
 
 
 def _token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> list[list[int]]:

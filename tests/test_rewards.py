@@ -5,7 +5,13 @@ import pytest
 import torch
 from conftest import CHAT_TEMPLATE
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
 from trl import RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
 from dpo_recipes.errors import RecipeError
@@ -54,6 +60,23 @@ def test_scores_keep_the_order_of_the_completions_whatever_the_batches(reward_mo
     texts = [answer[0]["content"] for answer in ANSWERS]  # plain text is an assistant's turn
     for batch_size in (1, 2, 16):
         assert score(model, tokenizer, PROMPTS, texts, batch_size=batch_size) == pytest.approx(alone, abs=1e-5)
+
+
+def test_of_a_text_beyond_the_positions_the_first_token_and_the_last_ones_are_read(reward_model, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(reward_model)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=24, n_embd=16, n_layer=1, n_head=2, num_labels=1, pad_token_id=0
+    )
+    model = GPT2ForSequenceClassification(config).eval()
+    texts = ["Short.", "A text of thirty-six letters, or so."]
+    scores = score(model, tokenizer, ["", ""], texts)
+    for text, scored in zip(texts, scores, strict=True):
+        ids = tokenizer(text)["input_ids"]
+        ids = ids if len(ids) <= 24 else ids[:1] + ids[-23:]
+        with torch.no_grad():
+            assert model(torch.tensor([ids])).logits.item() == pytest.approx(scored, abs=1e-5)
+    assert "1 of 2 texts have more than the 24 tokens that their judge reads" in capsys.readouterr().out
 
 
 def test_the_mode_of_the_model_is_left_alone(reward_model):
