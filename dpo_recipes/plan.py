@@ -150,7 +150,8 @@ def memory_parts(
 def _longest(settings: Mapping[str, Any]) -> int:
     """Tokens of the longest sequence."""
     if "max_prompt_length" in settings:
-        return int(settings["max_prompt_length"] + settings["max_completion_length"])
+        prompt = settings.get("max_pair_length") or settings["max_prompt_length"]
+        return int(prompt + settings["max_completion_length"])
     return settings.get("max_length") or 1024
 
 

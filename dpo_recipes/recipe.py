@@ -79,6 +79,9 @@ class OnlineArguments(RecipeArguments):
     max_prompt_length: int = HfArg(
         default=512, help="Tokens of a prompt. Its oldest turns go first; one that is still longer is dropped."
     )
+    max_pair_length: int | None = HfArg(
+        default=None, help="Take the prompts of the pairs that DPO keeps at this max_length; for a comparison."
+    )
 
 
 def argument_classes(namespace: Mapping[str, Any]) -> list[type]:

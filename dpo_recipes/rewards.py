@@ -151,7 +151,8 @@ def check_reward_model(
     if room is not None and longest + max_completion_length > room:
         raise RecipeError(
             f"The reward model {name} takes {room} tokens, but the longest prompt has {longest} of its tokens and an "
-            f"answer up to {max_completion_length}. Lower --max_prompt_length or --max_completion_length."
+            f"answer up to {max_completion_length}. Lower --max_prompt_length (in a comparison --max_length) or "
+            "--max_completion_length."
         )
 
 

@@ -209,6 +209,7 @@ def dpo_launch():
         ("--ppo.max_steps 3", "--budget, or --dpo.max_steps"),
         ("--reward_model_name_or_path x", "the comparison trains one"),
         ("--overwrite true", "remove the folder"),
+        ("--ppo.max_prompt_length 64", "--max_length: all learn from the prompts"),
         ("--learning_rat 1e-5", "--learning_rat is a setting of none of the recipes dpo"),
         ("--dpo.center_rewards_coefficient 0.1", "--dpo.center_rewards_coefficient is a setting of none"),
         ("--learning_rate fast", "invalid float value: 'fast'"),
@@ -236,6 +237,7 @@ def test_a_flag_goes_to_every_recipe_that_knows_it_or_to_one(dpo_launch, monkeyp
     assert {recipe.model_args.lora_r for recipe in recipes.values()} == {8}
     assert (recipes["dpo"].training_args.max_steps, recipes["reward"].training_args.max_steps) == (7, -1)
     assert "max_length" not in dict(launch.grouped(recipes["ppo"].launch.flags))
+    assert recipes["ppo"].script_args.max_pair_length == 200
     assert {recipe.model_args.model_name_or_path for recipe in recipes.values()} == {"outputs/quickstart_sft"}
 
 
@@ -530,7 +532,7 @@ def test_the_report_does_not_make_a_run_another(folder, monkeypatch):
 
 TINY = {
     **{"max_length": 256, "pairs_per_update": 4, "per_device_train_batch_size": 4, "warmup_steps": 0},
-    **{"max_prompt_length": 128, "max_completion_length": 8, "generation_batch_size": 8, "num_iterations": 2},
+    **{"max_completion_length": 8, "generation_batch_size": 8, "num_iterations": 2},
     **{"dpo.max_steps": 4, "reward.max_steps": 3, "save_steps": 1, "eval_strategy": "no", "learning_rate": 1e-3},
 }
 

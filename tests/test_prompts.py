@@ -6,11 +6,11 @@ import pytest
 from conftest import run_train
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from trl import RLOOConfig
+from trl import DPOConfig, RLOOConfig
 
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.preflight import prepare_prompts
-from dpo_recipes.recipe import OnlineArguments
+from dpo_recipes.preflight import prepare_pairs, prepare_prompts
+from dpo_recipes.recipe import OnlineArguments, RecipeArguments
 
 
 def says(role, text):
@@ -83,6 +83,28 @@ def test_prompts_that_became_equal_are_one_and_none_is_in_both_splits(prepare):
     assert [prompt[-1]["content"] for prompt in prompts["train"]["prompt"]] == ["And then?", "Other?"]
     dropped = data["splits"]["train"]["dropped"]
     assert (dropped["same_prompt"]["count"], dropped["prompt_in_test"]["count"]) == (1, 1)
+
+
+def test_for_a_comparison_the_prompts_are_those_of_the_pairs_that_dpo_keeps(prepare, tiny_model, tmp_path):
+    rows = [row("One?"), row("A turn of some length.", "Yes.", "Two?"), row("One?", "So.", "Much too long. " * 8)]
+    rows += [row("Three?") | {"rejected": [says("assistant", "An answer that is longer than all else. " * 3)]}]
+    longest = 48  # bytes: the second loses a turn, the last two go
+    prompts, data = prepare(rows, max_pair_length=longest, max_prompt_length=4)
+    assert [prompt[-1]["content"] for prompt in prompts["train"]["prompt"][:]] == ["One?", "Two?"]
+    assert len(prompts["train"]["prompt"][1]) == 1
+    account = data["splits"]["train"]
+    assert (account["shortened"], account["dropped"]["too_long"]["count"]) == (1, 2)
+    assert data["max_pair_length"] == longest
+
+    pairs = DatasetDict(train=Dataset.from_list(rows), test=Dataset.from_list(list(HELD_OUT)))
+    args = DPOConfig(
+        str(tmp_path / "dpo"), max_length=longest, use_cpu=True, bf16=False, activation_checkpointing=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    prepare_pairs(lambda _: pairs, RecipeArguments(dataset_name="rows"), args, tokenizer)
+    of_dpo = json.loads((tmp_path / "dpo" / "preflight.json").read_text())
+    assert of_dpo["prompts"] == data["prompts"]
+    assert of_dpo["splits"]["train"]["kept"] == account["kept"] == 2
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,9 @@ RESERVED = {
     **{"reward_model_name_or_path": "nothing: the comparison trains one", "max_steps": "--budget, or --dpo.max_steps"},
     **{"overwrite": "nothing: remove the folder to begin anew", "resume_from_checkpoint": "nothing: it goes on itself"},
     **{"dry_run": "nothing: the plan is printed first", "eval_pairs": "--prompts"},
+    **dict.fromkeys(
+        ("max_prompt_length", "max_pair_length"), "--max_length: all learn from the prompts of DPO's pairs"
+    ),
 }
 """Settings that are the comparison's own, and what to give in their place."""
 
@@ -131,6 +134,9 @@ def read_recipes(
                 taken_by.add(name)
         if kind != "dpo":  # all start from the same model
             own += ["--model_name_or_path", str(recipes["dpo"].model_args.model_name_or_path)]
+        longest = recipes["dpo"].training_args.max_length if kind in ONLINE else None
+        if longest and "max_pair_length" in known[kind]:
+            own += ["--max_pair_length", str(longest)]
         parsed = parse_namespace(namespace, files[kind], profile=launch.profile, flags=own)
         recipes[kind] = Recipe(kind, namespace, replace(launch, recipe=files[kind], flags=tuple(own)), *parsed)
     if unknown := [name for name, _ in given if name not in taken_by]:

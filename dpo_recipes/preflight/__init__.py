@@ -76,9 +76,10 @@ def prepare_prompts(
 ) -> DatasetDict:
     """`train` and `test` prompts for an online trainer, each once, every row of the dataset accounted for.
 
-    A prompt over `max_prompt_length` tokens loses its oldest turns, and is dropped where that does not help. Columns
-    beside prompt, chosen and rejected are kept for reward functions. The rest is as in `prepare_pairs`. For SFT prompts
-    are texts, each with room for an end token within `max_length`, and no answer to them is looked at.
+    A prompt over `max_prompt_length` tokens loses its oldest turns, and is dropped where that does not help; with
+    `max_pair_length` the prompts are exactly those that `prepare_pairs` keeps at that `max_length`. Columns beside
+    prompt, chosen and rejected are kept for reward functions. The rest is as in `prepare_pairs`. For SFT prompts are
+    texts, each with room for an end token within `max_length`, and no answer to them is looked at.
 
     Args:
         load_pairs: The recipe's own.
@@ -166,12 +167,15 @@ def measure_prompts(
         RecipeError: For every reason that `prepare_prompts` has but a finding.
     """
     thresholds, is_sft = thresholds_of(script_args, training_args), isinstance(training_args, SFTConfig)
-    limit = "max_length" if is_sft else "max_prompt_length"
+    as_pairs = None if is_sft else script_args.max_pair_length
+    limit = "max_length" if is_sft else "max_pair_length" if as_pairs else "max_prompt_length"
     longest = getattr(training_args if is_sft else script_args, limit)
     room, what = (longest and longest - 1, "text") if is_sft else (longest, "prompt")
     with Ledger() as ledger:
         pairs = _load(load_pairs, script_args)
         tokenizer = tokenizer_to_measure(tokenizer, pairs=pairs["train"])
+        if as_pairs:
+            pairs = DatasetDict({split: fit(pairs[split], tokenizer, as_pairs, split=split) for split in pairs})
         fitted = {split: fit_prompts(pairs[split], tokenizer, room, f"{what}_too_long", split=split) for split in pairs}
         prompts = drop_prompts_in_test(DatasetDict(fitted), stage="preflight")
         prompts["test"] = _draw_eval_pairs(prompts["test"], script_args)
@@ -209,10 +213,11 @@ def check_prompts(prompts: DatasetDict, script_args: Any, training_args: Any, to
     longest, context = training_args.max_completion_length, getattr(config, "max_position_embeddings", None)
     tokens = [count for rows in prompts.values() for count in rows["prompt_tokens"][:]]
     if context is not None and (over := sum(count + longest > context for count in tokens)):
+        flag = "max_length" if script_args.max_pair_length else "max_prompt_length"
         raise RecipeError(
             f"{over:,} of {len(tokens):,} prompts leave no room for an answer of max_completion_length={longest} "
             f"tokens in the {context} of {tokenizer.name_or_path}. Lower --max_completion_length, or have their oldest "
-            f"turns go: --max_prompt_length {max(1, context - longest)}."
+            f"turns go: --{flag} {max(1, context - longest)}."
         )
     if name := script_args.reward_model_name_or_path:
         judge = read_reward_config(name, **options)

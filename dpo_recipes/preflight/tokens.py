@@ -53,7 +53,7 @@ def fit_prompts(pairs: Dataset, tokenizer: Any, longest: int | None, too_long: s
     """The distinct prompts of the pairs, of at most `longest` tokens, with the columns of their first pairs.
 
     Long ones lose their oldest turns as in `fit`, and are dropped as `too_long` says where that does not help. `chosen`
-    and `rejected` go; `prompt_tokens` and `cut_tokens` are added.
+    and `rejected` go; `prompt_tokens` and `cut_tokens` are added, those to what `fit` has cut already.
     """
     tokenizer("settle")  # a tokenizer's first call changes its state, and with it the key of the map's cache
     kept = {name: kind for name, kind in pairs.features.items() if name not in ("chosen", "rejected")}
@@ -79,7 +79,8 @@ def _fit_prompts(
     batch: dict[str, list[Any]], *, tokenizer: Any, longest: int | None, too_long: str
 ) -> dict[str, list[Any]]:
     prompts, reasons, tokens, cut = [], [], [], []
-    for prompt, chosen, rejected in zip(*(batch[side] for side in SIDES), strict=True):
+    gone = batch.get("cut_tokens", [0] * len(batch["prompt"]))
+    for prompt, chosen, rejected, already in zip(*(batch[side] for side in SIDES), gone, strict=True):
         count = first = 0
         reason = None
         try:
@@ -98,7 +99,7 @@ def _fit_prompts(
         prompts.append(prompt)
         reasons.append(reason)
         tokens.append(count)
-        cut.append(first - count)
+        cut.append(already + first - count)
     columns = {name: values for name, values in batch.items() if name not in ("chosen", "rejected")}
     return {**columns, "prompt": prompts, "prompt_tokens": tokens, "cut_tokens": cut, "drop_reason": reasons}
 
