@@ -1,4 +1,5 @@
 import json
+import logging
 import multiprocessing
 import os
 import runpy
@@ -173,6 +174,7 @@ def _train(call: list[str], cwd: Path, files: list[Path]) -> None:
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     os.chdir(cwd)
     warnings.resetwarnings()
+    logging.getLogger().handlers.clear()  # pytest's
     AcceleratorState._reset_state(reset_partial_state=True)  # of the tests before
     GradientState._reset_state()
     launch.supervise = recipe
