@@ -561,7 +561,7 @@ def started(dpo_recipes, folder, *, wait_for=None):
 
 @pytest.mark.slow
 def test_a_comparison_that_was_killed_goes_on_to_the_same_result(tmp_path, tiny_model, hh_rows, dpo_recipes):
-    """One in one go, one killed in PPO and among the answers; then a stage fails and is told."""
+    """One in one go, one killed in DPO, in PPO and among the answers; a third stage fails and is told."""
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         shutil.copytree(tiny_model, tmp_path / name / "start")
@@ -582,7 +582,7 @@ def test_a_comparison_that_was_killed_goes_on_to_the_same_result(tmp_path, tiny_
     assert parts["learn"] > parts["judge"] > parts["test"] > 0
     assert len((out / "records.jsonl").read_text().splitlines()) == 3 * whole["prompts"]
 
-    for place in ("ppo-0.1-0/checkpoint-4/trainer_state.json", "answers/dpo-0.1-0.json"):
+    for place in ("dpo-0.1-0/checkpoint-2/trainer_state.json", "ppo-0.1-0/checkpoint-4", "answers/dpo-0.1-0.json"):
         started(dpo_recipes, tmp_path / "killed", wait_for=place)
     result = started(dpo_recipes, tmp_path / "killed")
     assert result.returncode == 0, result.stdout + result.stderr

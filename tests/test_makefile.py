@@ -245,9 +245,21 @@ def test_ci_calls_the_developers_own_targets() -> None:
 
 
 @pytest.mark.slow
-def test_what_make_has_installed_are_the_pinned_versions() -> None:
-    pins = {line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if not line.startswith("#")}
-    listed = [REPOSITORY / ".venv" / "bin" / "python", "-m", "pip", "list", "--format=freeze"]
+def test_a_fresh_copy_installs_the_pinned_versions_and_runs(copy: Path) -> None:
+    for name in ("README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, copy)
+    for name in ("dpo_recipes", "recipes"):
+        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    first = make(copy, "recipes")
+    assert first.returncode == 0, first.stderr
+    assert "hh-rlhf-lora" in first.stdout
+    second = make(copy, "recipes")
+    assert "Installing" not in second.stdout
+    assert [line.split()[0] for line in second.stdout.splitlines()] == re.findall(
+        r"^  ([a-z0-9-]+)  ", first.stdout, re.M
+    )
+    pins = {line for line in (copy / "constraints.txt").read_text().splitlines() if not line.startswith("#")}
+    listed = [copy / ".venv" / "bin" / "python", "-m", "pip", "list", "--format=freeze"]
     frozen = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.splitlines()
     plain = {re.sub(r"\+\w+$", "", pin).lower().replace("_", "-") for pin in frozen}
     of_torch = ("nvidia-", "cuda-", "triton==")  # where there is CUDA, torch pins these itself
