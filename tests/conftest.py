@@ -3,7 +3,6 @@ import logging
 import multiprocessing
 import os
 import runpy
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -148,7 +147,9 @@ def run_train(*words: str | Path, cwd: Path, timeout: int = 300) -> subprocess.C
         child = multiprocessing.get_context("fork").Process(target=_train, args=(call, cwd, files))
         child.start()
         child.join(timeout)
-        assert child.exitcode is not None, f"{shlex.join(call)} takes longer than {timeout} s"
+        if child.exitcode is None:
+            child.kill()
+            raise subprocess.TimeoutExpired(call, timeout)
         return subprocess.CompletedProcess(call, child.exitcode, *(file.read_text() for file in files))
 
 
@@ -162,7 +163,6 @@ def _train(call: list[str], cwd: Path, files: list[Path]) -> None:
         os.environ.update(environment)
         first = next(at for at, word in enumerate(command) if word.endswith(".py"))
         sys.argv = command[first:]
-        sys.path.insert(0, str(Path(sys.argv[0]).parent))
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")
         except SystemExit as end:
