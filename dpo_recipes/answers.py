@@ -103,8 +103,8 @@ def answer_all(
         base = model.unload() if isinstance(model, PeftModel) else base
         begun = policy if model is base else logps(base, sampled, temperature=sampling.temperature)
         answers = [
-            read_answer(base, tokenizer, prompt, tokens) | {"policy": own, "start": other, "scored": len(tokens)}
-            for prompt, (_, tokens), own, other in zip(prompts, sampled, policy.tolist(), begun.tolist(), strict=True)
+            read_answer(base, tokenizer, prompt, both) | {"policy": own, "start": other, "scored": len(both[1])}
+            for prompt, both, own, other in zip(prompts, sampled, policy.tolist(), begun.tolist(), strict=True)
         ]
         found[entry.name] = {"key": keys[entry.name], "answers": answers, **sides, **lengths}
         write_json(folder / f"{entry.name}.json", found[entry.name])

@@ -1,6 +1,5 @@
 """Measures a tuned model against its start: preference accuracy by log-probs, and answers side by side."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
@@ -28,7 +27,7 @@ from trl.trainer.utils import add_fused_lm_head, pad, use_adapter
 from dpo_recipes.dataset_adapters import Drop
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.intervals import Estimate, wilson
-from dpo_recipes.rewards import Text
+from dpo_recipes.rewards import Text, context_length
 
 
 @dataclass
@@ -177,18 +176,23 @@ def generate(
         (their number) and `ended` (it gave its end token).
     """
     sampled = sample_tokens(model, tokenizer, prompts, **options)
-    return [read_answer(model, tokenizer, prompt, tokens) for prompt, (_, tokens) in zip(prompts, sampled, strict=True)]
+    return [read_answer(model, tokenizer, *both) for both in zip(prompts, sampled, strict=True)]
 
 
 def read_answer(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: Text, tokens: list[int]
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Text,
+    sampled: tuple[list[int], list[int]],
 ) -> dict[str, Any]:
-    """The tokens sampled after a prompt as `generate` returns an answer."""
+    """What `sample_tokens` gave for a prompt, as `generate` returns an answer."""
+    before, tokens = sampled
     kept = tokens[:-1] if tokens and tokens[-1] in stop_tokens(model, tokenizer) else tokens
-    before = tokenizer(prompt, verbose=False)["input_ids"] if isinstance(prompt, str) else []
-    # Behind what it goes on with: alone, SentencePiece's first token would lose its space.
-    text, begun = (tokenizer.decode(ids, skip_special_tokens=True) for ids in ([*before, *kept], before))
-    text = text[len(begun) :] if isinstance(prompt, str) else text.strip()
+    if isinstance(prompt, str):  # decoded alone, SentencePiece's first token would lose its space
+        whole, begun = tokenizer.batch_decode([before + kept, before], skip_special_tokens=True)
+        text = whole[len(begun) :]
+    else:
+        text = tokenizer.decode(kept, skip_special_tokens=True).strip()
     return {"text": text, "tokens": len(kept), "ended": len(kept) < len(tokens)}
 
 
@@ -216,12 +220,8 @@ def check_prompt(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokeni
             ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     except (TemplateError, TypeError, ValueError) as error:
         raise Drop("template_refuses") from error
-    if len(ids) >= _context(model):
+    if len(ids) >= context_length(model.config):
         raise Drop("no_room")
-
-
-def _context(model: PreTrainedModel | PeftModel) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 @torch.no_grad()
@@ -251,7 +251,7 @@ def sample_tokens(
         batch_size: Prompts at a time. They are sorted by length, so that little is padded.
         streamer: Is given each token of the answer to a single prompt.
     """
-    stops, context = stop_tokens(model, tokenizer), _context(model)
+    stops, context = stop_tokens(model, tokenizer), context_length(model.config)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         repetition_penalty=1.0,  # a model's own default may be another

@@ -146,14 +146,19 @@ def check_reward_model(
                 f"The chat template of the reward model {name} refuses conversations of {roles}, assistant: {error}. "
                 "Name a reward model whose template takes them."
             ) from error
-    room = getattr(config.get_text_config(), "max_position_embeddings", None)
+    room = context_length(config)
     longest = max(len(ids) for ids in _token_ids([as_text(prompt, "", tokenizer) for prompt in prompts], tokenizer))
-    if room is not None and longest + max_completion_length > room:
+    if longest + max_completion_length > room:
         raise RecipeError(
             f"The reward model {name} takes {room} tokens, but the longest prompt has {longest} of its tokens and an "
             f"answer up to {max_completion_length}. Lower --max_prompt_length (in a comparison --max_length) or "
             "--max_completion_length."
         )
+
+
+def context_length(config: Any) -> int:
+    """The tokens that a model of this configuration has positions for; sys.maxsize where it names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def as_text(prompt: Text, completion: Text, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -239,8 +244,7 @@ def check_reloads(folder: str, model: PreTrainedModel, probe: Mapping[str, torch
 
 
 def _fitting(ids: Sequence[list[int]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    room = min(room, tokenizer.model_max_length)
+    room = min(context_length(model.config), tokenizer.model_max_length)
     if longer := sum(len(row) > room for row in ids):
         say(f"{longer} of {len(ids)} texts have more than the {room} tokens that their judge reads: the oldest go.")
     return [row if len(row) <= room else [row[0], *row[len(row) - room + 1 :]] for row in ids]

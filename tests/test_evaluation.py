@@ -316,6 +316,10 @@ def test_text_that_goes_on_keeps_the_space_that_sentencepiece_puts_into_its_firs
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
     model = AutoModelForCausalLM.from_pretrained(tiny_model)  # whose end token is 1, too
     assert tokenizer.decode([4, 5]) == "a time", "alone it is lost"
-    told = read_answer(model, tokenizer, "Once upon", [4, 5, 1])
+    told = read_answer(model, tokenizer, "Once upon", ([2, 3], [4, 5, 1]))
     assert told == {"text": " a time", "tokens": 2, "ended": True}
-    assert read_answer(model, tokenizer, "Once upon a time", [6]) == {"text": "s", "tokens": 1, "ended": False}
+    assert read_answer(model, tokenizer, "Once upon a time", ([2, 3, 4, 5], [6])) == {
+        "text": "s",
+        "tokens": 1,
+        "ended": False,
+    }

@@ -26,7 +26,7 @@ from dpo_recipes.preflight.account import (
 )
 from dpo_recipes.preflight.findings import THRESHOLDS, Finding, finding_lines, judged, set_thresholds
 from dpo_recipes.preflight.tokens import MEASURES, describe, describe_prompts, fit, fit_prompts, rendered_pairs
-from dpo_recipes.rewards import check_reward_model, read_reward_config
+from dpo_recipes.rewards import check_reward_model, context_length, read_reward_config
 from dpo_recipes.terminal import say
 
 _REMEDIES = {
@@ -209,10 +209,10 @@ def check_prompts(prompts: DatasetDict, script_args: Any, training_args: Any, to
         )
     options = dict(trust_remote_code=training_args.trust_remote_code)
     options["revision"] = script_args.settings.get("model_revision") or "main"  # TRL takes it for both models
-    config = AutoConfig.from_pretrained(tokenizer.name_or_path, **options).get_text_config()
-    longest, context = training_args.max_completion_length, getattr(config, "max_position_embeddings", None)
+    context = context_length(AutoConfig.from_pretrained(tokenizer.name_or_path, **options))
+    longest = training_args.max_completion_length
     tokens = [count for rows in prompts.values() for count in rows["prompt_tokens"][:]]
-    if context is not None and (over := sum(count + longest > context for count in tokens)):
+    if over := sum(count + longest > context for count in tokens):
         flag = "max_length" if script_args.max_pair_length else "max_prompt_length"
         raise RecipeError(
             f"{over:,} of {len(tokens):,} prompts leave no room for an answer of max_completion_length={longest} "
