@@ -103,7 +103,7 @@ class FirstLossGuard(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the micro-batches of the first update; a resumed run has no first update."""
-        if self.checked or state.global_step > 0 or not self.trainer.args.disable_dropout:
+        if self.checked or state.global_step > 0 or not (self.trainer.args.disable_dropout and self.trainer.beta):
             return
         if self.trainer.precompute_ref_logps and not isinstance(self.trainer.model, PeftModel) and not self.exact:
             return  # TRL computed the reference with the 16-bit weights that were cast since

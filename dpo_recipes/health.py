@@ -10,7 +10,7 @@ their source, the likely cause and the remedy; docs/health.md shows them. It ret
 
 import math
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict
 from peft import PeftModel
@@ -85,9 +86,11 @@ def read_findings(output_dir: str | Path) -> list[Finding]:
     return [Finding(**finding) for finding in read_json(Path(output_dir) / HEALTH_FILE).get("findings", [])]
 
 
-def read_logs(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """The trainer's log by metric."""
-    logged: dict[str, list[tuple[int, float]]] = {}
+def read_logs(
+    log_history: Iterable[Mapping[str, Any]], logged: dict[str, list[tuple[int, float]]] | None = None
+) -> dict[str, list[tuple[int, float]]]:
+    """The trainer's log by metric, after what was read before."""
+    logged = {} if logged is None else logged
     for entry in log_history:
         for name, value in entry.items():
             if name != "step" and value is not None:
@@ -99,8 +102,10 @@ def read_logs(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[
 
 
 def _accuracy(logged: Logged, prefix: str = "") -> Sequence[tuple[int, float]]:
-    """Of DPO's implicit rewards, or of a reward model."""
-    return logged.get(f"{prefix}rewards/accuracies") or logged.get(f"{prefix}accuracy") or []
+    """Of DPO's implicit rewards, or of a reward model; without logs in which no reward differed yet."""
+    points = logged.get(f"{prefix}rewards/accuracies") or logged.get(f"{prefix}accuracy") or []
+    ties = {step for step, margin in logged.get(f"{prefix}rewards/margins", []) if margin == 0}
+    return [(step, value) for step, value in points if step not in ties]
 
 
 def _values(logged: Logged, name: str) -> list[float]:
@@ -126,12 +131,18 @@ def not_finite(logged: Logged, facts: Facts, *, updates: int) -> str | None:
 
 
 def loss_spike(
-    logged: Logged, facts: Facts, *, times: float, nats: float, deviations: float, logs: int, pairs: int
+    logged: Logged, facts: Facts, *, times: float, nats: float, deviations: float, stretches: int, pairs: int
 ) -> str | None:
-    """Against the logs before; the loss of PPO and its like hovers around 0."""
+    """Against stretches as long: losses are skewed, so single pairs have a lower median than means have.
+
+    The loss of PPO and its like hovers around 0.
+    """
     if (now := _recent(logged.get("loss", []), facts, pairs)) is None:
         return None
-    before = _values(logged, "loss")[: -now[1]][-logs:] or [math.log(2) if facts.starts_at_ln2 else math.inf]
+    losses, long = _values(logged, "loss"), now[1]
+    ends = range(len(losses) - long, (long - 1) // 4, -long)[:stretches]  # the first may be a quarter as long
+    before = [fmean(losses[max(0, end - long) : end]) for end in ends]
+    before = before or [math.log(2) if facts.starts_at_ln2 else math.inf]
     usual = median(before)
     spread = median(abs(loss - usual) for loss in before)
     if not now[0] > max(times * usual, usual + max(nats, deviations * spread)):
@@ -185,17 +196,18 @@ def longer_answers(logged: Logged, facts: Facts, *, times: float, growth: float,
     if probed and facts.chosen_tokens and probed[-1] > max(times * facts.chosen_tokens, growth * probed[0]):
         return f"answers have {probed[-1]:.0f} tokens, chosen ones {facts.chosen_tokens:.0f}"
     sampled = _values(logged, "completions/mean_length")
-    if sampled and fmean(sampled[-3:]) > online * sampled[0]:
-        return f"answers have {fmean(sampled[-3:]):.0f} tokens, at the start {sampled[0]:.0f}"
+    if sampled and fmean(sampled[-3:]) > online * fmean(sampled[:3]):
+        return f"answers have {fmean(sampled[-3:]):.0f} tokens, at the start {fmean(sampled[:3]):.0f}"
     return None
 
 
 def off_distribution(logged: Logged, facts: Facts, *, nats: float) -> str | None:
-    """What a policy writes has a surprise of its entropy, on average."""
-    rejected, entropy = logged.get("logps/rejected", []), logged.get("entropy", [])
-    if len(rejected) != 1 or not (entropy and facts.rejected_tokens):
+    """What a policy writes has a surprise of its entropy, on average. What DPO did before the log is taken off."""
+    names = ("logps/rejected", "rewards/rejected", "entropy")
+    if len(logged.get(names[0], [])) != 1 or not (all(map(logged.get, names)) and facts.rejected_tokens and facts.beta):
         return None
-    surplus = -rejected[0][1] / facts.rejected_tokens - entropy[0][1]
+    logps, reward, entropy = (logged[name][0][1] for name in names)
+    surplus = -(logps - reward / facts.beta) / facts.rejected_tokens - entropy
     return f"rejected answers surprise the policy by {surplus:.2f} nats a token too much" if surplus > nats else None
 
 
@@ -220,17 +232,17 @@ def degenerate_text(logged: Logged, facts: Facts, *, share: float) -> str | None
 def no_end(logged: Logged, facts: Facts, *, fall: float) -> str | None:
     """No EOS token."""
     sampled = [1 - cut for cut in _values(logged, "completions/clipped_ratio")]
-    for ended in (_values(logged, "probe/ended"), sampled):
-        if ended and ended[0] - ended[-1] > fall:
-            return f"{ended[-1]:.0%} of the answers end, at the start {ended[0]:.0%}"
+    for ended, logs in ((_values(logged, "probe/ended"), 1), (sampled, 3)):
+        if ended and fmean(ended[:logs]) - fmean(ended[-logs:]) > fall:
+            return f"{fmean(ended[-logs:]):.0%} of the answers end, at the start {fmean(ended[:logs]):.0%}"
     return None
 
 
-def value_loss(logged: Logged, facts: Facts, *, times: float, logs: int) -> str | None:
-    """A critic that diverges."""
-    losses = _values(logged, "value/loss")
+def value_loss(logged: Logged, facts: Facts, *, times: float, logs: int, explained: float) -> str | None:
+    """A critic that diverges; where rewards grow rarer or larger, its loss grows with them."""
+    losses, shares = _values(logged, "value/loss"), _values(logged, "value/explained_variance")[-logs:]
     before = losses[:-logs]
-    if len(before) < logs or fmean(losses[-logs:]) <= times * median(before):
+    if len(before) < logs or fmean(losses[-logs:]) <= times * median(before) or fmean(shares) > explained:
         return None
     return f"the value loss is {fmean(losses[-logs:]):.3g}, and the median before was {median(before):.3g}"
 
@@ -258,7 +270,8 @@ def reward_hacking(logged: Logged, facts: Facts, *, logs: int, deviations: float
         return None
     for name in logged:
         if name.startswith("rewards/") and name.endswith("/mean"):
-            means, spread = _values(logged, name), fmean(_values(logged, f"{name[:-4]}std")[:logs] or [0])
+            means, spreads = _values(logged, name), _values(logged, f"{name[:-4]}std")
+            spread = fmean([*spreads[:logs], *spreads[-logs:]] or [0])
             if (fall := fmean(means[:logs]) - fmean(means[-logs:])) > deviations * spread:
                 judge = name.removeprefix("rewards/").removesuffix("/mean")
                 return f"the reward rose to {fmean(total[-logs:]):.3g}, and {judge} fell by {fall:.3g}"
@@ -284,16 +297,20 @@ def read_facts(trainer: Trainer) -> Facts:
     if isinstance(trainer, DPOTrainer):
         plain = trainer.loss_types == ["sigmoid"] and not args.label_smoothing
         given = dict(beta=trainer.beta, starts_at_ln2=plain and args.disable_dropout)
-        for side in ("chosen", "rejected") if isinstance(rows, Dataset) else ():
-            given[f"{side}_tokens"] = fmean(map(len, rows[:1000][f"{side}_ids"]))
+        if isinstance(rows, Dataset) and "chosen_ids" in rows.column_names:  # not those of images
+            for side in ("chosen", "rejected"):
+                given[f"{side}_tokens"] = fmean(map(len, _some(rows)[f"{side}_ids"]))
     if isinstance(trainer, PPOTrainer):
         given = dict(kl_of_answers=True, critic_warmup=args.critic_warmup_steps)
 
     @cache
     def baselines() -> dict[str, float]:
-        if not isinstance(rows, Dataset) or not {"prompt", "chosen", "rejected"} <= set(rows.column_names):
+        columns = ["prompt", "chosen", "rejected"]
+        if not isinstance(rows, Dataset) or not set(columns) <= set(rows.column_names):
             return {}
-        part = rows.select_columns(["prompt", "chosen", "rejected"]).select(range(0, len(rows), len(rows) // 1000 + 1))
+        part = _some(rows.select_columns(columns))
+        if not all(isinstance(text, str) for column in columns for value in part[column] for text in _contents(value)):
+            return {}  # images
         found = find_signals(DatasetDict(train=part, test=part))["baselines"]
         found.pop("bag_of_words", None)  # which does read
         return {name: max(rule["accuracy"], 1 - rule["accuracy"]) for name, rule in found.items()}
@@ -306,6 +323,15 @@ def read_facts(trainer: Trainer) -> Facts:
         baselines=baselines,
         **given,
     )
+
+
+def _some(rows: Dataset) -> Dataset:
+    """At most a thousand, evenly spread: data may be sorted."""
+    return rows.select(range(0, len(rows), len(rows) // 1000 + 1))
+
+
+def _contents(text: Any) -> list[Any]:
+    return [message["content"] for message in text] if isinstance(text, list) else [text]
 
 
 def probe(trainer: Trainer, prompts: Sequence[Any], *, max_new_tokens: int) -> dict[str, float]:
@@ -361,28 +387,44 @@ class HealthCallback(TrainerCallback):
         self.trainer = trainer
         self.mode = mode
         self.on_stop = on_stop
-        self.rules = [name for name, rule in RULES.items() if trainer._name in rule["for"]]
+        self.rules: list[str] = []  # that watch; known when training begins, as all below
+        self.blind: list[str] = []  # that have nothing to look at
         self.findings: list[Finding] = []
         self.fatal: Finding | None = None
-        self.facts: Facts | None = None  # known when training begins
+        self.facts: Facts | None = None
+        self.logged: dict[str, list[tuple[int, float]]] = {}
+        self.read = 0  # logs
         self.healthy = 0  # the last update after which nothing fatal was found
         self.overflows = 0  # updates in a row
         self.prompts: list[Any] = []
         self.first_loss = FirstLossGuard(trainer) if isinstance(trainer, DPOTrainer) else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Probe the start; a resumed run remembers what was found before."""
+        """Probe the start; a resumed run remembers what was found before, another call of `train` nothing."""
         self.facts, self.healthy = read_facts(self.trainer), state.global_step
-        if state.global_step:
-            self.findings = [each for each in read_findings(args.output_dir) if each.step <= state.global_step]
+        self.fatal, self.overflows, self.logged, self.read, self.prompts = None, 0, {}, 0, []
+        found = read_findings(args.output_dir) if state.global_step else []
+        self.findings = [each for each in found if each.step <= state.global_step]
+        rules = [name for name, rule in RULES.items() if self.trainer._name in rule["for"]]
         rows, tokenizer = self.trainer.eval_dataset, self.trainer.processing_class
-        probed = "degenerate_text" in self.rules and args.eval_strategy != "no" and not sharded(self.trainer)
+        rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
+        probed = "degenerate_text" in rules and args.eval_strategy != "no" and not sharded(self.trainer)
         if probed and isinstance(rows, Dataset) and isinstance(tokenizer, PreTrainedTokenizerBase):
             places = range(0, len(rows), max(1, len(rows) // _PROBED))[:_PROBED]
             drawn = [rows[place].get("prompt") for place in places]
             self.prompts = [prompt for prompt in drawn if is_conversational({"prompt": prompt})]
+        there = {
+            "probe": bool(self.prompts),
+            "answers": bool(self.prompts) or not isinstance(self.trainer, DPOTrainer),
+            "held_out": self.facts.eval_pairs > 0 and args.eval_strategy != "no",
+            "tokens": self.facts.rejected_tokens > 0 and self.facts.beta > 0,
+            "rows": isinstance(self.trainer.train_dataset, Dataset),
+        }
+        self.rules = [name for name in rules if there.get(RULES[name].get("needs", ""), True)]
+        self.blind = [name for name in rules if name not in self.rules]
         if not state.global_step:
             self._probe(state)
+        self._write()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the gradients and the first loss; `stop` drops the update, so that the weights stay good."""
@@ -428,12 +470,18 @@ class HealthCallback(TrainerCallback):
         if self.fatal is not None and self.facts is not None:
             if self.on_stop is not None and state.is_world_process_zero:
                 self.on_stop()
+            PartialState().wait_for_everyone()  # torch's launcher ends the others as soon as one has left
             seen_late = math.ceil(RULES["loss_spike"]["limits"]["pairs"] / self.facts.pairs_per_update)  # updates
-            kept = latest_checkpoint(args.output_dir, before=min(self.healthy, self.fatal.step - seen_late) + 1)
+            good = latest_checkpoint(args.output_dir, before=min(self.healthy, self.fatal.step - seen_late) + 1)
+            newest = latest_checkpoint(args.output_dir, before=self.fatal.step)
+            if good is not None:
+                kept = f"The last good checkpoint is {good}: --resume_from_checkpoint goes on from it."
+            elif newest is not None:
+                kept = f"No checkpoint is proven good, for lack of a log or an evaluation after it; try {newest}."
+            else:
+                kept = "There is no checkpoint yet."
             raise UnhealthyRunError(
-                f"Stopped at update {self.fatal.step} ({self.fatal.rule}). "
-                + (f"The last good checkpoint is {kept}." if kept else "There is no good checkpoint yet.")
-                + " --health warn would go on."
+                f"Stopped at update {self.fatal.step} ({self.fatal.rule}). {kept} --health warn would go on."
             )
 
     def _probe(self, state: Any) -> None:
@@ -446,7 +494,8 @@ class HealthCallback(TrainerCallback):
     def _look(self, state: Any, control: Any, *, proven: bool) -> None:
         if self.facts is None:  # an evaluation before training
             return
-        logged = read_logs(state.log_history)
+        logged = read_logs(state.log_history[self.read :], self.logged)
+        self.read = len(state.log_history)
         for name in self.rules:
             if (rule := _FUNCTIONS.get(name)) and (sign := rule(logged, self.facts, **RULES[name]["limits"])):
                 self._found(name, sign, state.global_step, control)
@@ -476,6 +525,7 @@ class HealthCallback(TrainerCallback):
         if self.trainer.is_world_process_zero():
             state = self.trainer.state
             data = {"mode": self.mode, "stopped": self.fatal is not None, "updates": state.global_step}
-            data |= {"findings": [asdict(finding) for finding in self.findings], "rules": self.rules}
+            data |= {"findings": [asdict(finding) for finding in self.findings]}
+            data |= {"rules": self.rules, "nothing_to_look_at": self.blind}
             data |= {"probes": [entry for entry in state.log_history if "probe/ended" in entry]}
             write_json(Path(self.trainer.args.output_dir) / HEALTH_FILE, data)

@@ -44,7 +44,7 @@ def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path, *,
     }
     rows = -(-len(curves) // 3)
     figure = Figure(figsize=(12, 3.4 * rows + 0.4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a name may have two $
     for index, (panel, lines) in enumerate(curves.items(), start=1):
         axes = figure.add_subplot(rows, min(3, len(curves)), index)
         for name, points in lines.items():

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCont
 from trl import RewardTrainer
 
 from dpo_recipes.checkpoints import check_saved, merge_adapter, trained_weights
-from dpo_recipes.errors import RecipeError
+from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.files import write_json, write_jsonl, write_text
 from dpo_recipes.guards import add_guards
 from dpo_recipes.health import HEALTH_FILE, HealthCallback, read_findings
@@ -78,7 +78,7 @@ def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
 
 
 def _show_stopped(trainer: Trainer, script_args: RecipeArguments) -> None:
-    """What a health rule ended can be looked at: its curves, and the page without what is measured at the end."""
+    """A broken run can be looked at: its curves, and the page without what is measured at the end."""
     folder = Path(trainer.args.output_dir)
     plot_curves(trainer.state.log_history, folder / "curves.png", title=_title(folder, script_args))
     say(f"What happened until then: {write_run_page(folder)}")
@@ -162,8 +162,20 @@ def finish_run(
             RLOO.
         max_new_tokens: Where an answer is cut.
         temperatures: Of the answers; 0 is greedy.
+
+    Raises:
+        UnhealthyRunError: If a trained weight is NaN or infinite; curves and page are written, and nothing else.
     """
     folder = Path(trainer.args.output_dir)
+    trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    if not sharded(trainer) and not all(weight.isfinite().all() for weight in trained):
+        if trainer.is_world_process_zero():
+            _show_stopped(trainer, script_args)
+        trainer.accelerator.wait_for_everyone()
+        raise UnhealthyRunError(
+            "The trained weights are NaN or infinite: nothing is saved or measured. Train again with a lower learning "
+            "rate and --overwrite true; with --health stop the last good checkpoint is kept."
+        )
     _save(trainer, folder, merge=merge)
     outcome = measure(
         trainer,

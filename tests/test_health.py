@@ -4,9 +4,10 @@ import copy
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, run_command
+from conftest import REPOSITORY, run_command, run_train
 from datasets import Dataset
 from health_tasks import WORDS, answer, dpo, reward, sft, shuffle_labels, teach, write_pairs
 from peft import LoraConfig
@@ -23,10 +24,16 @@ from dpo_recipes.health import (
     HealthCallback,
     leak,
     loss_spike,
+    no_end,
+    no_signal,
     not_finite,
+    off_distribution,
     overfitting,
+    read_facts,
     read_findings,
     read_logs,
+    reward_hacking,
+    value_loss,
 )
 
 
@@ -151,9 +158,7 @@ def test_stop_drops_the_broken_update(start, tmp_path, found):
     model = overflowing(start)
     trainer = dpo(start, tmp_path, write_pairs(48), model=model, ref_model=copy.deepcopy(model), max_steps=3)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    with pytest.raises(
-        UnhealthyRunError, match=r"Stopped at update 1 \(not_finite\). There is no good checkpoint yet."
-    ):
+    with pytest.raises(UnhealthyRunError, match=r"Stopped at update 1 \(not_finite\). There is no checkpoint yet."):
         found(trainer, "stop")
     assert trainer.state.global_step == 1
     assert all(torch.equal(before[name], weight) for name, weight in trainer.model.state_dict().items())
@@ -252,6 +257,53 @@ def test_a_spike_is_far_beyond_what_came_before():
     assert loss_spike(recorded(loss=[0.05, 0.04, 0.05, 0.7]), FACTS, **limits) is None, "a hard batch late in training"
 
 
+def test_steady_losses_of_single_pairs_are_no_spike():
+    """One pair in seven is labelled wrongly and loses 6 nats: the median pair loses next to nothing."""
+    rng = np.random.default_rng(0)
+    losses = np.where(rng.random(400) < 0.14, 6.0, 0.003)
+    for pairs in (1, 2, 4, 8):
+        facts = Facts(pairs_per_update=pairs, max_steps=1000, starts_at_ln2=True)
+        means = losses[: 400 // pairs * pairs].reshape(-1, pairs).mean(axis=1)
+        logged = {"loss": list(enumerate(means.tolist(), start=1))}
+        looks = [{"loss": logged["loss"][:end]} for end in range(1, len(means) + 1)]
+        assert not any(loss_spike(look, facts, **RULES["loss_spike"]["limits"]) for look in looks)
+        broken = {"loss": [*logged["loss"], *((len(means) + 1 + more, 6.0) for more in range(64 // pairs))]}
+        assert loss_spike(broken, facts, **RULES["loss_spike"]["limits"])
+
+
+def test_rewards_that_do_not_differ_yet_are_no_failures():
+    facts = Facts(pairs_per_update=256, max_steps=4)
+    logged = {"rewards/accuracies": [0.0, 0.0, 0.9, 0.95], "rewards/margins": [0.0, 0.0, 0.2, 0.3]}
+    assert no_signal(recorded(**logged), facts, **RULES["no_signal"]["limits"]) is None
+    assert no_signal(
+        recorded(**logged | {"rewards/accuracies": [0.0, 0.0, 0.5, 0.5]}), facts, accuracy=0.55, pairs=400, updates=100
+    )
+
+
+def test_off_distribution_is_what_the_start_would_not_write():
+    """The first log is late, when DPO itself has pushed rejected answers down by 20 nats."""
+    facts, limits = Facts(16, 1000, rejected_tokens=10.0, beta=0.1), RULES["off_distribution"]["limits"]
+    logged = {"logps/rejected": [-25.0], "rewards/rejected": [-2.0], "entropy": [0.4]}
+    assert off_distribution(recorded(**logged), facts, **limits) is None
+    assert off_distribution(recorded(**logged | {"rewards/rejected": [0.0]}), facts, **limits)
+
+
+def test_a_single_log_of_few_answers_proves_nothing():
+    cut = recorded(**{"completions/clipped_ratio": [0.0, 0.1, 0.0, 0.1, 0.75]})
+    assert no_end(cut, FACTS, **RULES["no_end"]["limits"]) is None
+    assert no_end(recorded(**{"completions/clipped_ratio": [0.0, 0.1, 0.0, 0.7, 0.75, 0.7]}), FACTS, fall=0.5)
+    form = {
+        "reward": [0.1] * 5 + [1.0] * 5,
+        "rewards/form/mean": [1.0] * 9 + [0.99],
+        "rewards/form/std": [0.0] * 9 + [0.1],
+    }
+    assert reward_hacking(recorded(**form), FACTS, **RULES["reward_hacking"]["limits"]) is None
+    lost = form | {"rewards/form/mean": [1.0] * 5 + [0.0] * 5, "rewards/form/std": [0.0] * 10}
+    assert reward_hacking(recorded(**lost), FACTS, **RULES["reward_hacking"]["limits"])
+    found = {"value/loss": [1e-6] * 10 + [0.02] * 5, "value/explained_variance": [0.0] * 15}
+    assert value_loss(recorded(**found), FACTS, **RULES["value_loss"]["limits"]) is None, "the first rewards"
+
+
 def test_overfitting_is_beyond_the_interval_of_the_held_out_pairs():
     limits = RULES["overfitting"]["limits"]
     learned = {"rewards/accuracies": [0.7, 0.8, 0.9]}
@@ -276,6 +328,35 @@ def test_of_a_sharded_model_the_log_is_what_is_looked_at():
     assert not_finite(recorded(loss=[0.6], grad_norm=[float("inf")]), scaled, **limits) is None
 
 
+# What is not there
+
+
+def test_rules_without_anything_to_look_at_are_named(start, tmp_path, found):
+    assert found(dpo(start, tmp_path, write_pairs(32), max_steps=2, eval_strategy="no")) == {}
+    held = json.loads((tmp_path / "health.json").read_text())
+    nothing = ["overfitting", "longer_answers", "kl_runaway", "degenerate_text", "no_end"]
+    assert held["nothing_to_look_at"] == nothing
+    assert held["rules"] == [name for name, rule in RULES.items() if "DPO" in rule["for"] and name not in nothing]
+
+
+def test_several_sets_of_held_out_pairs_are_probed(start, tmp_path, found):
+    trainer = dpo(start, tmp_path, write_pairs(32), max_steps=2, eval_steps=2)
+    trainer.eval_dataset = {"one": trainer.eval_dataset, "other": trainer.eval_dataset}
+    assert found(trainer) == {}
+    held = json.loads((tmp_path / "health.json").read_text())
+    assert held["nothing_to_look_at"] == ["overfitting"]
+    assert len({probe["step"] for probe in held["probes"]}) == 2
+
+
+def test_pairs_of_images_and_a_beta_of_zero_are_no_obstacle(start, tmp_path, found):
+    trainer = dpo(start, tmp_path / "run", write_pairs(8))
+    parts = [{"role": "user", "content": [{"type": "text", "text": "ask"}]}]
+    trainer.train_dataset = Dataset.from_list([dict.fromkeys(("prompt", "chosen", "rejected"), parts)] * 4)
+    facts = read_facts(trainer)
+    assert (facts.rejected_tokens, facts.baselines()) == (0.0, {})
+    assert found(dpo(start, tmp_path, write_pairs(32), max_steps=2, beta=0.0, loss_type=["sft"])) == {}
+
+
 # Stopping, resuming, reporting
 
 
@@ -295,8 +376,44 @@ def test_stop_keeps_the_last_good_checkpoint_and_names_it(start, tmp_path, found
     assert 26 <= held["updates"] <= 29, "before the next checkpoint"
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-20", "checkpoint-25"]
     good = f"checkpoint-{25 if held['updates'] == 29 else 20}"  # 64 pairs are 4 updates
-    assert f"The last good checkpoint is {tmp_path / good}." in str(stopped.value)
+    assert f"The last good checkpoint is {tmp_path / good}: --resume" in str(stopped.value)
     assert incomplete_reason(tmp_path / good) is None
+
+
+def test_without_a_look_after_it_no_checkpoint_is_proven_and_training_can_begin_again(start, tmp_path, found):
+    settings = dict(save_strategy="steps", save_steps=2, logging_steps=100, eval_strategy="no", max_steps=12)
+    trainer = dpo(start, tmp_path, write_pairs(64), **settings)
+    weight, seen = trainer.model.lm_head.weight, []
+
+    def spoil(gradient):
+        seen.append(1)
+        return gradient * float("nan") if len(seen) == 6 else gradient
+
+    hook = weight.register_hook(spoil)
+    with pytest.raises(UnhealthyRunError) as stopped:
+        found(trainer, "stop")
+    assert "Stopped at update 6 (not_finite)" in str(stopped.value)
+    assert f"try {tmp_path / 'checkpoint-4'}." in str(stopped.value)
+    hook.remove()
+    before = weight.detach().clone()
+    trainer.train()
+    held = json.loads((tmp_path / "health.json").read_text())
+    assert (held["stopped"], held["findings"], held["updates"]) == (False, [], 12)
+    assert not torch.equal(before, weight)
+
+
+def test_a_run_that_ends_in_nan_says_so_and_can_be_looked_at(tmp_path, tiny_model, hh_rows):
+    result = run_train(
+        *("hh-rlhf-full", "--profile", "cpu", "--dataset_name", hh_rows, "--model_name_or_path", tiny_model),
+        *("--output_dir", "run", "--max_steps", "4", "--pairs_per_update", "4", "--eval_pairs", "4"),
+        *("--logging_steps", "1", "--learning_rate", "1e18", "--warmup_steps", "0"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "The trained weights are NaN or infinite: nothing is saved" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "not finite" in (tmp_path / "run" / "report.html").read_text()
+    assert not (tmp_path / "run" / "done.json").exists()
 
 
 def test_a_resumed_run_remembers_what_was_found(start, tmp_path, found):

@@ -136,7 +136,10 @@ def test_a_healthy_run_says_so_and_a_reward_model_shows_what_it_is_worth(page_of
     held["health"]["findings"] = []
     page = page_of({name: held[name] for name in ("settings", "metrics", "health", "done")})
     for said in (
-        *("Healthy: none of the 2 health rules was broken in 1,888 updates.", "accuracy, all n = 400 0.930 [0.880,"),
+        *(
+            "Healthy: none of the 2 health rules that watched was broken in 1,888 updates.",
+            "accuracy, all n = 400 0.930 [0.880,",
+        ),
         *("margin, mean ± std 3.89 ± 1.77", "Log-loss 0.119", "0.50 to 0.55 0.526 0.333 12"),
     ):
         assert said in page.words, said
