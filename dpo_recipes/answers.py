@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,8 +16,10 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from peft import PeftModel
 from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer
 
 from dpo_recipes.dataset_adapters import Drop
+from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluation import check_prompt, read_answer, sample_tokens
 from dpo_recipes.files import read_json, write_json
 from dpo_recipes.preflight.tokens import render
@@ -96,10 +99,15 @@ def answer_all(
             model = PeftModel.from_pretrained(base, entry.model).eval()
         else:
             model = open_model(entry.model)[0]
+        sides = {side: logps(model, [(row.prompt, getattr(row, side)) for row in ids]).tolist() for side in SIDES}
+        if broken := sum(map(math.isnan, sides["chosen"] + sides["rejected"])):
+            raise RecipeError(
+                f"{entry.model} gives NaN for {broken} of {2 * len(ids)} held-out completions: its training has broken "
+                "it, or its dtype overflows."
+            )
         options = asdict(sampling) | {"seed": entry.seed, "batch_size": BATCH}
         sampled = sample_tokens(model, tokenizer, prompts, **options)
         policy = logps(model, sampled, temperature=sampling.temperature)
-        sides = {side: logps(model, [(row.prompt, getattr(row, side)) for row in ids]).tolist() for side in SIDES}
         base = model.unload() if isinstance(model, PeftModel) else base
         begun = policy if model is base else logps(base, sampled, temperature=sampling.temperature)
         answers = [
@@ -155,13 +163,15 @@ def exact_judge(judge: Callable[[Text, str], float]) -> Scorer:
 
 def keep_answerable(start: str, prompts: Iterable[Text], most: int) -> list[Text]:
     """The first `most` prompts that leave room for an answer and that the chat template takes."""
-    model, tokenizer = open_model(start)
+    config, tokenizer = AutoConfig.from_pretrained(start), AutoTokenizer.from_pretrained(start)
     kept: list[Text] = []
     for prompt in prompts:
+        if len(kept) == most:
+            break
         with suppress(Drop):
-            check_prompt(model, tokenizer, prompt)
+            check_prompt(config, tokenizer, prompt)
             kept.append(prompt)
-    return kept[:most]
+    return kept
 
 
 def draw_prompts(test: Dataset, *, start: str, most: int) -> list[Any]:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TextStreamer,
@@ -127,6 +128,8 @@ def _over_held_out_pairs(
         for batch in tqdm(loader, desc=name, disable=not trainer.is_world_process_zero()):
             rows.append(trainer.accelerator.gather_for_metrics(measured(model, batch)).cpu())
     stacked: NDArray[np.float64] = torch.cat(rows).double().numpy().T
+    if broken := int(np.isnan(stacked).any(axis=0).sum()):
+        raise RecipeError(f"{name}: NaN for {broken} of {stacked.shape[1]} held-out pairs. The model is broken.")
     return stacked
 
 
@@ -202,8 +205,8 @@ def stop_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokeniz
     return [tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])]
 
 
-def check_prompt(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: Text) -> None:
-    """Nothing, if the model can answer the prompt; else raises Drop with the reason.
+def check_prompt(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, prompt: Text) -> None:
+    """Nothing, if the model of that configuration can answer the prompt; else raises Drop with the reason.
 
     Raises:
         RecipeError: If the prompt is a conversation, and the tokenizer has no chat template.
@@ -220,7 +223,7 @@ def check_prompt(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokeni
             ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     except (TemplateError, TypeError, ValueError) as error:
         raise Drop("template_refuses") from error
-    if len(ids) >= context_length(model.config):
+    if len(ids) >= context_length(config):
         raise Drop("no_room")
 
 
@@ -272,10 +275,8 @@ def sample_tokens(
     model.eval()
     with torch.random.fork_rng():  # the caller's random state is left alone
         torch.manual_seed(seed)
-        for start in tqdm(
-            range(0, len(order), batch_size), desc="Generating", leave=False, disable=streamer is not None
-        ):
-            rows = order[start : start + batch_size]
+        batches = _alike(order, [len(row) for row in ids], most=batch_size, room=context - max_new_tokens)
+        for rows in tqdm(batches, desc="Generating", leave=False, disable=streamer is not None):
             # Not by the tokenizer, which would keep that it pads, and be saved so.
             padded = pad([ids[row] for row in rows], tokenizer.pad_token_id, "left").to(model.device)
             mask = pad([torch.ones_like(ids[row]) for row in rows], 0, "left").to(model.device)
@@ -293,6 +294,18 @@ def sample_tokens(
                 sampled[row] = tokens[width - len(ids[row]) : width], answer[:end]
     model.train(was_training)
     return sampled
+
+
+def _alike(order: Sequence[int], lengths: Sequence[int], *, most: int, room: int) -> list[list[int]]:
+    """The rows in batches; where one is longer than `room`, all are as long: it would cut a shorter one's answer."""
+    batches: list[list[int]] = []
+    for row in order:
+        last = [lengths[other] for other in batches[-1]] if batches else []
+        differ = max([lengths[row], *last]) > room and {lengths[row]} != {*last}
+        if not last or len(last) == most or differ:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ def sample(
         room = dict(max_completion_length=options["max_new_tokens"], labels=(1, 2))
         check_reward_model(*read_reward_config(judge), prompts, **room)
     loaded, tokenizer = open_model(model)
-    asked = _keep(asked, lambda row: check_prompt(loaded, tokenizer, row["prompt"]), "prompts")
+    asked = _keep(asked, lambda row: check_prompt(loaded.config, tokenizer, row["prompt"]), "prompts")
     step = max(1, AT_A_TIME * options["batch_size"] // num_samples)  # prompts between two writes
 
     def answer(rows: Rows, seed: int) -> Rows:

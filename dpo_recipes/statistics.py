@@ -67,14 +67,16 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 def wins(one: Array, other: Array) -> Array:
     """For each prompt 1 where the first score is higher, 0 where it is lower, one half where they are equal."""
-    return (np.sign(one - other) + 1) / 2
+    return np.where(np.isnan(one) | np.isnan(other), np.nan, (one > other) + (one == other) / 2)  # inf ties with inf
 
 
 def length_controlled(won: Array, longer: Array) -> float:
     """The win rate had both answered at the same length (Dubois et al. 2024, section 3).
 
     A logistic regression of the wins on tanh of the standardised difference in length; its prediction at 0. A tie is
-    half a win and half a loss; the term for how hard a prompt is drops out, there being two models only.
+    half a win and half a loss; the term for how hard a prompt is drops out, there being two models only. The penalty
+    is as strong for each prompt whatever their number, that of AlpacaEval's 805 being scikit-learn's own: one that does
+    not shrink with them hides a part of what length did with few.
 
     Args:
         won: As `wins` gives it.
@@ -88,7 +90,9 @@ def length_controlled(won: Array, longer: Array) -> float:
     weights = np.concatenate([won, 1 - won])
     features = np.concatenate([scaled, scaled])
     with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # it goes on with another solver
-        fit = LogisticRegression(solver="newton-cholesky").fit(features, outcomes, sample_weight=weights)
+        fit = LogisticRegression(C=805 / len(won), solver="newton-cholesky").fit(
+            features, outcomes, sample_weight=weights
+        )
     return float(1 / (1 + np.exp(-fit.intercept_[0])))
 
 

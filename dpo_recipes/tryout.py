@@ -183,7 +183,7 @@ def try_run(
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": question})
         try:
-            check_prompt(tuned, tokenizer, messages)
+            check_prompt(tuned.config, tokenizer, messages)
         except Drop as reason:
             if prompt is not None:
                 raise RecipeError(f"Not asked: {DROP_REASONS[str(reason)]}.") from reason

@@ -17,6 +17,7 @@ from dpo_recipes.evaluation import (
     sampled_kl,
 )
 from dpo_recipes.intervals import mean_with_interval, wilson
+from dpo_recipes.statistics import length_controlled, wins
 
 
 @pytest.mark.parametrize(("wins", "n"), [(0, 10), (7, 10), (10, 10), (512, 1000)])
@@ -31,6 +32,12 @@ def test_wilson_agrees_with_scipy(wins, n):
 def test_ties_count_one_half():
     logps = PreferenceLogps(*np.array([[-1.0, -2.0, -3.0], [-2.0, -2.0, -1.0], [1, 1, 1], [1, 1, 1]]))
     assert logps.accuracy().mean == pytest.approx(1.5 / 3)
+
+
+def test_scores_that_are_infinite_tie_and_those_that_are_none_do_not():
+    one, other = np.array([[-np.inf, -np.inf, np.nan, 2.0], [-np.inf, 0.0, 1.0, 1.0]])
+    assert wins(one, other).tolist()[:2] == [0.5, 0.0]
+    assert np.isnan(wins(one, other)[2])
 
 
 def test_accuracy_per_token_divides_by_the_length():
@@ -295,6 +302,32 @@ def test_a_prompt_that_fills_the_context_spoils_neither_its_batch_nor_the_kl(tra
     alone = generate(trainer.model, tokenizer, PROMPTS, max_new_tokens=4)
     assert generate(trainer.model, tokenizer, [long, *PROMPTS], max_new_tokens=4)[1:] == alone
     assert sampled_kl(trainer, [long, *PROMPTS], max_new_tokens=4)["n"] == len(PROMPTS)
+
+
+def test_a_long_prompt_cuts_no_answer_of_its_batch(model, tokenizer):
+    """One that leaves room for four tokens, among others whose answers have up to twelve."""
+    context = model.config.max_position_embeddings
+    [(empty, _)] = sample_tokens(model, tokenizer, [[{"role": "user", "content": ""}]], max_new_tokens=1)
+    word = tokenizer(" a", add_special_tokens=False)["input_ids"]
+    long = [{"role": "user", "content": " a" * ((context - 4 - len(empty)) // len(word))}]
+    alone = sample_tokens(model, tokenizer, PROMPTS, max_new_tokens=12)
+    assert max(len(answer) for _, answer in alone) == 12
+    (prompt, answer), *others = sample_tokens(model, tokenizer, [long, *PROMPTS], max_new_tokens=12)
+    assert len(prompt) + len(answer) <= context
+    assert 0 < len(answer) < 12
+    assert others == alone
+
+
+def test_wins_by_length_alone_are_a_coins_at_equal_length():
+    rng = np.random.default_rng(0)
+    rates = []
+    for _ in range(20):
+        longer = rng.normal(20, 15, 200)
+        won = (rng.random(200) < 1 / (1 + np.exp(-2.5 * np.tanh(longer / longer.std())))).astype(float)
+        rates.append((won.mean(), length_controlled(won, longer)))
+    raw, controlled = np.mean(rates, axis=0)
+    assert raw > 0.75
+    assert controlled == pytest.approx(0.5, abs=0.03)
 
 
 def test_an_answer_ends_where_the_models_positions_do(tokenizer):
