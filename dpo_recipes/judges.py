@@ -3,15 +3,18 @@
 import hashlib
 import http.client
 import json
+import math
 import os
 import random
 import re
 import runpy
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,8 @@ from dpo_recipes.terminal import say
 Array = NDArray[np.float64]
 KEY = "OPENAI_API_KEY"
 TRIES = 6  # of a request
+LARGEST = 10_000_000  # bytes of a reply that are read
+USAGE = ("prompt_tokens", "completion_tokens")
 LONGEST_WAIT = 120.0  # seconds between two tries, whatever the endpoint asks for
 REPLY_TOKENS = 512
 CHARACTERS = 4  # of a token, about
@@ -91,7 +96,13 @@ class Endpoint:
 
 
 def open_judge(
-    name: str | None, *, rule: Callable[[Any, str], float] | str | None, endpoint: Mapping[str, Any], cache: Path
+    name: str | None,
+    *,
+    rule: Callable[[Any, str], float] | str | None,
+    endpoint: Mapping[str, Any],
+    cache: Path,
+    prompts: Sequence[Text] = (),
+    max_new_tokens: int = 1,
 ) -> Judge | None:
     """The judge of that name; None where there is none.
 
@@ -100,22 +111,50 @@ def open_judge(
         rule: The recipe's own, a function or a model.
         endpoint: Fields of `Endpoint` but the URL.
         cache: Where an endpoint's replies are kept.
+        prompts: All that it will see, with answers of so many tokens at most.
+        max_new_tokens: Of an answer.
 
     Raises:
-        RecipeError: If there is no such judge.
+        RecipeError: If there is no such judge, or it cannot judge that.
     """
+    if endpoint and not re.match("https?://", name or str(rule)):
+        raise RecipeError(f"--judge_{next(iter(endpoint))} is for an endpoint: --judge https://HOST/v1.")
     if name is None and not isinstance(rule, str):
         return rule and _by_score("the recipe's exact rule", exact_judge(rule))
     name = name or str(rule)
     if re.match("https?://", name):
         if not endpoint.get("model"):
             raise RecipeError(f"{name} is an endpoint, which may have many models. Name one with --judge_model.")
+        _check_address(name)
         asked = Endpoint(name.rstrip("/"), **endpoint)
         return Judge(f"{asked.model} at {asked.url}", lambda *answers: ask_all(asked, *answers, cache=cache))
-    if ".py:" in name:
+    if ".py:" in name or name.endswith(".py"):
         return _by_score(name, exact_judge(_read_function(name)))
-    check_reward_model(*read_reward_config(name), [], labels=(1, 2))
+    check_reward_model(*read_reward_config(name), prompts, max_completion_length=max_new_tokens, labels=(1, 2))
     return _by_score(f"the reward model {name}", model_judge(name))
+
+
+def _check_address(url: str) -> None:
+    """Nothing, if requests can be sent there with the key.
+
+    Raises:
+        RecipeError: If not, or if the address, which is written into the results, holds a secret.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        bad = not parts.hostname or re.search(r"\s", url) or (parts.port or 1) < 1
+    except ValueError:
+        bad = True
+    if bad:
+        raise RecipeError(f"{url} is no address of an endpoint. It looks like https://HOST/v1.")
+    if parts.username or parts.query:
+        raise RecipeError(f"The address of an endpoint is kept with the results: put its key into ${KEY}, not there.")
+    if not re.fullmatch(r"[!-~]*", _key()):
+        raise RecipeError(f"${KEY} holds a character that no key has.")
+
+
+def _key() -> str:
+    return os.environ.get(KEY, "").strip()
 
 
 def _by_score(name: str, scorer: Scorer) -> Judge:
@@ -128,9 +167,12 @@ def _by_score(name: str, scorer: Scorer) -> Judge:
 
 def _read_function(name: str) -> Callable[[Any, str], float]:
     file, _, function = name.rpartition(":")
-    if not Path(file).is_file():
-        raise RecipeError(f"There is no file {file}. A judge of your own is named --judge FILE.py:FUNCTION.")
-    found: Callable[[Any, str], float] | None = runpy.run_path(file).get(function)
+    if not function or not Path(file).is_file():
+        raise RecipeError(f"There is no file {file or name}, or no function is named: --judge FILE.py:FUNCTION.")
+    try:
+        found: Callable[[Any, str], float] | None = runpy.run_path(file).get(function)
+    except SyntaxError as error:
+        raise RecipeError(f"{file}, line {error.lineno}: {error.msg}.") from error
     if found is None or not callable(found):
         raise RecipeError(f"{file} has no function {function}. Write def {function}(prompt, answer) -> float there.")
     return found
@@ -146,8 +188,14 @@ def expected_cost(endpoint: Mapping[str, Any], prompts: Sequence[Any], *, max_ne
     """
     price = endpoint.get("price")
     characters = sum(len(QUESTION) + len(_as_text(prompt)) for prompt in prompts)
-    read, written = 2 * (characters // CHARACTERS + 2 * max_new_tokens * len(prompts)), 2 * len(prompts) * REPLY_TOKENS
-    said = f"At most {2 * len(prompts):,} requests, about {read:,} tokens to read and {written:,} to write"
+    fields = {"max_tokens": REPLY_TOKENS} | dict(endpoint.get("options") or {})
+    limit = fields.get("max_completion_tokens") or fields["max_tokens"]  # of a reply
+    requests = 2 * len(prompts)
+    read = 2 * (characters // CHARACTERS + 2 * max_new_tokens * len(prompts))
+    if limit is None:
+        return f"At most {requests:,} requests, about {read:,} tokens to read; replies have no limit, nor has the cost."
+    written = requests * limit * fields.get("n", 1)
+    said = f"At most {requests:,} requests, about {read:,} tokens to read and {written:,} to write"
     return said + (f": {_sum(price, read, written):.2f} by the prices given." if price else ".")
 
 
@@ -176,10 +224,8 @@ def ask_all(
     replies = _read_cache(cache)
     missing = {key: bodies[at] for at, key in keys.items() if key not in replies}
     say(f"Asking {endpoint.model} {len(missing):,} of {len(keys):,} questions; the other replies are in {cache}.")
-    failed = _ask_missing(endpoint, missing, replies, cache)
+    failed = _ask_missing(endpoint, missing, replies, cache, begun=len(missing) < len(keys))
     failures = [failed[key] for key in keys.values() if key in failed]
-    if failures and len(failures) == len(keys):
-        raise RecipeError(f"{endpoint.url} answered nothing: {failures[0]}. Call it again: the answers are kept.")
     found = {at: read_verdict(replies[key]["text"]) if key in replies else None for at, key in keys.items()}
     won, agree = np.full(len(prompts), 0.5), []
     for row in rows:
@@ -190,8 +236,8 @@ def ask_all(
             won[row] = (ahead + 1 - behind) / 2
             agree.append(ahead == 1 - behind)
     decided = [value for value in found.values() if value in (0.0, 1.0)]
-    used = [replies[key].get("usage") or {} for key in keys.values() if key in replies]
-    tokens = [sum(int(each.get(name) or 0) for each in used) for name in ("prompt_tokens", "completion_tokens")]
+    used = [replies[key]["usage"] for key in keys.values() if key in replies]
+    tokens = [sum(each.get(name, 0) for each in used) for name in USAGE]
     facts = {
         "requests": len(keys),
         "from_cache": len(keys) - len(missing),
@@ -233,27 +279,41 @@ def _read_cache(cache: Path) -> dict[str, Any]:
 
 
 def _ask_missing(
-    endpoint: Endpoint, missing: Mapping[str, str], replies: dict[str, Any], cache: Path
+    endpoint: Endpoint, missing: Mapping[str, str], replies: dict[str, Any], cache: Path, *, begun: bool
 ) -> dict[str, str]:
-    """Puts what is replied into `replies` and the cache; returns why the others failed."""
+    """Puts what is replied into `replies` and the cache; returns why the others failed.
+
+    Raises:
+        RecipeError: If the endpoint refuses all requests, or, unless it has `begun`, has no reply to the first ones.
+    """
     failures: dict[str, str] = {}
     stopped = threading.Event()
     write_jsonl(cache, ({"key": key, **reply} for key, reply in replies.items()))  # without what was cut short
     pool = ThreadPoolExecutor(endpoint.workers)
     with cache.open("a", encoding="utf-8") as file:
+        asked = {pool.submit(ask, endpoint, body, stopped): key for key, body in missing.items()}
+
+        def keep(done: Future[dict[str, Any]]) -> None:
+            replies[asked[done]] = done.result()
+            file.write(json.dumps({"key": asked[done], **replies[asked[done]]}) + "\n")
+            file.flush()
+
         try:
-            asked = {pool.submit(ask, endpoint, body, stopped): key for key, body in missing.items()}
             for done in tqdm(as_completed(asked), total=len(asked), desc="Judging"):
                 try:
-                    replies[asked[done]] = done.result()
+                    keep(done)
+                    begun = True
                 except OSError as error:
                     failures[asked[done]] = str(error)
-                    continue
-                file.write(json.dumps({"key": asked[done], **replies[asked[done]]}) + "\n")
-                file.flush()
-        finally:
-            stopped.set()  # Ctrl-C, or a key that is refused: nobody waits for another try
+                if len(failures) >= min(endpoint.workers, len(asked)) and not begun:
+                    told = f"{endpoint.url} answered nothing: {failures[asked[done]]}"
+                    raise RecipeError(f"{told}. Call it again: the answers are kept.")
+        finally:  # Ctrl-C, or a key that is refused: nobody waits for another try, and what is paid for is kept
+            stopped.set()
             pool.shutdown(cancel_futures=True)
+            for late in asked:
+                if asked[late] not in replies and not late.cancelled() and late.exception() is None:
+                    keep(late)
     return failures
 
 
@@ -266,20 +326,21 @@ def ask(endpoint: Endpoint, body: str, stopped: threading.Event) -> dict[str, An
     """
     request = urllib.request.Request(f"{endpoint.url}/chat/completions", data=body.encode())
     request.add_header("Content-Type", "application/json")
-    if key := os.environ.get(KEY):
+    key = _key()
+    if key:
         request.add_unredirected_header("Authorization", f"Bearer {key}")  # for this host and no other
     problem = ""
     for attempt in range(TRIES):
         wait = endpoint.pause * 2**attempt * random.uniform(1, 1.5)  # not all at once
         try:
-            with urllib.request.urlopen(request, timeout=endpoint.timeout) as response:
-                reply = json.load(response)
-            return {"text": reply["choices"][0]["message"]["content"] or "", "usage": reply.get("usage")}
+            with _OPENER.open(request, timeout=endpoint.timeout) as response:
+                return _read_reply(response.read(LARGEST))
         except urllib.error.HTTPError as error:
-            with error:
-                detail = error.read(300).decode(errors="replace")
+            detail = ""
+            with error, suppress(OSError, http.client.HTTPException):
+                detail = error.read(300).decode(errors="replace").replace(key or "\0", "***")
             problem = f"HTTP {error.code} {error.reason}"
-            if error.code in (401, 403, 404):
+            if error.code in (401, 403, 404) or error.code < 400:
                 raise RecipeError(
                     f"{endpoint.url} refuses: {problem}. Check the URL, --judge_model {endpoint.model} and ${KEY}, "
                     "and call it again: the answers are kept."
@@ -290,47 +351,75 @@ def ask(endpoint: Endpoint, body: str, stopped: threading.Event) -> dict[str, An
             wait = max(wait, float(after)) if re.fullmatch(r"\d+(\.\d+)?", after) else wait
         except (OSError, http.client.HTTPException) as error:
             problem = f"no reply ({getattr(error, 'reason', None) or error or type(error).__name__})"
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             problem = "a reply that is no chat completion"
         if attempt == TRIES - 1 or stopped.wait(min(wait, LONGEST_WAIT)):
             break
     raise OSError(f"{problem}, in {attempt + 1} tries")
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """What was posted is not sent elsewhere, nor as a question without its body."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        """None: the redirect is an error."""
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
+def _read_reply(data: bytes) -> dict[str, Any]:
+    """The text of a chat completion, and its usage in tokens; raises ValueError and its like where it is none."""
+    reply = json.loads(data)
+    text, usage = reply["choices"][0]["message"]["content"], reply.get("usage")
+    if not isinstance(text, str | None):
+        raise TypeError
+    counts = {name: usage.get(name) for name in USAGE} if isinstance(usage, dict) else {}
+    whole = (text or "").encode(errors="replace").decode()  # half a surrogate pair cannot be written
+    return {"text": whole, "usage": {name: count for name, count in counts.items() if type(count) is int}}
+
+
 def agreement(judged: Sequence[float], annotators: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:
     """How far a judge agrees with people, on the same pairs of answers.
 
     Args:
-        judged: For each pair 1 the first answer is better, 0 the second, 0.5 neither.
+        judged: For each pair above 0.5 the first answer is better, below it the second, 0.5 neither, NaN not known.
+            `Judged.won` says it of the second answer: give `1 - judged.won`.
         annotators: By name, each one's labels in the same terms; None where there is none.
 
     Returns:
         With the majority of the annotators, where there is one (`pairs`; the others are `without_majority`): `share` of
         agreement, `kappa` (Cohen 1960), `prefers_first` of the judge's decisions and `people_prefer_first` of theirs;
-        and `by_annotator`, the share of agreement with each. Shares have Wilson intervals.
+        and `by_annotator`, the share of agreement with each. Shares have Wilson intervals, and are None of nothing.
     """
+    judged = [-1.0 if math.isnan(value) else (value > 0.5) + (value == 0.5) / 2 for value in judged]
     columns = [list(labels) for labels in annotators.values()]
     majority = [_majority([label for label in row if label is not None]) for row in zip(*columns, strict=True)]
-    both = [(one, other) for one, other in zip(judged, majority, strict=True) if other is not None]
+    both = [(one, other) for one, other in zip(judged, majority, strict=True) if other is not None and one >= 0]
     ours, theirs = ([side[at] for side in both] for at in (0, 1))
     names = {1.0: "first", 0.5: "tie", 0.0: "second"}
 
-    def agrees(pairs: Sequence[tuple[float, float | None]]) -> dict[str, Any]:
-        return asdict(wilson(sum(one == other for one, other in pairs), len(pairs)))
+    def share(count: float, of: int) -> dict[str, Any] | None:
+        return asdict(wilson(count, of)) if of else None
 
-    def first(side: Sequence[float]) -> dict[str, Any]:
+    def agrees(pairs: Sequence[tuple[float, float | None]]) -> dict[str, Any] | None:
+        return share(sum(one == other for one, other in pairs), len(pairs))
+
+    def first(side: Sequence[float]) -> dict[str, Any] | None:
         decided = [value for value in side if value != 0.5]
-        return asdict(wilson(sum(decided), len(decided)))
+        return share(sum(decided), len(decided))
 
     return {
         "pairs": len(both),
-        "without_majority": len(majority) - len(both),
+        "without_majority": majority.count(None),
         "share": agrees(both),
-        "kappa": float(cohen_kappa_score(*([names[value] for value in side] for side in (ours, theirs)))),
+        "kappa": float(cohen_kappa_score(*([names[value] for value in side] for side in (ours, theirs))))
+        if len({*ours, *theirs}) > 1  # else there is no chance to be better than
+        else None,
         "prefers_first": first(ours),
         "people_prefer_first": first(theirs),
         "by_annotator": {
-            name: agrees([pair for pair in zip(judged, labels, strict=True) if pair[1] is not None])
+            name: agrees([pair for pair in zip(judged, labels, strict=True) if pair[1] is not None and pair[0] >= 0])
             for name, labels in annotators.items()
         },
     }

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
 from test_judges import Server
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -188,6 +189,73 @@ def test_the_same_call_goes_on_and_says_the_same(call, run, tiny_model, monkeypa
     assert results[0] | {"made": 0} == results[1] | {"made": 0}
 
 
+def test_a_start_that_was_trained_again_is_asked_again(call, run, tiny_model, tmp_path, capsys):
+    start, flags = tmp_path / "start", ("--prompts", "4", "--output_dir", "out", "--base", str(tmp_path / "start"))
+    shutil.copytree(tiny_model, start)
+    assert call(run, *flags) == 0
+    model = AutoModelForCausalLM.from_pretrained(start)
+    model.lm_head.weight.data *= 1.5
+    model.save_pretrained(start)
+    capsys.readouterr()
+    assert call(run, *flags) == 0
+    assert "Answers of after, 2 of 2" in capsys.readouterr().out
+
+
+def test_what_others_wrote_into_the_card_stays(call, run):
+    shutil.copytree(run, "mine", ignore=shutil.ignore_patterns("eval*"))
+    Path("mine/README.md").write_text("# mine\n\n## Evaluation\n\nBy hand.\n")
+    for _ in range(2):
+        assert call("mine", "--prompts", "4") == 0
+        with Path("mine/README.md").open("a") as card:
+            card.write("\n## License\n")
+    card = Path("mine/README.md").read_text()
+    assert card.startswith("# mine\n\n## Evaluation\n\nBy hand.\n")
+    assert (card.count("Nobody judged"), card.count("## License")) == (1, 2)
+
+
+def test_numbers_that_are_none_are_said_and_make_no_number(call, run, tiny_model, tmp_path, capsys):
+    (tmp_path / "odd.py").write_text(
+        "def score(prompt, answer):\n"
+        "    return float('nan') if int(prompt[0]['content'].split()[1][:-1]) % 2 else 1.0\n"
+    )
+    assert call(run, "--judge", "odd.py:score", "--prompts", "8", "--output_dir", "out") == 0
+    results = json.loads(Path("out/eval.json").read_text(), parse_constant=pytest.fail)
+    left_out = results["judging"]["unknown"]
+    assert 0 < left_out < 8
+    assert f"Of 8 prompts {left_out} have no verdict" in capsys.readouterr().out
+    assert results["measures"]["judge"]["after"]["mean"] == 1.0
+
+    broken = tmp_path / "broken"
+    shutil.copytree(run, broken)
+    weights = load_file(broken / "adapter_model.safetensors")
+    save_file({name: weight * float("nan") for name, weight in weights.items()}, broken / "adapter_model.safetensors")
+    assert call(broken, "--prompts", "4", "--output_dir", "other") == 2
+    assert "gives NaN for 80 of 80 held-out completions" in capsys.readouterr().err
+
+
+def test_a_model_of_another_kind_or_start_is_refused_before_it_answers(call, run, tiny_model, reward_model, capsys):
+    assert call(reward_model, "--base", str(tiny_model)) == 2
+    assert "is a reward model" in capsys.readouterr().err
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    shutil.copytree(tiny_model, "other")
+    held = json.loads(Path("other/tokenizer.json").read_text())
+    vocabulary = held["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[40:42]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    Path("other/tokenizer.json").write_text(json.dumps(held))
+    assert AutoTokenizer.from_pretrained("other").get_vocab() != tokenizer.get_vocab()
+    assert call("other", "--base", str(tiny_model)) == 2
+    said = capsys.readouterr()
+    assert "has other tokens" in said.err
+    assert "Answers of" not in said.out
+
+
+def test_beta_is_the_runs_or_the_one_that_is_given(call, run):
+    for flags, beta in (((), 0.5), (("--beta", "0.01"), 0.01)):
+        assert call(run, *flags, "--prompts", "4", "--output_dir", "out") == 0
+        assert json.loads(Path("out/eval.json").read_text())["beta"] == beta
+
+
 def test_a_full_model_a_reward_model_and_hostile_answers(call, tiny_model, reward_model, tmp_path, rows):
     tuned = tmp_path / "tuned"
     shutil.copytree(tiny_model, tuned)
@@ -254,6 +322,8 @@ def test_an_interval_that_touches_a_line_is_not_above_it():
         (["--judge", "http://127.0.0.1:1/v1", "--judge_model", "m"], "give --yes"),
         (["--judge", "no/such-model"], "Cannot load the reward model"),
         (["--unknown_flag", "1"], "unknown_flag"),
+        (["--judge_model", "m"], "is for an endpoint"),
+        (["--tasks_path", "folder"], "name the tasks with --tasks"),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_answers(call, run, flags, message, capsys, monkeypatch):

@@ -27,7 +27,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, faults=(), verdict=None):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.faults, self.verdict = list(faults), verdict
+        self.faults, self.verdict, self.refused, self.more = list(faults), verdict, None, {}
         self.seen, self.times, self.keys, self.busy, self.most = Counter(), {}, set(), 0, 0
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -54,18 +54,25 @@ class Handler(BaseHTTPRequestHandler):
             self.server.busy -= 1
         if fault == "slow":
             time.sleep(1.5)  # longer than the endpoint's patience
+        if self.server.refused and self.server.refused in question:
+            time.sleep(0.2)  # the others are under way
+            fault = 403
         if isinstance(fault, int):
             self.send_response(fault)
             if fault == 429:
                 self.send_header("Retry-After", "0.6")
+            if fault == 302:
+                self.send_header("Location", f"{self.server.url}/elsewhere")
             self.end_headers()
-            self.wfile.write(b'{"error": "no"}')
+            self.wfile.write(f'{{"error": "no", "sent": "{self.headers.get("Authorization")}"}}'.encode())
             return
         one, other = (question.split(f"<answer_{side}>\n")[1].split(f"\n</answer_{side}>")[0] for side in "AB")
         said = "C" if len(one) == len(other) else "A" if len(one) > len(other) else "B"
         text = self.server.verdict or f"I weighed both.\n[[{said}]]"
         reply = {"choices": [{"message": {"content": text}}], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}
-        sent = {"malformed": b'{"choices": [{"mess', "empty": b'{"choices": []}'}.get(fault, json.dumps(reply).encode())
+        odd = {"malformed": '{"choices": [{"mess', "empty": '{"choices": []}', "deep": "[" * 200_000}
+        odd["parts"] = json.dumps({"choices": [{"message": {"content": [{"text": text}]}}]})
+        sent = odd.get(fault, json.dumps(reply | self.server.more)).encode()
         self.send_response(200)
         self.end_headers()
         try:
@@ -104,7 +111,7 @@ def endpoint(server, **options):
     return Endpoint(server.url, "a-judge", **{"pause": 0.01, "timeout": 1.0, **options})
 
 
-@pytest.mark.parametrize("fault", ["slow", 500, 503, "malformed", "empty", 429])
+@pytest.mark.parametrize("fault", ["slow", 500, 503, "malformed", "empty", "deep", "parts", 429])
 def test_what_passes_is_tried_again_and_changes_nothing(serve, fault, tmp_path):
     server = serve([fault])
     judged = ask_all(endpoint(server), PROMPTS, FIRST, SECOND, cache=tmp_path / "cache.jsonl")
@@ -151,6 +158,70 @@ def test_the_key_goes_to_the_server_and_nowhere_else(serve, tmp_path, capsys):
     ask_all(endpoint(server), PROMPTS, FIRST, SECOND, cache=cache)
     assert server.keys == {f"Bearer {KEY}"}
     assert KEY not in str(refused.value) + cache.read_text() + "".join(capsys.readouterr())
+    server.faults, server.seen = [400], Counter()
+    with pytest.raises(RecipeError, match=r"answered nothing: HTTP 400 Bad Request: .*Bearer \*\*\*"):
+        ask_all(endpoint(server), PROMPTS, FIRST, SECOND, cache=tmp_path / "other.jsonl")
+
+
+@pytest.mark.parametrize("more", [{"usage": ["x"]}, {"usage": {"prompt_tokens": "many", "completion_tokens": 1e999}}])
+def test_an_odd_count_of_tokens_spoils_no_reply(serve, more, tmp_path):
+    server, cache = serve(verdict="\ud800 [[A]]"), tmp_path / "cache.jsonl"
+    server.more = more
+    for _ in range(2):  # the second time from the cache
+        judged = ask_all(endpoint(server), PROMPTS, FIRST, SECOND, cache=cache)
+        assert judged.won.tolist() == [0.5] * 6
+        assert judged.facts["tokens"] == {"read": 0, "written": 0}
+    assert set(server.seen.values()) == {1}
+
+
+def test_replies_under_way_are_kept_when_another_is_refused(serve, tmp_path):
+    server, cache = serve(), tmp_path / "cache.jsonl"
+    server.refused = "Question 0"
+    with pytest.raises(RecipeError, match="refuses: HTTP 403"):
+        ask_all(endpoint(server, workers=10), PROMPTS, FIRST, SECOND, cache=cache)
+    server.refused = None
+    ask_all(endpoint(server), PROMPTS, FIRST, SECOND, cache=cache)
+    assert sorted(server.seen.values()) == [1] * 8 + [2] * 2
+
+
+def test_an_endpoint_that_answers_nothing_is_left_after_its_first_requests(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(judges, "TRIES", 2)
+    server = serve([500, 500])
+    with pytest.raises(RecipeError, match="answered nothing: HTTP 500 Internal Server Error, in 2 tries"):
+        ask_all(endpoint(server, workers=2), PROMPTS, FIRST, SECOND, cache=tmp_path / "cache.jsonl")
+    assert sum(server.seen.values()) < 10
+
+
+def test_what_was_asked_is_sent_nowhere_else(serve, tmp_path):
+    server = serve([302])
+    with pytest.raises(RecipeError, match="refuses: HTTP 302"):
+        ask_all(endpoint(server), PROMPTS, FIRST, SECOND, cache=tmp_path / "cache.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("http://[::1/v1", "is no address"),
+        ("http://h:80 80/v1", "is no address"),
+        ("https://me:word@host/v1", "put its key into"),
+        ("https://host/v1?api-key=1", "put its key into"),
+        ("mine.py", "FILE.py:FUNCTION"),
+        ("some/folder", "--judge_model is for an endpoint"),
+    ],
+)
+def test_a_judge_that_cannot_be_asked_is_refused_before_anything_is_sampled(name, told, tmp_path):
+    fields = {} if name == "mine.py" else {"model": "m"}
+    with pytest.raises(RecipeError, match=told):
+        open_judge(name, rule=None, endpoint=fields, cache=tmp_path / "none")
+
+
+def test_a_key_that_no_header_can_hold_and_a_broken_file_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "a\u201cb")
+    with pytest.raises(RecipeError, match="holds a character"):
+        open_judge("https://host/v1", rule=None, endpoint={"model": "m"}, cache=tmp_path / "none")
+    (tmp_path / "mine.py").write_text("def score(:")
+    with pytest.raises(RecipeError, match=r"mine\.py, line 1"):
+        open_judge(f"{tmp_path / 'mine.py'}:score", rule=None, endpoint={}, cache=tmp_path / "none")
 
 
 @pytest.mark.parametrize("text", ["I cannot say.", "[[A]] or [[B]]", "[A]", ""])
@@ -196,6 +267,11 @@ def test_the_cost_is_the_most_that_it_can_be():
     written = 12 * judges.REPLY_TOKENS
     assert f"12 requests, about {read:,} tokens to read and {written:,} to write" in said
     assert f"{(2 * read + 8 * written) / 1e6:.2f}" in said
+    longer = {"max_tokens": None, "max_completion_tokens": 20_000}
+    said = expected_cost({"model": "m", "options": longer}, PROMPTS, max_new_tokens=100)
+    assert f"{12 * 20_000:,} to write" in said
+    said = expected_cost({"model": "m", "options": {"max_tokens": None}}, PROMPTS, max_new_tokens=100)
+    assert "have no limit, nor has the cost" in said
 
 
 def test_a_rule_is_asked_once_and_equal_scores_are_ties(tmp_path):
@@ -287,3 +363,13 @@ def test_agreement_by_hand():
     # Chance: judge 3/4 first, 1/4 tie; people 2/4 first, 1/4 second, 1/4 tie.
     assert found["kappa"] == pytest.approx((0.75 - 0.4375) / (1 - 0.4375))
     assert found["people_prefer_first"]["mean"] == pytest.approx(2 / 3)
+
+
+def test_agreement_takes_what_a_judge_says_and_what_is_not_known():
+    won = np.array([1.0, 0.75, np.nan, 0.25])  # of the second answers
+    found = agreement(1 - won, {"one": [0.0, 0.0, 1.0, 0.0], "two": [None] * 4})
+    assert (found["pairs"], found["without_majority"], found["by_annotator"]["two"]) == (3, 0, None)
+    assert found["share"]["mean"] == pytest.approx(2 / 3)
+    nothing = agreement([0.5, 0.5], {"one": [0.5, None]})
+    assert (nothing["prefers_first"], nothing["share"]["mean"]) == (None, 1.0)
+    assert agreement([1.0], {"one": [None]})["share"] is None

@@ -4,6 +4,7 @@ import re
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -11,9 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 from trl import RewardConfig
 
 from dpo_recipes.answers import Entry, Sampling, answer_all, draw_prompts
@@ -22,7 +24,7 @@ from dpo_recipes.evaluate.general import find_tasks, general_tasks
 from dpo_recipes.evaluate.report import write_report
 from dpo_recipes.evaluate.results import SIDES, answer_pairs, judging, measures, preference
 from dpo_recipes.files import read_json
-from dpo_recipes.judges import expected_cost, open_judge
+from dpo_recipes.judges import Judged, expected_cost, open_judge
 from dpo_recipes.preflight import measure_pairs
 from dpo_recipes.preflight.inspect import dataset_recipe, parse_namespace
 from dpo_recipes.recipe import DONE_FILE, load_tokenizer
@@ -91,20 +93,24 @@ def evaluate(
     Raises:
         RecipeError: If the call or the data is wrong.
     """
+    if tasks_path and not tasks:
+        raise RecipeError("--tasks_path is a folder of task files: name the tasks with --tasks.")
     manager = find_tasks(tasks, tasks_path) if tasks else None
     subject = _open_subject(name, recipe, profile=profile, flags=flags, base=base, output_dir=output_dir)
     kept = subject.folder / "eval"
-    referee = open_judge(judge, rule=subject.rule, endpoint=endpoint, cache=kept / "judgements.jsonl")
     asked = draw_prompts(subject.pairs, start=subject.start, most=prompts)
     if len(asked) < 2:
         raise RecipeError(
             f"{subject.start} can answer {len(asked)} of the held-out prompts, needs two: give more rows."
         )
-    if referee and judge and referee.scorer is None:
+    told = dict(rule=subject.rule, endpoint=endpoint, prompts=asked, max_new_tokens=max_new_tokens)
+    referee = open_judge(judge, cache=kept / "judgements.jsonl", **told)
+    if referee and referee.scorer is None:
         _confirm(expected_cost(endpoint, asked, max_new_tokens=max_new_tokens), yes=yes)
     models = dict(zip(SIDES, (subject.start, subject.model), strict=True))
     hashes = {side: _weights(model) for side, model in models.items()}
-    entries = [Entry(side, model, seed, hashes[side] or model) for side, model in models.items()]
+    begun = hashes[SIDES[0]] or subject.start  # the start's log-probs are kept with the tuned model's answers
+    entries = [Entry(side, model, seed, f"{begun}-{hashes[side] or model}") for side, model in models.items()]
     sampling = Sampling(temperature, max_new_tokens)
     found = answer_all(
         entries, subject.start, prompts=asked, pairs=subject.pairs, sampling=sampling, folder=kept / "answers"
@@ -121,7 +127,7 @@ def evaluate(
         "pairs": len(subject.pairs),
         "prompts": len(asked),
         "hashes": hashes,
-        "warnings": _warnings(subject.model, judge, hashes),
+        "warnings": _warnings(subject, judge, judged, hashes),
         **judging(found, subject.pairs, referee, judged),
         **preference(found, subject.beta),
         **measures(found, asked, judged, greedy=temperature == 0),
@@ -154,12 +160,14 @@ def _open_subject(
             f"{name} is a model, whose pairs are not known. Name them with --dataset_name, or evaluate its recipe "
             "(dpo-recipes list)."
         )
+    given_beta = any(flag.partition("=")[0] == "--beta" for flag in flags)
     script = recipe or Path(folder.name)
     flags = [*flags, "--model_name_or_path", base or find_start(model)]
     script_args, training_args, model_args = parse_namespace(namespace, script, profile=profile, flags=flags)
     if isinstance(training_args, RewardConfig):
         raise RecipeError(f"{name} makes a reward model, which its training measures: see metrics.json in {model}.")
     start = str(model_args.model_name_or_path)
+    _check_related(model, start)
     tokenizer = load_tokenizer(model_args, training_args)
     config = AutoConfig.from_pretrained(start, trust_remote_code=training_args.trust_remote_code).get_text_config()
     limits = getattr(training_args, "max_length", None), getattr(config, "max_position_embeddings", None)
@@ -171,7 +179,7 @@ def _open_subject(
         model=model,
         start=start,
         dataset=str(script_args.dataset_name),
-        beta=run_settings(model).get("beta") or getattr(training_args, "beta", None),
+        beta=training_args.beta if given_beta else run_settings(model).get("beta"),  # of others it is not known
         pairs=measured.pairs["test"],
         rule=namespace.get("judge"),
         folder=folder,
@@ -181,8 +189,10 @@ def _open_subject(
 def _confirm(cost: str, *, yes: bool) -> None:
     """Nothing, if the cost may be spent."""
     say(cost)
-    asked = not yes and sys.stdin.isatty()
-    if not (yes or (asked and input("Spend that? [y/N] ").strip().lower() in ("y", "yes"))):
+    if not yes and sys.stdin.isatty():
+        with suppress(EOFError):
+            yes = input("Spend that? [y/N] ").strip().lower() in ("y", "yes")
+    if not yes:
         raise RecipeError("Nothing was asked. To spend that, give --yes; fewer --prompts cost less.")
 
 
@@ -190,12 +200,37 @@ def _weights(model: str) -> str | None:
     return weights_hash(SimpleNamespace(name_or_path=model))
 
 
-def _warnings(model: str, judge: str | None, hashes: Mapping[str, str | None]) -> list[str]:
+def _check_related(model: str, start: str) -> None:
+    """Nothing, if the model writes text, in the tokens of its start.
+
+    Raises:
+        RecipeError: If not.
+    """
+    lora = lora_config(model)
+    kinds = [] if lora else AutoConfig.from_pretrained(model).architectures or []
+    if lora.get("task_type") == "SEQ_CLS" or any(kind.endswith("ForSequenceClassification") for kind in kinds):
+        raise RecipeError(f"{model} is a reward model, which writes no answers. It may judge: --judge {model}.")
+    if lora or model == start:
+        return
+    try:
+        tokens, own = (AutoTokenizer.from_pretrained(name).get_vocab() for name in (start, model))
+    except (OSError, ValueError):
+        return  # the folder has no tokenizer, and the start's is used
+    if not tokens.items() <= own.items():
+        raise RecipeError(f"{model} has other tokens than {start}: it was not trained from it. Name its start: --base.")
+
+
+def _warnings(
+    subject: Subject, judge: str | None, judged: Judged | None, hashes: Mapping[str, str | None]
+) -> list[str]:
     """What makes the numbers say less than they seem to."""
     said = []
+    if judged and (unknown := int(np.isnan(judged.won).sum())):
+        said.append(f"Of {len(judged.won)} prompts {unknown} have no verdict and are left out of the win rate.")
+    judge = judge or (subject.rule if isinstance(subject.rule, str) else None)
     if hashes["before"] and hashes["before"] == hashes["after"]:
         said.append("The tuned model and its start have the same weights.")
-    raised = read_json(Path(model) / DONE_FILE).get("reward_model_hashes") or []
+    raised = read_json(Path(subject.model) / DONE_FILE).get("reward_model_hashes") or []
     if judge and Path(judge).is_dir() and _weights(judge) in raised:
         said.append("The judge is the reward model that this run raised: that it likes the answers says little.")
     return said

@@ -71,7 +71,7 @@ def general_tasks(
         if not isinstance(model, PeftModel):
             model, tokenizer = open_model(tuned, base=start) if lora_config(tuned) else open_model(models[side])
         is_base = side == SIDES[0] and isinstance(model, PeftModel)
-        made_by = hashlib.sha256(f"{models[side]} {hashes[side]} {start}".encode()).hexdigest()[:16]
+        made_by = hashlib.sha256(f"{models[side]} {hashes[side]} {start} {hashes[SIDES[0]]}".encode()).hexdigest()[:16]
         with model.disable_adapter() if is_base else nullcontext():
             lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
             replies = str(folder / f"{side}-{made_by}")

@@ -15,7 +15,7 @@ from dpo_recipes.report import table
 from dpo_recipes.run_page import write_run_page
 from dpo_recipes.terminal import say
 
-SECTION = "\n## Evaluation\n"
+BEGIN, END = "<!-- Evaluation by dpo-recipes: begin -->", "<!-- Evaluation by dpo-recipes: end -->"
 
 
 def write_report(folder: Path, results: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> Path:
@@ -28,9 +28,11 @@ def write_report(folder: Path, results: Mapping[str, Any], answers: Sequence[Map
     if results["tasks"]:
         words += f"\n\nGeneral tasks: {results['tasks']['words']}"
     if (card := folder / "README.md").exists() and (folder / DONE_FILE).exists():
-        text = card.read_text(encoding="utf-8").partition(SECTION)[0]
-        about = f"({results['pairs']} held-out pairs, {results['prompts']} prompts; judge: {results['judge']})"
-        write_text(card, f"{text}{SECTION}\n{words}\n\n```\n{shown}\n```\n\n{about}\n")
+        before, _, rest = card.read_text(encoding="utf-8").partition(f"\n{BEGIN}\n")
+        after = rest.partition(f"{END}\n")[2]  # what somebody wrote since stays
+        about = f"{results['pairs']} held-out pairs of {results['dataset']}, {results['prompts']} prompts"
+        section = f"## Evaluation\n\n{words}\n\n```\n{shown}\n```\n\n({about}; judge: {results['judge']})"
+        write_text(card, f"{before}\n{BEGIN}\n{section}\n{END}\n{after}")
         write_run_page(folder)
     warnings = [f"WARNING: {warning}" for warning in results["warnings"]]
     files = f"{path}, beside it eval.jsonl (the answers) and eval.html"

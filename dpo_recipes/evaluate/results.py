@@ -35,27 +35,30 @@ def judging(found: Mapping[str, Any], pairs: Dataset, judge: Judge | None, judge
         return {"verdict": verdict(None), "win_rate": None}
     known = ~np.isnan(judged.won)
     if not known.any():
-        raise RecipeError(f"{judge.name} gave no verdict that could be read: look at its replies in judgements.jsonl.")
+        told = "no number for any answer" if judge.scorer else "no verdict that can be read: see judgements.jsonl"
+        raise RecipeError(f"{judge.name} gave {told}.")
     won, facts = judged.won[known], judged.facts | {"unknown": int((~known).sum())}
     tokens = [np.array([answer["tokens"] for answer in found[side]["answers"]], float)[known] for side in SIDES]
     if judge.scorer and all(isinstance(side, str) or len(side) == 1 for side in pairs["chosen"]):
         facts["labels"] = _as_labelled(pairs, judge.scorer)
     rate = wilson(float(won.sum()), len(won))
+    longer = tokens[1] - tokens[0]
     return {
         "verdict": verdict(rate),
         "win_rate": rate,
-        "length_controlled": _estimate(statistics.length_controlled, won, tokens[1] - tokens[0]),
+        "length_controlled": _estimate(statistics.length_controlled, won, longer) if np.ptp(won) else rate,
         "ties": wilson(float((won == 0.5).sum()), len(won)),
         "judging": facts,
     }
 
 
-def _as_labelled(pairs: Dataset, scorer: Scorer) -> Estimate:
-    """The share of held-out pairs that the judge ranks as their labels do."""
+def _as_labelled(pairs: Dataset, scorer: Scorer) -> Estimate | None:
+    """The share of held-out pairs that the judge ranks as their labels do, of those that it ranks."""
     sides = [*pairs["chosen"], *pairs["rejected"]]
     texts = [side if isinstance(side, str) else side[0]["content"] for side in sides]
     won = statistics.wins(*np.split(scorer([*pairs["prompt"]] * 2, texts), 2))
-    return wilson(float(won.sum()), len(won))
+    won = won[~np.isnan(won)]
+    return wilson(float(won.sum()), len(won)) if len(won) else None
 
 
 def _estimate(statistic: statistics.Statistic, *arrays: NDArray[np.float64]) -> Estimate:
@@ -129,8 +132,9 @@ def measures(
     rows = records(found, prompts=prompts, judge=None, rewards={})
     of = {side: columns(rows[side], found[side]) for side in SIDES}
     if judged and judged.scores:
+        known = np.isfinite(judged.scores).all(axis=0)
         for side, scores in zip(SIDES, judged.scores, strict=True):
-            of[side]["judge"] = scores.tolist()
+            of[side]["judge"] = scores[known].tolist() or None
     measured = {side: of_model([of[side]], [of["before"]]) for side in SIDES}
     left_out = {"preference_accuracy", *(["kl"] if greedy else [])}  # `preference` says more of the first
     names = [name for name in MEASURES if name in measured["after"] and name not in left_out]
@@ -146,7 +150,7 @@ def answer_pairs(found: Mapping[str, Any], prompts: Sequence[Any], judged: Judge
     for row, prompt in enumerate(prompts):
         line = {"prompt": prompt, **{side: dict(found[side]["answers"][row]) for side in SIDES}}
         for side, scores in zip(SIDES, (judged and judged.scores) or (), strict=False):
-            line[side]["score"] = float(scores[row])
+            line[side]["score"] = float(scores[row]) if np.isfinite(scores[row]) else None
         if judged:
             line["won"] = None if np.isnan(judged.won[row]) else float(judged.won[row])
         lines.append(line)
