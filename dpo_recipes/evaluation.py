@@ -26,7 +26,7 @@ from trl import DPOTrainer, RewardTrainer
 from trl.trainer.utils import add_fused_lm_head, pad, use_adapter
 
 from dpo_recipes.dataset_adapters import Drop
-from dpo_recipes.errors import RecipeError
+from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.intervals import Estimate, wilson
 from dpo_recipes.rewards import Text, context_length
 
@@ -128,8 +128,8 @@ def _over_held_out_pairs(
         for batch in tqdm(loader, desc=name, disable=not trainer.is_world_process_zero()):
             rows.append(trainer.accelerator.gather_for_metrics(measured(model, batch)).cpu())
     stacked: NDArray[np.float64] = torch.cat(rows).double().numpy().T
-    if broken := int(np.isnan(stacked).any(axis=0).sum()):
-        raise RecipeError(f"{name}: NaN for {broken} of {stacked.shape[1]} held-out pairs. The model is broken.")
+    if np.isnan(stacked).any(axis=0).all():
+        raise UnhealthyRunError(f"{name}: NaN for every held-out pair. The model is broken, or its dtype overflows.")
     return stacked
 
 
@@ -251,7 +251,8 @@ def sample_tokens(
         max_new_tokens: Where an answer is cut, if the model's context does not cut it before.
         temperature: 0 is greedy decoding. Sampling is from the whole distribution (no top-k, no top-p).
         seed: Of the sampling; the same seed, prompts and batch size give the same answers.
-        batch_size: Prompts at a time. They are sorted by length, so that little is padded.
+        batch_size: Prompts at a time. They are sorted by length, so that little is padded; of those that leave less
+            room than `max_new_tokens` only equally long ones go together.
         streamer: Is given each token of the answer to a single prompt.
     """
     stops, context = stop_tokens(model, tokenizer), context_length(model.config)

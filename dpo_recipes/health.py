@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -102,19 +103,25 @@ def read_logs(
 
 
 def _accuracy(logged: Logged, prefix: str = "") -> Sequence[tuple[int, float]]:
-    """Of DPO's implicit rewards, or of a reward model; without logs in which no reward differed yet."""
+    """Of DPO's implicit rewards since they differ, or of a reward model."""
     points = logged.get(f"{prefix}rewards/accuracies") or logged.get(f"{prefix}accuracy") or []
-    ties = {step for step, margin in logged.get(f"{prefix}rewards/margins", []) if margin == 0}
-    return [(step, value) for step, value in points if step not in ties]
+    return [(step, value) for step, value in points if step > _tied(logged)]
+
+
+def _tied(logged: Logged) -> int:
+    """The last update up to which DPO's rewards were all equal, as they are before the first: no accuracy is that."""
+    return max((step for step, _ in takewhile(lambda log: log[1] == 0, logged.get("rewards/margins", []))), default=0)
 
 
 def _values(logged: Logged, name: str) -> list[float]:
     return [value for _, value in logged.get(name, [])]
 
 
-def _recent(points: Sequence[tuple[int, float]], facts: Facts, pairs: int) -> tuple[float, int] | None:
-    """The mean of the last logs that hold so many pairs, and their number; None where all hold fewer."""
-    steps = [0, *(step for step, _ in points)]
+def _recent(
+    points: Sequence[tuple[int, float]], facts: Facts, pairs: int, *, after: int = 0
+) -> tuple[float, int] | None:
+    """The mean of the last logs, all after that update, that hold so many pairs, and their number; None: too few."""
+    steps = [after, *(step for step, _ in points)]
     for logs in range(1, len(points) + 1):
         if (steps[-1] - steps[-1 - logs]) * facts.pairs_per_update >= pairs:
             return fmean(value for _, value in points[-logs:]), logs
@@ -152,17 +159,19 @@ def loss_spike(
 
 def no_signal(logged: Logged, facts: Facts, *, accuracy: float, pairs: int, updates: int) -> str | None:
     """Accuracy no better than a coin's."""
-    points = _accuracy(logged)
+    points, tied = _accuracy(logged), _tied(logged)
+    if facts.beta and tied >= min(updates, facts.max_steps):
+        return f"no reward differs from another in {tied} updates"
     if not points or points[-1][0] < min(updates, facts.max_steps / 2):
         return None
-    now = _recent(points, facts, pairs)
+    now = _recent(points, facts, pairs, after=tied)
     return f"training accuracy is {now[0]:.3f}" if now and now[0] <= accuracy else None
 
 
 def overfitting(logged: Logged, facts: Facts, *, train: float, gap: float, evaluations: int, pairs: int) -> str | None:
     """Learned by heart."""
     held_out = [value for _, value in _accuracy(logged, "eval_")][-evaluations:]
-    now = _recent(_accuracy(logged), facts, pairs)
+    now = _recent(_accuracy(logged), facts, pairs, after=_tied(logged))
     if now is None or len(held_out) < evaluations or not facts.eval_pairs or max(held_out[1:]) > held_out[0]:
         return None
     highest = wilson(held_out[-1] * facts.eval_pairs, facts.eval_pairs).high
@@ -174,7 +183,7 @@ def overfitting(logged: Logged, facts: Facts, *, train: float, gap: float, evalu
 def leak(logged: Logged, facts: Facts, *, accuracy: float, pairs: int, updates: int, baseline: float) -> str | None:
     """Learned at once, and by a mark."""
     points = _accuracy(logged)
-    now = _recent(points, facts, pairs)
+    now = _recent(points, facts, pairs, after=_tied(logged))
     if now is None or now[0] < accuracy or points[-1][0] > updates:
         return None
     name, best = max(facts.baselines().items(), key=lambda item: item[1], default=("", 0.0))
@@ -242,7 +251,7 @@ def value_loss(logged: Logged, facts: Facts, *, times: float, logs: int, explain
     """A critic that diverges; where rewards grow rarer or larger, its loss grows with them."""
     losses, shares = _values(logged, "value/loss"), _values(logged, "value/explained_variance")[-logs:]
     before = losses[:-logs]
-    if len(before) < logs or fmean(losses[-logs:]) <= times * median(before) or fmean(shares) > explained:
+    if len(before) < logs or fmean(losses[-logs:]) <= times * median(before) or median(shares) > explained:
         return None
     return f"the value loss is {fmean(losses[-logs:]):.3g}, and the median before was {median(before):.3g}"
 
@@ -397,12 +406,13 @@ class HealthCallback(TrainerCallback):
         self.healthy = 0  # the last update after which nothing fatal was found
         self.overflows = 0  # updates in a row
         self.prompts: list[Any] = []
+        self.probed = -1  # the last update
         self.first_loss = FirstLossGuard(trainer) if isinstance(trainer, DPOTrainer) else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Probe the start; a resumed run remembers what was found before, another call of `train` nothing."""
         self.facts, self.healthy = read_facts(self.trainer), state.global_step
-        self.fatal, self.overflows, self.logged, self.read, self.prompts = None, 0, {}, 0, []
+        self.fatal, self.overflows, self.logged, self.read, self.prompts, self.probed = None, 0, {}, 0, [], -1
         found = read_findings(args.output_dir) if state.global_step else []
         self.findings = [each for each in found if each.step <= state.global_step]
         rules = [name for name, rule in RULES.items() if self.trainer._name in rule["for"]]
@@ -471,8 +481,9 @@ class HealthCallback(TrainerCallback):
             if self.on_stop is not None and state.is_world_process_zero:
                 self.on_stop()
             PartialState().wait_for_everyone()  # torch's launcher ends the others as soon as one has left
-            seen_late = math.ceil(RULES["loss_spike"]["limits"]["pairs"] / self.facts.pairs_per_update)  # updates
-            good = latest_checkpoint(args.output_dir, before=min(self.healthy, self.fatal.step - seen_late) + 1)
+            pairs = RULES["loss_spike"]["limits"]["pairs"] if self.fatal.rule == "loss_spike" else 1  # seen so late
+            begun = self.fatal.step - math.ceil(pairs / self.facts.pairs_per_update)
+            good = latest_checkpoint(args.output_dir, before=min(self.healthy, begun) + 1)
             newest = latest_checkpoint(args.output_dir, before=self.fatal.step)
             if good is not None:
                 kept = f"The last good checkpoint is {good}: --resume_from_checkpoint goes on from it."
@@ -486,7 +497,8 @@ class HealthCallback(TrainerCallback):
 
     def _probe(self, state: Any) -> None:
         """Put a probe's numbers into the log of all processes."""
-        if self.prompts and self.facts is not None:
+        if self.prompts and self.facts is not None and self.probed != state.global_step:  # of several held-out sets
+            self.probed = state.global_step
             most = min(_LONGEST_PROBE, max(64, math.ceil(2 * self.facts.chosen_tokens)))
             found = [probe(self.trainer, self.prompts, max_new_tokens=most) if state.is_world_process_zero else {}]
             state.log_history.append(broadcast_object_list(found)[0] | {"step": state.global_step})

@@ -102,7 +102,6 @@ def open_judge(
     endpoint: Mapping[str, Any],
     cache: Path,
     prompts: Sequence[Text] = (),
-    max_new_tokens: int = 1,
 ) -> Judge | None:
     """The judge of that name; None where there is none.
 
@@ -111,8 +110,7 @@ def open_judge(
         rule: The recipe's own, a function or a model.
         endpoint: Fields of `Endpoint` but the URL.
         cache: Where an endpoint's replies are kept.
-        prompts: All that it will see, with answers of so many tokens at most.
-        max_new_tokens: Of an answer.
+        prompts: All that it will see.
 
     Raises:
         RecipeError: If there is no such judge, or it cannot judge that.
@@ -130,7 +128,8 @@ def open_judge(
         return Judge(f"{asked.model} at {asked.url}", lambda *answers: ask_all(asked, *answers, cache=cache))
     if ".py:" in name or name.endswith(".py"):
         return _by_score(name, exact_judge(_read_function(name)))
-    check_reward_model(*read_reward_config(name), prompts, max_completion_length=max_new_tokens, labels=(1, 2))
+    short = [prompt if isinstance(prompt, str) else [{**turn, "content": ""} for turn in prompt] for prompt in prompts]
+    check_reward_model(*read_reward_config(name), short, labels=(1, 2))  # a text that is too long is scored cut
     return _by_score(f"the reward model {name}", model_judge(name))
 
 
@@ -142,12 +141,12 @@ def _check_address(url: str) -> None:
     """
     try:
         parts = urllib.parse.urlsplit(url)
-        bad = not parts.hostname or re.search(r"\s", url) or (parts.port or 1) < 1
+        bad = not parts.hostname or re.search(r"\s", url) or parts.port == 0
     except ValueError:
         bad = True
     if bad:
         raise RecipeError(f"{url} is no address of an endpoint. It looks like https://HOST/v1.")
-    if parts.username or parts.query:
+    if "@" in parts.netloc or parts.query:
         raise RecipeError(f"The address of an endpoint is kept with the results: put its key into ${KEY}, not there.")
     if not re.fullmatch(r"[!-~]*", _key()):
         raise RecipeError(f"${KEY} holds a character that no key has.")
@@ -224,8 +223,10 @@ def ask_all(
     replies = _read_cache(cache)
     missing = {key: bodies[at] for at, key in keys.items() if key not in replies}
     say(f"Asking {endpoint.model} {len(missing):,} of {len(keys):,} questions; the other replies are in {cache}.")
-    failed = _ask_missing(endpoint, missing, replies, cache, begun=len(missing) < len(keys))
+    failed = _ask_missing(endpoint, missing, replies, cache, begun=len(missing) < len({*keys.values()}))
     failures = [failed[key] for key in keys.values() if key in failed]
+    if failures and len(failures) == len(keys):
+        raise RecipeError(f"{endpoint.url} answered nothing: {failures[0]}. Call it again: the answers are kept.")
     found = {at: read_verdict(replies[key]["text"]) if key in replies else None for at, key in keys.items()}
     won, agree = np.full(len(prompts), 0.5), []
     for row in rows:
@@ -236,8 +237,8 @@ def ask_all(
             won[row] = (ahead + 1 - behind) / 2
             agree.append(ahead == 1 - behind)
     decided = [value for value in found.values() if value in (0.0, 1.0)]
-    used = [replies[key]["usage"] for key in keys.values() if key in replies]
-    tokens = [sum(each.get(name, 0) for each in used) for name in USAGE]
+    used = [replies[key].get("usage") or {} for key in keys.values() if key in replies]
+    tokens = [sum(each.get(name) or 0 for each in used) for name in USAGE]
     facts = {
         "requests": len(keys),
         "from_cache": len(keys) - len(missing),
@@ -287,11 +288,12 @@ def _ask_missing(
         RecipeError: If the endpoint refuses all requests, or, unless it has `begun`, has no reply to the first ones.
     """
     failures: dict[str, str] = {}
+    silent = 0
     stopped = threading.Event()
     write_jsonl(cache, ({"key": key, **reply} for key, reply in replies.items()))  # without what was cut short
     pool = ThreadPoolExecutor(endpoint.workers)
     with cache.open("a", encoding="utf-8") as file:
-        asked = {pool.submit(ask, endpoint, body, stopped): key for key, body in missing.items()}
+        asked: dict[Future[dict[str, Any]], str] = {}
 
         def keep(done: Future[dict[str, Any]]) -> None:
             replies[asked[done]] = done.result()
@@ -299,13 +301,15 @@ def _ask_missing(
             file.flush()
 
         try:
+            asked |= {pool.submit(ask, endpoint, body, stopped): key for key, body in missing.items()}
             for done in tqdm(as_completed(asked), total=len(asked), desc="Judging"):
                 try:
                     keep(done)
                     begun = True
                 except OSError as error:
                     failures[asked[done]] = str(error)
-                if len(failures) >= min(endpoint.workers, len(asked)) and not begun:
+                    silent += isinstance(error, _NoReply)
+                if silent >= min(endpoint.workers, len(asked)) and not begun:
                     told = f"{endpoint.url} answered nothing: {failures[asked[done]]}"
                     raise RecipeError(f"{told}. Call it again: the answers are kept.")
         finally:  # Ctrl-C, or a key that is refused: nobody waits for another try, and what is paid for is kept
@@ -355,7 +359,11 @@ def ask(endpoint: Endpoint, body: str, stopped: threading.Event) -> dict[str, An
             problem = "a reply that is no chat completion"
         if attempt == TRIES - 1 or stopped.wait(min(wait, LONGEST_WAIT)):
             break
-    raise OSError(f"{problem}, in {attempt + 1} tries")
+    raise _NoReply(f"{problem}, in {attempt + 1} tries")
+
+
+class _NoReply(OSError):
+    """No try had one; what is wrong is not the request."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -388,9 +396,10 @@ def agreement(judged: Sequence[float], annotators: Mapping[str, Sequence[float |
         annotators: By name, each one's labels in the same terms; None where there is none.
 
     Returns:
-        With the majority of the annotators, where there is one (`pairs`; the others are `without_majority`): `share` of
-        agreement, `kappa` (Cohen 1960), `prefers_first` of the judge's decisions and `people_prefer_first` of theirs;
-        and `by_annotator`, the share of agreement with each. Shares have Wilson intervals, and are None of nothing.
+        With the majority of the annotators, where there is one (`without_majority` lack it) and the judge's verdict is
+        known (`pairs`): `share` of agreement, `kappa` (Cohen 1960), `prefers_first` of the judge's decisions and
+        `people_prefer_first` of theirs; and `by_annotator`, the share of agreement with each. Shares have Wilson
+        intervals, and are None of nothing.
     """
     judged = [-1.0 if math.isnan(value) else (value > 0.5) + (value == 0.5) / 2 for value in judged]
     columns = [list(labels) for labels in annotators.values()]

@@ -43,7 +43,7 @@ def cost(trainer: Trainer) -> dict[str, Any]:
     """Updates, seconds and peak memory of a finished run."""
     spent: dict[str, Any] = {
         "updates": trainer.state.global_step,
-        "resumed_from_update": trainer._initial_global_step,  # seconds and tokens are those since then
+        "resumed_from_update": trainer._initial_global_step,  # seconds, and tokens of DPO and its like, are since then
         "train_seconds": next(
             (log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log), None
         ),

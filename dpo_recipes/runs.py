@@ -174,7 +174,7 @@ def finish_run(
         trainer.accelerator.wait_for_everyone()
         raise UnhealthyRunError(
             "The trained weights are NaN or infinite: nothing is saved or measured. Train again with a lower learning "
-            "rate and --overwrite true; with --health stop the last good checkpoint is kept."
+            "rate and --overwrite true; with --health stop it ends before it saves such weights."
         )
     _save(trainer, folder, merge=merge)
     outcome = measure(

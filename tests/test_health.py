@@ -272,12 +272,15 @@ def test_steady_losses_of_single_pairs_are_no_spike():
 
 
 def test_rewards_that_do_not_differ_yet_are_no_failures():
-    facts = Facts(pairs_per_update=256, max_steps=4)
-    logged = {"rewards/accuracies": [0.0, 0.0, 0.9, 0.95], "rewards/margins": [0.0, 0.0, 0.2, 0.3]}
-    assert no_signal(recorded(**logged), facts, **RULES["no_signal"]["limits"]) is None
-    assert no_signal(
-        recorded(**logged | {"rewards/accuracies": [0.0, 0.0, 0.5, 0.5]}), facts, accuracy=0.55, pairs=400, updates=100
-    )
+    limits, margins = RULES["no_signal"]["limits"], {"rewards/margins": [0.0, 0.0, 0.2, 0.3]}
+    facts = Facts(pairs_per_update=256, max_steps=40)
+    for accuracies, broken in (([0.0, 0.0, 0.9, 0.95], False), ([0.0, 0.0, 0.5, 0.5], True)):
+        assert bool(no_signal(recorded(**margins, **{"rewards/accuracies": accuracies}), facts, **limits)) == broken
+    few = recorded(**{"rewards/accuracies": [0.0, 0.0, 0.4], "rewards/margins": [0.0, 0.0, 0.1]})
+    assert no_signal(few, Facts(pairs_per_update=16, max_steps=40), **limits) is None, "160 pairs since they differ"
+    never = recorded(**{"rewards/accuracies": [0.0] * 3, "rewards/margins": [0.0] * 3})
+    assert "no reward differs" in no_signal(never, Facts(pairs_per_update=16, max_steps=30, beta=0.1), **limits)
+    assert no_signal(never, Facts(pairs_per_update=16, max_steps=1000, beta=0.1), **limits) is None, "a long warmup"
 
 
 def test_off_distribution_is_what_the_start_would_not_write():
@@ -345,7 +348,7 @@ def test_several_sets_of_held_out_pairs_are_probed(start, tmp_path, found):
     assert found(trainer) == {}
     held = json.loads((tmp_path / "health.json").read_text())
     assert held["nothing_to_look_at"] == ["overfitting"]
-    assert len({probe["step"] for probe in held["probes"]}) == 2
+    assert [probe["step"] for probe in held["probes"]] == [0, 2]
 
 
 def test_pairs_of_images_and_a_beta_of_zero_are_no_obstacle(start, tmp_path, found):

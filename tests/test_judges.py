@@ -27,7 +27,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, faults=(), verdict=None):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.faults, self.verdict, self.refused, self.more = list(faults), verdict, None, {}
+        self.faults, self.verdict, self.refused, self.status, self.more = list(faults), verdict, None, 403, {}
         self.seen, self.times, self.keys, self.busy, self.most = Counter(), {}, set(), 0, 0
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(1.5)  # longer than the endpoint's patience
         if self.server.refused and self.server.refused in question:
             time.sleep(0.2)  # the others are under way
-            fault = 403
+            fault = self.server.status
         if isinstance(fault, int):
             self.send_response(fault)
             if fault == 429:
@@ -190,6 +190,14 @@ def test_an_endpoint_that_answers_nothing_is_left_after_its_first_requests(serve
     with pytest.raises(RecipeError, match="answered nothing: HTTP 500 Internal Server Error, in 2 tries"):
         ask_all(endpoint(server, workers=2), PROMPTS, FIRST, SECOND, cache=tmp_path / "cache.jsonl")
     assert sum(server.seen.values()) < 10
+
+
+def test_a_first_question_that_is_refused_ends_no_judging(serve, tmp_path):
+    server = serve()
+    server.refused, server.status = "Question 0", 400
+    judged = ask_all(endpoint(server, workers=1), PROMPTS, FIRST, SECOND, cache=tmp_path / "cache.jsonl")
+    assert np.isnan(judged.won).tolist() == [True] + [False] * 5
+    assert judged.facts["failed"] == 2
 
 
 def test_what_was_asked_is_sent_nowhere_else(serve, tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import RewardConfig
 
 from dpo_recipes.answers import Entry, Sampling, answer_all, draw_prompts
@@ -103,8 +103,7 @@ def evaluate(
         raise RecipeError(
             f"{subject.start} can answer {len(asked)} of the held-out prompts, needs two: give more rows."
         )
-    told = dict(rule=subject.rule, endpoint=endpoint, prompts=asked, max_new_tokens=max_new_tokens)
-    referee = open_judge(judge, cache=kept / "judgements.jsonl", **told)
+    referee = open_judge(judge, rule=subject.rule, endpoint=endpoint, cache=kept / "judgements.jsonl", prompts=asked)
     if referee and referee.scorer is None:
         _confirm(expected_cost(endpoint, asked, max_new_tokens=max_new_tokens), yes=yes)
     models = dict(zip(SIDES, (subject.start, subject.model), strict=True))
@@ -167,8 +166,8 @@ def _open_subject(
     if isinstance(training_args, RewardConfig):
         raise RecipeError(f"{name} makes a reward model, which its training measures: see metrics.json in {model}.")
     start = str(model_args.model_name_or_path)
-    _check_related(model, start)
     tokenizer = load_tokenizer(model_args, training_args)
+    _check_related(model, tokenizer, trust_remote_code=training_args.trust_remote_code)
     config = AutoConfig.from_pretrained(start, trust_remote_code=training_args.trust_remote_code).get_text_config()
     limits = getattr(training_args, "max_length", None), getattr(config, "max_position_embeddings", None)
     training_args.max_length = min(filter(None, limits), default=None)  # a profile's may be more than the model takes
@@ -200,24 +199,29 @@ def _weights(model: str) -> str | None:
     return weights_hash(SimpleNamespace(name_or_path=model))
 
 
-def _check_related(model: str, start: str) -> None:
-    """Nothing, if the model writes text, in the tokens of its start.
+def _check_related(model: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
+    """Nothing, if the model writes text, in the tokens of its start's tokenizer.
 
     Raises:
         RecipeError: If not.
     """
-    lora = lora_config(model)
-    kinds = [] if lora else AutoConfig.from_pretrained(model).architectures or []
-    if lora.get("task_type") == "SEQ_CLS" or any(kind.endswith("ForSequenceClassification") for kind in kinds):
+    lora, files = lora_config(model), Path(model) / "tokenizer.json"
+    with suppress(OSError, ValueError):  # a LoRA adapter, here or at the Hub, has no config of a model
+        kinds = AutoConfig.from_pretrained(model, **options).architectures or []
+        if any(kind.endswith("ForSequenceClassification") for kind in kinds):
+            lora = {"task_type": "SEQ_CLS"}
+    if lora.get("task_type") == "SEQ_CLS":
         raise RecipeError(f"{model} is a reward model, which writes no answers. It may judge: --judge {model}.")
-    if lora or model == start:
-        return
-    try:
-        tokens, own = (AutoTokenizer.from_pretrained(name).get_vocab() for name in (start, model))
-    except (OSError, ValueError):
-        return  # the folder has no tokenizer, and the start's is used
-    if not tokens.items() <= own.items():
-        raise RecipeError(f"{model} has other tokens than {start}: it was not trained from it. Name its start: --base.")
+    if lora or not files.exists():
+        return  # the start's tokenizer is used
+    own = AutoTokenizer.from_pretrained(model, **options).get_vocab()
+    tokens = tokenizer.get_vocab()
+    alike = sum(own.get(token) == number for token, number in tokens.items())
+    if alike < 0.9 * len(tokens):  # special tokens may have other names
+        raise RecipeError(
+            f"{model} has other tokens than {tokenizer.name_or_path}: it was not trained from it. Name its start with "
+            "--base."
+        )
 
 
 def _warnings(

@@ -28,11 +28,12 @@ def write_report(folder: Path, results: Mapping[str, Any], answers: Sequence[Map
     if results["tasks"]:
         words += f"\n\nGeneral tasks: {results['tasks']['words']}"
     if (card := folder / "README.md").exists() and (folder / DONE_FILE).exists():
-        before, _, rest = card.read_text(encoding="utf-8").partition(f"\n{BEGIN}\n")
-        after = rest.partition(f"{END}\n")[2]  # what somebody wrote since stays
+        text = card.read_text(encoding="utf-8")
+        before, _, rest = text.partition(BEGIN)
+        before, after = (before, rest.partition(END)[2]) if END in rest else (text, "")  # what others wrote stays
         about = f"{results['pairs']} held-out pairs of {results['dataset']}, {results['prompts']} prompts"
         section = f"## Evaluation\n\n{words}\n\n```\n{shown}\n```\n\n({about}; judge: {results['judge']})"
-        write_text(card, f"{before}\n{BEGIN}\n{section}\n{END}\n{after}")
+        write_text(card, f"{before.rstrip()}\n\n{BEGIN}\n{section}\n{END}\n{after.rstrip()}\n")
         write_run_page(folder)
     warnings = [f"WARNING: {warning}" for warning in results["warnings"]]
     files = f"{path}, beside it eval.jsonl (the answers) and eval.html"
