@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import warnings
@@ -14,7 +13,7 @@ from typing import Any
 from dpo_recipes import __version__
 from dpo_recipes.catalog import as_table, find_recipe, find_settings, list_recipes
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.launch import BFLOAT16, ENVIRONMENT, card_memory, default_profile, gpu_cards, prepare
+from dpo_recipes.launch import BFLOAT16, card_memory, default_profile, gpu_cards, prepare, set_environment
 from dpo_recipes.sweep import spelling, sweep
 from dpo_recipes.terminal import say
 
@@ -46,14 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "evaluate":
                 return evaluate_model(given, flags)
             case "merge":
+                set_environment()
                 from dpo_recipes.tryout import merge
 
                 merge(**given)
             case "try":
+                set_environment()
                 from dpo_recipes.tryout import try_run
 
                 try_run(**given)
             case "sample" | "answer":
+                set_environment()
                 from dpo_recipes.benchmarks import answer
                 from dpo_recipes.recipe import RecipeArguments
                 from dpo_recipes.sampling import sample
@@ -77,8 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compare_recipe(given: dict[str, Any], flags: Sequence[str]) -> int:
     """The exit status of a comparison, called as a recipe is: what is wrong ends in one line."""
-    for variable, value in ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
+    set_environment()
     from dpo_recipes.compare import compare  # imports torch and TRL
     from dpo_recipes.recipe import run
 
@@ -117,8 +118,7 @@ def inspect_data(options: argparse.Namespace, flags: Sequence[str]) -> int:
     card = card_memory(options.gpu) if options.gpu else 0
     profile = options.profile or default_profile([(card, BFLOAT16)] if card else gpu_cards())
     profile_file = find_settings("profiles", profile, recipe=recipe or Path(name))
-    for variable, value in ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
+    set_environment()
     from dpo_recipes.preflight.inspect import inspect  # imports torch and TRL
     from dpo_recipes.recipe import run
 
@@ -136,8 +136,7 @@ def evaluate_model(given: dict[str, Any], flags: Sequence[str]) -> int:
     profile = find_settings("profiles", chosen, recipe=recipe or Path(name))
     judging = [key for key in given if key.startswith("judge_")]
     endpoint = {key.removeprefix("judge_"): given.pop(key) for key in judging}
-    for variable, value in ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
+    set_environment()
     from dpo_recipes.evaluate import evaluate  # imports torch and TRL
     from dpo_recipes.recipe import run
 

@@ -246,6 +246,16 @@ def card_memory(card: str) -> int:
     return int(match[1]) * 1024
 
 
+def set_environment() -> None:
+    """What a launched recipe is given, for a command that works in this process; processes it starts choose anew."""
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    if "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(free_threads(1))
+
+
 def free_threads(processes: int) -> int:
     """CPU threads for each of `processes` that nobody else uses at the moment; at least 1.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -549,6 +550,21 @@ def test_a_containers_quota_limits_the_threads(monkeypatch: pytest.MonkeyPatch, 
     assert launch.free_threads(1) == 2
     quota.write_text("max 100000\n")
     assert launch.free_threads(1) == 8
+
+
+def test_a_command_in_this_process_takes_the_free_threads_and_hands_none_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(launch, "free_threads", lambda processes: before + 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    launch.set_environment()
+    assert torch.get_num_threads() == before, "the user's choice"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    try:
+        launch.set_environment()
+        assert torch.get_num_threads() == before + 1
+        assert "OMP_NUM_THREADS" not in os.environ
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
