@@ -55,6 +55,11 @@ def logged(run_folder: Path) -> tuple[Record, dict, list[dict]]:
     return run, config, history
 
 
+def without_wandb() -> dict[str, str]:
+    """The environment without wandb's settings, and without the service of a run that this process had before."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+
+
 def on_a_terminal(command: list[str], cwd: Path, environment: dict[str, str]) -> tuple[int, str]:
     """Exit status and output of a command that has a terminal for input and output, where nobody types."""
     master, slave = pty.openpty()
@@ -76,8 +81,11 @@ def on_a_terminal(command: list[str], cwd: Path, environment: dict[str, str]) ->
 def test_without_a_login_a_terminal_is_not_asked_and_the_run_is_logged_offline(
     tmp_path, tiny_model, hh_rows, dpo_recipes
 ):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    environment |= {"HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "NETRC": str(tmp_path / "none")}
+    environment = without_wandb() | {
+        "HOME": str(tmp_path / "home"),
+        "OMP_NUM_THREADS": "1",
+        "NETRC": str(tmp_path / "none"),
+    }
     data = ["--dataset_name", hh_rows, "--model_name_or_path", tiny_model, "--output_dir", "outputs/mine"]
     command = [str(word) for word in (dpo_recipes, "train", "hh-rlhf-lora", *FLAGS, *data)]
     status, output = on_a_terminal(command, tmp_path, environment)
@@ -101,7 +109,7 @@ def test_without_a_login_a_terminal_is_not_asked_and_the_run_is_logged_offline(
 def test_without_a_terminal_and_with_WANDB_MODE_it_is_logged_offline_too(tmp_path, tiny_model, hh_rows, dpo_recipes):
     command = [dpo_recipes, "train", "hh-rlhf-lora", *FLAGS, "--dataset_name", hh_rows, "--run_name", "own name"]
     command += ["--model_name_or_path", tiny_model, "--output_dir", "run"]
-    environment = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "WANDB_PROJECT": "theirs"}
+    environment = without_wandb() | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "WANDB_PROJECT": "theirs"}
     result = subprocess.run(
         [*map(str, command)], cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
