@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, pstdev
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ class Facts:
     eval_pairs: int = 0
     chosen_tokens: float = 0.0  # of DPO's training pairs, on average
     rejected_tokens: float = 0.0
+    rejected_spread: float = 0.0  # standard deviation of their tokens
     beta: float = 0.0  # DPO's
     starts_at_ln2: bool = False
     critic_warmup: int = 0  # updates
@@ -211,12 +212,17 @@ def longer_answers(logged: Logged, facts: Facts, *, times: float, growth: float,
 
 
 def off_distribution(logged: Logged, facts: Facts, *, nats: float) -> str | None:
-    """What a policy writes has a surprise of its entropy, on average. What DPO did before the log is taken off."""
+    """What a policy writes has a surprise of its entropy, on average. What DPO did before the log is taken off.
+
+    How long the logged answers are is not known: as long as all are on average, within two standard errors.
+    """
     names = ("logps/rejected", "rewards/rejected", "entropy")
     if len(logged.get(names[0], [])) != 1 or not (all(map(logged.get, names)) and facts.rejected_tokens and facts.beta):
         return None
     logps, reward, entropy = (logged[name][0][1] for name in names)
-    surplus = -(logps - reward / facts.beta) / facts.rejected_tokens - entropy
+    pairs = logged["entropy"][0][0] * facts.pairs_per_update
+    longest = facts.rejected_tokens + 2 * facts.rejected_spread / pairs**0.5
+    surplus = -(logps - reward / facts.beta) / longest - entropy
     return f"rejected answers surprise the policy by {surplus:.2f} nats a token too much" if surplus > nats else None
 
 
@@ -307,8 +313,9 @@ def read_facts(trainer: Trainer) -> Facts:
         plain = trainer.loss_types == ["sigmoid"] and not args.label_smoothing
         given = dict(beta=trainer.beta, starts_at_ln2=plain and args.disable_dropout)
         if isinstance(rows, Dataset) and "chosen_ids" in rows.column_names:  # not those of images
-            for side in ("chosen", "rejected"):
-                given[f"{side}_tokens"] = fmean(map(len, _some(rows)[f"{side}_ids"]))
+            chosen, rejected = ([*map(len, _some(rows)[f"{side}_ids"])] for side in ("chosen", "rejected"))
+            given |= {"chosen_tokens": fmean(chosen), "rejected_tokens": fmean(rejected)}
+            given["rejected_spread"] = pstdev(rejected)
     if isinstance(trainer, PPOTrainer):
         given = dict(kl_of_answers=True, critic_warmup=args.critic_warmup_steps)
 

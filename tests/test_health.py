@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -288,7 +289,9 @@ def test_off_distribution_is_what_the_start_would_not_write():
     facts, limits = Facts(16, 1000, rejected_tokens=10.0, beta=0.1), RULES["off_distribution"]["limits"]
     logged = {"logps/rejected": [-25.0], "rewards/rejected": [-2.0], "entropy": [0.4]}
     assert off_distribution(recorded(**logged), facts, **limits) is None
-    assert off_distribution(recorded(**logged | {"rewards/rejected": [0.0]}), facts, **limits)
+    odd = recorded(**logged | {"rewards/rejected": [0.0]})
+    assert off_distribution(odd, facts, **limits)
+    assert off_distribution(odd, replace(facts, rejected_spread=100.0), **limits) is None, "160 pairs may be longer"
 
 
 def test_a_single_log_of_few_answers_proves_nothing():

@@ -208,14 +208,12 @@ def _check_related(model: str, tokenizer: PreTrainedTokenizerBase, **options: An
     lora, files = lora_config(model), Path(model) / "tokenizer.json"
     with suppress(OSError, ValueError):  # a LoRA adapter, here or at the Hub, has no config of a model
         kinds = AutoConfig.from_pretrained(model, **options).architectures or []
-        if any(kind.endswith("ForSequenceClassification") for kind in kinds):
-            lora = {"task_type": "SEQ_CLS"}
+        lora = {"task_type": "SEQ_CLS"} if "ForSequenceClassification" in "".join(kinds) else lora
     if lora.get("task_type") == "SEQ_CLS":
         raise RecipeError(f"{model} is a reward model, which writes no answers. It may judge: --judge {model}.")
     if lora or not files.exists():
         return  # the start's tokenizer is used
-    own = AutoTokenizer.from_pretrained(model, **options).get_vocab()
-    tokens = tokenizer.get_vocab()
+    own, tokens = AutoTokenizer.from_pretrained(model, **options).get_vocab(), tokenizer.get_vocab()
     alike = sum(own.get(token) == number for token, number in tokens.items())
     if alike < 0.9 * len(tokens):  # special tokens may have other names
         raise RecipeError(

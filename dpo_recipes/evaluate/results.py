@@ -39,10 +39,10 @@ def judging(found: Mapping[str, Any], pairs: Dataset, judge: Judge | None, judge
         raise RecipeError(f"{judge.name} gave {told}.")
     won, facts = judged.won[known], judged.facts | {"unknown": int((~known).sum())}
     tokens = [np.array([answer["tokens"] for answer in found[side]["answers"]], float)[known] for side in SIDES]
+    longer = tokens[1] - tokens[0]
     if judge.scorer and all(isinstance(side, str) or len(side) == 1 for side in pairs["chosen"]):
         facts["labels"] = _as_labelled(pairs, judge.scorer)
     rate = wilson(float(won.sum()), len(won))
-    longer = tokens[1] - tokens[0]
     return {
         "verdict": verdict(rate),
         "win_rate": rate,
