@@ -21,7 +21,6 @@ import re
 import runpy
 import shutil
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from shlex import split
 from typing import Any
@@ -33,7 +32,8 @@ import trl
 from transformers import AutoTokenizer
 
 from dpo_recipes.cli import main as dpo_recipes
-from dpo_recipes.health import HEALTH_FILE
+from dpo_recipes.files import write_jsonl
+from dpo_recipes.health.rules import HEALTH_FILE
 from dpo_recipes.record import hardware
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -48,7 +48,7 @@ SHORT = split(
 SHORTEST, LONGEST = 192, 512  # tokens of a pair
 LONG = ("oasst1", "ultrafeedback", "shp", "pharma")  # of whose pairs few are shorter
 FIRST = [*SHORT, *split("--max_steps 60 --eval_steps 30 --learning_rate 1e-3")]
-PAIRS = [*SHORT, "--max_length"]
+PAIRS = [*SHORT, "--max_length", SHORTEST]
 ONLINE = [
     *SHORT,
     *split("--eval_pairs 16 --max_prompt_length 128 --max_completion_length 32 --generation_batch_size 16"),
@@ -86,13 +86,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (gzip.decompress(data) if path.suffix == ".gz" else data).splitlines()]
 
 
-def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
-    """A JSON lines file."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def as_shp(pairs: Path, target: Path) -> Path:
     """Rated pairs of UltraFeedback in the schema of SHP."""
     for part in ("train", "test"):
@@ -104,7 +97,7 @@ def as_shp(pairs: Path, target: Path) -> Path:
             scores = {"score_A": 20 if first else 5, "score_B": 5 if first else 20, "labels": first}
             post = {"post_id": f"p{number}", "domain": f"askscience_{part}", "history": row["chosen"][0]["content"]}
             rows.append(post | answers | scores)
-        write_lines(target / f"{part}.jsonl", rows)
+        write_jsonl(target / f"{part}.jsonl", rows)
     return target
 
 
@@ -113,8 +106,8 @@ def hold_out_trees(messages: Path, target: Path) -> Path:
     rows = read_lines(messages)
     trees = list(dict.fromkeys(row["message_tree_id"] for row in rows))
     held_out = set(trees[::4])
-    write_lines(target / "train.jsonl", (row for row in rows if row["message_tree_id"] not in held_out))
-    write_lines(target / "test.jsonl", (row for row in rows if row["message_tree_id"] in held_out))
+    write_jsonl(target / "train.jsonl", (row for row in rows if row["message_tree_id"] not in held_out))
+    write_jsonl(target / "test.jsonl", (row for row in rows if row["message_tree_id"] in held_out))
     return target
 
 
@@ -130,7 +123,7 @@ def bright_pairs(model: Path, stories: Path, target: Path) -> Path:
             worst, best = ranked[0], ranked[-1]
             if len(BRIGHT.findall(best)) > len(BRIGHT.findall(worst)):
                 pairs.append({"prompt": row["prompt"], "chosen": best, "rejected": worst})
-        write_lines(target, pairs)
+        write_jsonl(target, pairs)
     return target
 
 
@@ -160,7 +153,7 @@ def plan(data: Path, model: Path, first: Path) -> dict[str, list[Any]]:
         if kind in ("ppo", "rloo"):
             flags[name] += [*ONLINE, "--reward_model_name_or_path", first / "hh_rlhf_reward"]
         else:
-            flags[name] += [*PAIRS, LONGEST if data_of in LONG else SHORTEST]
+            flags[name] += [*PAIRS, *(["--max_length", LONGEST] if data_of in LONG else [])]
     train("hh_rlhf_reward", first / "hh_rlhf_reward", [*flags["hh_rlhf_reward"], "--max_steps", 80])
 
     stories = ["--dataset_name", data / "tinystories-sample"]
@@ -169,8 +162,8 @@ def plan(data: Path, model: Path, first: Path) -> dict[str, list[Any]]:
     pairs = bright_pairs(first / "stories", stories[1], first / "stories.jsonl")
     ranked = ["--dataset_name", pairs, "--model_name_or_path", first / "stories"]
     flags["imdb_sentiment_sft"] = [*SHORT, *begun[len(FIRST) :]]
-    flags["imdb_sentiment_lora"] = flags["imdb_sentiment_reward"] = [*PAIRS, SHORTEST, *ranked]
-    train("imdb_sentiment_reward", first / "stories_reward", [*PAIRS, SHORTEST, *ranked])
+    flags["imdb_sentiment_lora"] = flags["imdb_sentiment_reward"] = [*PAIRS, *ranked]
+    train("imdb_sentiment_reward", first / "stories_reward", [*PAIRS, *ranked])
     flags["imdb_sentiment_ppo"] = [*ONLINE, *ranked, "--reward_model_name_or_path", first / "stories_reward"]
 
     train("quickstart_sft", first / "quickstart", [])

@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     given = {name: value for name, value in vars(options).items() if name != "command" and value is not None}
     try:
+        if options.command in ("merge", "try", "sample", "answer"):  # the others first see to their words
+            set_environment()
         match options.command:
             case "list":
                 say(as_table(list_recipes()))
@@ -45,17 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "evaluate":
                 return evaluate_model(given, flags)
             case "merge":
-                set_environment()
                 from dpo_recipes.tryout import merge
 
                 merge(**given)
             case "try":
-                set_environment()
                 from dpo_recipes.tryout import try_run
 
                 try_run(**given)
             case "sample" | "answer":
-                set_environment()
                 from dpo_recipes.benchmarks import answer
                 from dpo_recipes.recipe import RecipeArguments
                 from dpo_recipes.sampling import sample

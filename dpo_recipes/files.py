@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and JSON read if it is there."""
+"""Files written whole or not at all, and JSON read where it is there."""
 
 import json
 import os
@@ -33,6 +33,12 @@ def write_json(path: str | Path, data: Any) -> Path:
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> Path:
     """The path, holding one JSON object a line."""
     return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(file: Path) -> list[Any]:
+    """The rows of a file of JSON lines, without one that was cut short; none where it is missing."""
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import hashlib
 import http.client
 import json
-import math
 import os
 import random
 import re
@@ -26,7 +25,7 @@ from tqdm.auto import tqdm
 
 from dpo_recipes.answers import Scorer, exact_judge
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.files import write_jsonl
+from dpo_recipes.files import read_jsonl, write_jsonl
 from dpo_recipes.intervals import wilson
 from dpo_recipes.rewards import Text, check_reward_model, model_judge, read_reward_config
 from dpo_recipes.statistics import wins
@@ -220,7 +219,7 @@ def ask_all(
             asked = QUESTION.format(conversation=_as_text(prompts[row]), first=one, second=other)
             bodies[row, order] = _body(endpoint, asked)
     keys = {at: hashlib.sha256(f"{endpoint.url} {body}".encode()).hexdigest() for at, body in bodies.items()}
-    replies = _read_cache(cache)
+    replies = {entry.pop("key"): entry for entry in read_jsonl(cache)}
     missing = {key: bodies[at] for at, key in keys.items() if key not in replies}
     say(f"Asking {endpoint.model} {len(missing):,} of {len(keys):,} questions; the other replies are in {cache}.")
     failed = _ask_missing(endpoint, missing, replies, cache, begun=len(missing) < len({*keys.values()}))
@@ -268,15 +267,6 @@ def read_verdict(text: str) -> float | None:
     """1 if a reply says that A is better, 0 for B, 0.5 for neither; None where it says nothing, or more than one."""
     said = {VERDICTS[letter] for letter in re.findall(r"\[\[([ABC])\]\]", text)}
     return said.pop() if len(said) == 1 else None
-
-
-def _read_cache(cache: Path) -> dict[str, Any]:
-    """The replies by their keys; a line that was cut short is left out."""
-    found = {}
-    for line in cache.read_text(encoding="utf-8").split("\n")[:-1] if cache.exists() else []:
-        entry = json.loads(line)
-        found[entry.pop("key")] = entry
-    return found
 
 
 def _ask_missing(
@@ -401,35 +391,35 @@ def agreement(judged: Sequence[float], annotators: Mapping[str, Sequence[float |
         `people_prefer_first` of theirs; and `by_annotator`, the share of agreement with each. Shares have Wilson
         intervals, and are None of nothing.
     """
-    judged = [-1.0 if math.isnan(value) else (value > 0.5) + (value == 0.5) / 2 for value in judged]
+    judged = wins(np.array(judged, float), np.full(len(judged), 0.5)).tolist()
     columns = [list(labels) for labels in annotators.values()]
     majority = [_majority([label for label in row if label is not None]) for row in zip(*columns, strict=True)]
-    both = [(one, other) for one, other in zip(judged, majority, strict=True) if other is not None and one >= 0]
+
+    def known(labels: Sequence[float | None]) -> list[tuple[float, float]]:
+        pairs = zip(judged, labels, strict=True)
+        return [(one, other) for one, other in pairs if other is not None and one >= 0]  # NaN is not
+
+    both = known(majority)
     ours, theirs = ([side[at] for side in both] for at in (0, 1))
     names = {1.0: "first", 0.5: "tie", 0.0: "second"}
 
-    def share(count: float, of: int) -> dict[str, Any] | None:
-        return asdict(wilson(count, of)) if of else None
-
-    def agrees(pairs: Sequence[tuple[float, float | None]]) -> dict[str, Any] | None:
-        return share(sum(one == other for one, other in pairs), len(pairs))
+    def share(agrees: Sequence[bool]) -> dict[str, Any] | None:
+        return asdict(wilson(sum(agrees), len(agrees))) if agrees else None
 
     def first(side: Sequence[float]) -> dict[str, Any] | None:
-        decided = [value for value in side if value != 0.5]
-        return share(sum(decided), len(decided))
+        return share([value == 1 for value in side if value != 0.5])
 
     return {
         "pairs": len(both),
         "without_majority": majority.count(None),
-        "share": agrees(both),
+        "share": share([one == other for one, other in both]),
         "kappa": float(cohen_kappa_score(*([names[value] for value in side] for side in (ours, theirs))))
         if len({*ours, *theirs}) > 1  # else there is no chance to be better than
         else None,
         "prefers_first": first(ours),
         "people_prefer_first": first(theirs),
         "by_annotator": {
-            name: agrees([pair for pair in zip(judged, labels, strict=True) if pair[1] is not None and pair[0] >= 0])
-            for name, labels in annotators.items()
+            name: share([one == other for one, other in known(labels)]) for name, labels in annotators.items()
         },
     }
 

@@ -2,10 +2,13 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from dpo_recipes.files import write_bytes
 
 PANELS: dict[str, tuple[str, ...]] = {
     "Loss": ("loss", "eval_loss"),
@@ -56,11 +59,9 @@ def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path, *,
         axes.grid(alpha=0.3)
         if len(lines) > 1:
             axes.legend(fontsize=8)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(path)
-    return path
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
+    return write_bytes(path, drawn.getvalue())
 
 
 def _points(log_history: Sequence[Mapping[str, float]], name: str) -> list[tuple[float, float]]:

@@ -1,12 +1,11 @@
 """A run on one page: a view of the files in its folder, from which it can be made again."""
 
 import base64
-import json
 from pathlib import Path
 
 from dpo_recipes import page
-from dpo_recipes.files import read_json
-from dpo_recipes.health import read_findings
+from dpo_recipes.files import read_json, read_jsonl
+from dpo_recipes.health.rules import read_findings
 from dpo_recipes.record import SHOWN_SETTINGS
 from dpo_recipes.report import PANELS
 
@@ -19,14 +18,13 @@ def write_run_page(folder: str | Path) -> Path:
     folder = Path(folder)
     names = ("settings", "preflight", "metrics", "health", "done", "eval")
     held = {name: read_json(folder / f"{name}.json") for name in names}
-    curves, samples = folder / "curves.png", folder / "samples.jsonl"
-    lines = samples.read_text(encoding="utf-8").split("\n")[:-1] if samples.exists() else []
+    curves, samples = folder / "curves.png", read_jsonl(folder / "samples.jsonl")
     of_health = {str(finding) for finding in read_findings(folder)}
     shown = {
         "name": folder.resolve().name,
         "curves": base64.b64encode(curves.read_bytes()).decode() if curves.exists() else None,
-        "samples": [json.loads(line) for line in lines[:_SHOWN]],
-        "answered": len(lines),
+        "samples": samples[:_SHOWN],
+        "answered": len(samples),
         "warnings": [text for text in held["metrics"].get("warnings", []) if text not in of_health],
         "panels": PANELS,
         "shown_settings": SHOWN_SETTINGS,

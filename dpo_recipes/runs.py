@@ -20,7 +20,8 @@ from dpo_recipes.checkpoints import check_saved, merge_adapter, trained_weights
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.files import write_json, write_jsonl, write_text
 from dpo_recipes.guards import add_guards
-from dpo_recipes.health import HEALTH_FILE, HealthCallback, read_findings
+from dpo_recipes.health import HealthCallback
+from dpo_recipes.health.rules import HEALTH_FILE, read_findings
 from dpo_recipes.outcome import Score, measure, readable, sharded
 from dpo_recipes.ppo import PPOTrainer
 from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, RecipeArguments, settings_hash
@@ -167,7 +168,7 @@ def finish_run(
         UnhealthyRunError: If a trained weight is NaN or infinite; curves and page are written, and nothing else.
     """
     folder = Path(trainer.args.output_dir)
-    trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    trained = (weight for weight in trainer.model.parameters() if weight.requires_grad)
     if not sharded(trainer) and not all(weight.isfinite().all() for weight in trained):
         if trainer.is_world_process_zero():
             _show_stopped(trainer, script_args)

@@ -24,7 +24,7 @@ from dpo_recipes.dataset_adapters import (
 )
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluation import check_prompt, generate
-from dpo_recipes.files import write_jsonl
+from dpo_recipes.files import read_jsonl, write_jsonl
 from dpo_recipes.ledger import Ledger
 from dpo_recipes.loading import load_rows
 from dpo_recipes.recipe import RecipeArguments
@@ -123,7 +123,7 @@ def in_steps(
     weights = sorted((file.name, file.stat().st_mtime_ns) for file in Path(model).glob("*.safetensors"))
     request = json.dumps([model, weights, settings, asked])
     part = target.with_name(f"{target.name}.{hashlib.sha256(request.encode()).hexdigest()[:8]}.part")
-    done = [json.loads(line) for line in part.read_text(encoding="utf-8").split("\n")[:-1]] if part.exists() else []
+    done = read_jsonl(part)
     done = done[: len(done) // step * step]  # a step that was cut short is sampled again
     write_jsonl(part, done)
     for start in trange(len(done), len(asked), step, desc=f"{step} prompts at a time"):

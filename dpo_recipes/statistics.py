@@ -16,6 +16,7 @@ Statistic = Callable[..., float]
 
 RESAMPLES = 1000
 RESAMPLES_OF_FITS = 200  # each of them fits a regression for every seed
+ALPACA_EVAL = 805  # its instructions
 GROUP = 20  # answers that distinct-n counts together: it falls as a text grows, so that all groups must be alike
 
 
@@ -90,9 +91,8 @@ def length_controlled(won: Array, longer: Array) -> float:
     weights = np.concatenate([won, 1 - won])
     features = np.concatenate([scaled, scaled])
     with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # it goes on with another solver
-        fit = LogisticRegression(C=805 / len(won), solver="newton-cholesky").fit(
-            features, outcomes, sample_weight=weights
-        )
+        model = LogisticRegression(C=ALPACA_EVAL / len(won), solver="newton-cholesky")
+        fit = model.fit(features, outcomes, sample_weight=weights)
     return float(1 / (1 + np.exp(-fit.intercept_[0])))
 
 

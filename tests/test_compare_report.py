@@ -230,9 +230,8 @@ def test_the_length_controlled_rate_is_the_regressions_at_equal_length():
 
     def loss(weights):  # L2 on the slope alone, as strong for each prompt as scikit-learn's is for one of 805
         logit = weights[0] + weights[1] * np.tanh(longer / longer.std())
-        return (won * np.logaddexp(0, -logit) + (1 - won) * np.logaddexp(0, logit)).sum() + weights[
-            1
-        ] ** 2 / 2 * 4000 / 805
+        penalty = weights[1] ** 2 / 2 * 4000 / 805
+        return (won * np.logaddexp(0, -logit) + (1 - won) * np.logaddexp(0, logit)).sum() + penalty
 
     best = minimize(loss, np.zeros(2)).x
     assert statistics.length_controlled(won, longer) == pytest.approx(1 / (1 + math.exp(-best[0])), abs=1e-3)

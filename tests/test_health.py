@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM
 from dpo_recipes.checkpoints import incomplete_reason
 from dpo_recipes.errors import UnhealthyRunError
 from dpo_recipes.guards import add_guards
-from dpo_recipes.health import (
+from dpo_recipes.health import HealthCallback
+from dpo_recipes.health.reading import read_facts
+from dpo_recipes.health.rules import (
     RULES,
     Facts,
-    HealthCallback,
     leak,
     loss_spike,
     no_end,
@@ -30,7 +31,6 @@ from dpo_recipes.health import (
     not_finite,
     off_distribution,
     overfitting,
-    read_facts,
     read_findings,
     read_logs,
     reward_hacking,

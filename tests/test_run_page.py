@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from test_page import HOSTILE, Page, hostile, preflight
 
-from dpo_recipes.health import Finding
+from dpo_recipes.health.rules import Finding
 from dpo_recipes.run_page import write_run_page
 
 

@@ -141,7 +141,7 @@ def evaluate(
 def _open_subject(
     name: str, recipe: Path | None, *, profile: Path, flags: Sequence[str], base: str | None, output_dir: str | None
 ) -> Subject:
-    named = any(flag.partition("=")[0] == "--dataset_name" for flag in flags)
+    named = {flag.partition("=")[0] for flag in flags}
     if recipe:
         namespace = runpy.run_path(str(recipe))
         model = output_dir or str(namespace["RECIPE"]["output_dir"])
@@ -150,7 +150,7 @@ def _open_subject(
         folder, settings = Path(model), run_settings(model)
         given = [(key, str(settings[key])) for key in OF_DATA if settings.get(key) is not None]
         flags = [*(word for key, value in given for word in (f"--{key}", value)), *flags]  # what it was trained on
-    elif named:
+    elif "--dataset_name" in named:
         namespace, model = dataset_recipe(""), name
         own = Path(name) if run_settings(name) else Path("outputs/evaluate") / re.sub(r"\W+", "_", name.strip("/."))
         folder = Path(output_dir or own)
@@ -159,7 +159,6 @@ def _open_subject(
             f"{name} is a model, whose pairs are not known. Name them with --dataset_name, or evaluate its recipe "
             "(dpo-recipes list)."
         )
-    given_beta = any(flag.partition("=")[0] == "--beta" for flag in flags)
     script = recipe or Path(folder.name)
     flags = [*flags, "--model_name_or_path", base or find_start(model)]
     script_args, training_args, model_args = parse_namespace(namespace, script, profile=profile, flags=flags)
@@ -178,7 +177,7 @@ def _open_subject(
         model=model,
         start=start,
         dataset=str(script_args.dataset_name),
-        beta=training_args.beta if given_beta else run_settings(model).get("beta"),  # of others it is not known
+        beta=training_args.beta if "--beta" in named else run_settings(model).get("beta"),  # of others it is not known
         pairs=measured.pairs["test"],
         rule=namespace.get("judge"),
         folder=folder,
@@ -205,13 +204,13 @@ def _check_related(model: str, tokenizer: PreTrainedTokenizerBase, **options: An
     Raises:
         RecipeError: If not.
     """
-    lora, files = lora_config(model), Path(model) / "tokenizer.json"
+    adapter = lora_config(model)
+    kinds: list[str] = []
     with suppress(OSError, ValueError):  # a LoRA adapter, here or at the Hub, has no config of a model
         kinds = AutoConfig.from_pretrained(model, **options).architectures or []
-        lora = {"task_type": "SEQ_CLS"} if "ForSequenceClassification" in "".join(kinds) else lora
-    if lora.get("task_type") == "SEQ_CLS":
+    if adapter.get("task_type") == "SEQ_CLS" or any(kind.endswith("ForSequenceClassification") for kind in kinds):
         raise RecipeError(f"{model} is a reward model, which writes no answers. It may judge: --judge {model}.")
-    if lora or not files.exists():
+    if adapter or not (Path(model) / "tokenizer.json").exists():
         return  # the start's tokenizer is used
     own, tokens = AutoTokenizer.from_pretrained(model, **options).get_vocab(), tokenizer.get_vocab()
     alike = sum(own.get(token) == number for token, number in tokens.items())

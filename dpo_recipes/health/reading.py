@@ -1,0 +1,97 @@
+"""What is read off a trainer: the facts that the rules need, and a few answers of its policy at that moment."""
+
+from collections.abc import Sequence
+from functools import cache
+from statistics import fmean, pstdev
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from peft import PeftModel
+from transformers import Trainer
+from trl import DPOTrainer
+
+from dpo_recipes.evaluation import answer_logps, reference_model, sample_tokens, stop_tokens
+from dpo_recipes.health.rules import REPEATED, Facts
+from dpo_recipes.ppo import PPOTrainer
+from dpo_recipes.preflight.signals import find_signals
+
+
+def read_facts(trainer: Trainer) -> Facts:
+    """Those of a built trainer."""
+    args, rows, held_out = trainer.args, trainer.train_dataset, trainer.eval_dataset
+    given: dict[str, Any] = {}
+    if isinstance(trainer, DPOTrainer):
+        plain = trainer.loss_types == ["sigmoid"] and not args.label_smoothing
+        given = dict(beta=trainer.beta, starts_at_ln2=plain and args.disable_dropout)
+        if isinstance(rows, Dataset) and "chosen_ids" in rows.column_names:  # not those of images
+            chosen, rejected = ([*map(len, _some(rows)[f"{side}_ids"])] for side in ("chosen", "rejected"))
+            given |= {"chosen_tokens": fmean(chosen), "rejected_tokens": fmean(rejected)}
+            given["rejected_spread"] = pstdev(rejected)
+    if isinstance(trainer, PPOTrainer):
+        given = dict(kl_of_answers=True, critic_warmup=args.critic_warmup_steps)
+
+    @cache
+    def baselines() -> dict[str, float]:
+        columns = ["prompt", "chosen", "rejected"]
+        if not isinstance(rows, Dataset) or not set(columns) <= set(rows.column_names):
+            return {}
+        part = _some(rows.select_columns(columns))
+        if not all(isinstance(text, str) for column in columns for value in part[column] for text in _contents(value)):
+            return {}  # images
+        found = find_signals(DatasetDict(train=part, test=part))["baselines"]
+        found.pop("bag_of_words", None)  # which does read
+        return {name: max(rule["accuracy"], 1 - rule["accuracy"]) for name, rule in found.items()}
+
+    return Facts(
+        pairs_per_update=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        max_steps=trainer.state.max_steps,
+        eval_pairs=len(held_out) if isinstance(held_out, Dataset) else 0,
+        scaled=args.fp16,
+        baselines=baselines,
+        **given,
+    )
+
+
+def _some(rows: Dataset) -> Dataset:
+    """At most a thousand, evenly spread: data may be sorted."""
+    return rows.select(range(0, len(rows), len(rows) // 1000 + 1))
+
+
+def _contents(text: Any) -> list[Any]:
+    return [message["content"] for message in text] if isinstance(text, list) else [text]
+
+
+def probe(trainer: Trainer, prompts: Sequence[Any], *, max_new_tokens: int) -> dict[str, float]:
+    """A look at the policy's greedy answers; neither weights nor random state change.
+
+    Returns:
+        `probe/answer_tokens` (the end token aside), `probe/ended` (share with an end token), `probe/repeated` (share of
+        the runs of four tokens that an answer had before) and, where DPO's reference is in memory, `probe/log_ratio`
+        (log p_policy - log p_reference of the answers, nats a token).
+    """
+    policy, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+    stops = stop_tokens(policy, tokenizer)
+    sampled = sample_tokens(policy, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    sampled = [both for both in sampled if both[1]]  # a prompt may leave no room
+    if not sampled:
+        return {}
+    answers = [answer for _, answer in sampled]
+    ended = [answer[-1] in stops for answer in answers]
+    found = {
+        "probe/answer_tokens": fmean(len(answer) - end for answer, end in zip(answers, ended, strict=True)),
+        "probe/ended": fmean(ended),
+        "probe/repeated": fmean(map(_repeated, answers)),
+    }
+    if isinstance(trainer, DPOTrainer) and (
+        isinstance(policy, PeftModel) or (trainer.ref_model is not None and not trainer.args.sync_ref_model)
+    ):
+        nats = answer_logps(policy, sampled).sum()
+        with reference_model(trainer) as reference:
+            nats -= answer_logps(trainer.accelerator.unwrap_model(reference), sampled).sum()
+        found["probe/log_ratio"] = float(nats) / sum(map(len, answers))
+    return found
+
+
+def _repeated(answer: Sequence[int]) -> float:
+    runs = [tuple(answer[start : start + REPEATED]) for start in range(len(answer) - REPEATED + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
