@@ -62,23 +62,48 @@ def share_ahead(margins: NDArray[np.float64]) -> Estimate:
 
 
 @contextmanager
-def reference_model(trainer: Trainer) -> Iterator[Any]:
-    """The model that the policy started from, while the block lasts.
+def reference_in_memory(trainer: Trainer) -> Iterator[Any]:
+    """Yields the reference model that the trainer holds, or None where it holds none.
 
-    It is TRL's own; with LoRA the policy without its LoRA adapter, or with TRL's copy "ref" of it; and where TRL has
-    none (`precompute_ref_log_probs`, a beta of 0) or one that moves (`sync_ref_model`) the start is read again.
+    With LoRA it is the policy without its LoRA adapter, or with TRL's copy "ref" of it.
     """
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.ref_model is not None and not trainer.args.sync_ref_model:
-        yield trainer.ref_model
-    elif isinstance(policy, PeftModel):
+    if trainer.ref_model is None and isinstance(policy, PeftModel):
         with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
             yield trainer.model_wrapped
     else:
-        options = trainer.args.model_init_kwargs or {}
-        start = AutoModelForCausalLM.from_pretrained(policy.config.name_or_path, **options)
-        add_fused_lm_head(start, temperature=getattr(trainer.args, "temperature", 1.0))
-        yield start.to(trainer.accelerator.device, policy.dtype)
+        yield trainer.ref_model
+
+
+@contextmanager
+def reference_model(trainer: Trainer) -> Iterator[Any]:
+    """Yields the model that the policy started from.
+
+    It is the reference model in memory, or is read from disk again where there is none (`precompute_ref_log_probs`, a
+    beta of 0) or one that moves (`sync_ref_model`).
+    """
+    with reference_in_memory(trainer) as reference:
+        if reference is not None and not trainer.args.sync_ref_model:
+            yield reference
+            return
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    start = AutoModelForCausalLM.from_pretrained(policy.config.name_or_path, **(trainer.args.model_init_kwargs or {}))
+    add_fused_lm_head(start, temperature=getattr(trainer.args, "temperature", 1.0))
+    yield start.to(trainer.accelerator.device, policy.dtype)
+
+
+def completion_logps(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Per-token log-probs of a batch of TRL's DPO data collator; 0 outside of completions. Shape (2 pairs, tokens - 1).
+
+    Args:
+        model: With TRL's fused head.
+        batch: Its plan for shared prompts, if it has one, is left out.
+    """
+    others = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+    inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name not in others}
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    logps: torch.Tensor = model(**inputs, labels=labels, fused_lm_head=True, use_cache=False).log_probs
+    return logps[:, 1 - labels.size(1) :].float()  # prompt tuning puts its own tokens in front
 
 
 def preference_logps(trainer: DPOTrainer, *, reference: bool = False) -> PreferenceLogps:
@@ -88,9 +113,7 @@ def preference_logps(trainer: DPOTrainer, *, reference: bool = False) -> Prefere
     """
 
     def logps_and_tokens(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        logps = model(**inputs, labels=labels, fused_lm_head=True, use_cache=False).log_probs.float().sum(dim=1)
+        logps = completion_logps(model, batch).sum(dim=1)
         tokens = batch["completion_mask"][:, 1:].sum(dim=1)
         return torch.stack([*logps.chunk(2), *tokens.float().chunk(2)], dim=1)  # (pairs, 4)
 

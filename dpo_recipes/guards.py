@@ -1,8 +1,8 @@
 """Guards on a run: the reference is the start, what is trained is float32, an interrupt saves before it ends."""
 
 import logging
-import math
 import signal
+from itertools import islice
 from types import FrameType
 from typing import Any
 
@@ -15,13 +15,17 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import DPOTrainer, GRPOTrainer, RewardTrainer
 
-from dpo_recipes.errors import RecipeError
+from dpo_recipes.errors import RecipeError, UnhealthyRunError
+from dpo_recipes.evaluation import completion_logps, reference_in_memory
 from dpo_recipes.rewards import check_reward_model
 
 logger = logging.getLogger(__name__)
 
-FIRST_LOGPS_TOLERANCE = {"float32": 0.01, "16 bits": 0.5}
-"""Nats by which policy and reference may differ at the start: what rounding moves a sum of some hundred log-probs."""
+REFERENCE_TOLERANCE = {"float32": 1e-3, "16 bits": 5e-2}
+"""Nats a token (root mean square) that rounding explains between the log-probs of two equal models."""
+
+REFERENCE_PAIRS = 4
+"""Training pairs, the first ones, on which policy and reference model are compared."""
 
 
 class WrongReferenceError(RuntimeError):
@@ -39,17 +43,23 @@ def add_guards(trainer: Trainer, *, reference_is_start: bool = True) -> None:
       since (a merged LoRA adapter, say), the reference gets the policy's weights.
     - 4-bit layers on a CPU keep their layout. On one with AVX512-BF16, bitsandbytes 0.50.2 repacks them for good in the
       first evaluation, after which no gradient passes through them.
-    - The first batch must show policy and reference to be equal, before the first update.
+    - On the first pairs policy and reference model must give the same log-probs before the first update, and the
+      reference model must not move with the policy: weights trained outside of the LoRA adapter are refused.
     - SIGTERM and Ctrl-C save a checkpoint at the end of the step and end the run.
 
     Args:
         trainer: Any transformers Trainer; the guards on the reference are for DPOTrainer.
         reference_is_start: False where DPOTrainer was given another reference model on purpose: it is then neither
             replaced nor checked.
+
+    Raises:
+        RecipeError: If weights would be trained that switching the LoRA adapter off does not take back, while that
+            serves as the reference model.
     """
     if isinstance(trainer, DPOTrainer) and reference_is_start:
+        _refuse_weights_beside_the_adapter(trainer)
         start_reference_at_policy(trainer)
-        trainer.add_callback(FirstLossGuard(trainer))
+        trainer.add_callback(ReferenceGuard(trainer))
     reference = getattr(trainer, "ref_model", None)
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     for parameter in [*trained, *(reference.parameters() if reference is not None else [])]:
@@ -63,6 +73,20 @@ def add_guards(trainer: Trainer, *, reference_is_start: bool = True) -> None:
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
     trainer.add_callback(InterruptCallback())
+
+
+def _refuse_weights_beside_the_adapter(trainer: DPOTrainer) -> None:
+    model = trainer.model
+    if trainer.ref_model is not None or not isinstance(model, PeftModel) or trainer.precompute_ref_logps:
+        return
+    adapter_parts = (model.base_model.prefix, "modules_to_save.", "trainable_tokens_", "prompt_encoder.")
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    if beside := [name for name in trained if not any(part in name for part in adapter_parts)]:
+        raise RecipeError(
+            f"{len(beside)} weights are trained beside the adapter ({beside[0]}, ...). They stay when the adapter is "
+            "switched off, so the reference model would move with the policy. Train the adapter alone (bias='none' in "
+            "LoraConfig), or pass DPOTrainer a ref_model of its own."
+        )
 
 
 def start_reference_at_policy(trainer: DPOTrainer) -> bool:
@@ -87,40 +111,111 @@ def start_reference_at_policy(trainer: DPOTrainer) -> bool:
     return True
 
 
-class FirstLossGuard(TrainerCallback):
-    """Ends the run before its first update if the policy does not start at the reference model.
+class ReferenceGuard(TrainerCallback):
+    """Ends a DPO run before its first update unless policy and reference model agree; says if the reference moves.
 
-    At step 0 the log-ratios of both completions are 0, so the sigmoid loss is ln 2 = 0.6931 (Rafailov et al. 2023,
-    eq. 7). A wrong reference shows in the rewards of either completion, so they are checked, not their difference.
+    At step 0 both models give every token the same log-prob, so the sigmoid loss is ln 2 (Rafailov et al. 2023, eq. 7).
+    The loss alone proves little: a wrong reference that moves both completions of a pair alike leaves it at ln 2. So
+    the log-probs of the first pairs are compared token by token, and the reference model's once more after training.
     """
+
+    KEPT = "reference/logps_at_start"
 
     def __init__(self, trainer: DPOTrainer) -> None:
         self.trainer = trainer
-        self.checked = False
-        self.exact = trainer.model.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
+        self.at_start: float | None = None
+        exact = trainer.model.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
+        self.tolerance = REFERENCE_TOLERANCE["float32" if exact else "16 bits"]
 
-    def on_pre_optimizer_step(
+    def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the micro-batches of the first update; a resumed run has no first update."""
-        if self.checked or state.global_step > 0 or not (self.trainer.args.disable_dropout and self.trainer.beta):
-            return
-        if self.trainer.precompute_ref_logps and not isinstance(self.trainer.model, PeftModel) and not self.exact:
-            return  # TRL computed the reference with the 16-bit weights that were cast since
-        self.checked = True
-        metrics = self.trainer._metrics["train"]
-        chosen, rejected = (max(map(abs, metrics[f"rewards/{side}"])) for side in ("chosen", "rejected"))
-        nats = max(chosen, rejected) / self.trainer.beta
-        off = (chosen + rejected) / 2  # a margin of m moves the sigmoid loss from ln 2 by m / 2
-        # Cached log-probs were batched otherwise, hence rounded otherwise.
-        exact = self.exact and not self.trainer.precompute_ref_logps
-        if not nats <= FIRST_LOGPS_TOLERANCE["float32" if exact else "16 bits"]:  # NaN is refused too
-            raise WrongReferenceError(
-                f"The first loss should be ln 2 = {math.log(2):.4f} but is off by up to {off:.4f}: the policy does "
-                f"not start at the reference model (implicit reward of chosen {chosen:.4f}, of rejected "
-                f"{rejected:.4f}). Let TRL make the reference (ref_model=None), or pass the model that the policy "
-                "starts from."
+        """Compare policy and reference model; a resumed run remembers what the reference was."""
+        if state.global_step == 0:
+            self.check()
+        else:
+            self.at_start = next((log[self.KEPT] for log in state.log_history if self.KEPT in log), None)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the reference model's log-probs at step 0 where a checkpoint takes them along."""
+        if self.at_start is not None and not any(self.KEPT in log for log in state.log_history):
+            state.log_history.append({self.KEPT: self.at_start, "step": state.global_step})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warn if the reference model is no longer what it was at step 0."""
+        if moved := self.moved():
+            logger.warning(moved)
+
+    def check(self) -> None:
+        """Compares policy and reference model on the first training pairs, before anything is learned.
+
+        Raises:
+            WrongReferenceError: If their log-probs differ by more than rounding.
+            UnhealthyRunError: If the policy's log-probs are NaN or infinite.
+        """
+        batch = self._batch()
+        policy = self._logps(self.trainer.model_wrapped, batch)
+        if not policy.isfinite().all():
+            raise UnhealthyRunError(
+                "The log-probs of the first pairs are NaN or infinite before the first update: the weights of the "
+                "model are broken, or its dtype overflows (float16 ends at 65,504). Look at the model, or train it in "
+                "bfloat16 or float32."
             )
+        reference = self._reference(batch)
+        if reference is None:
+            if "ref_chosen_logps" not in batch or self.trainer.ld_alpha is not None:
+                return
+            reference = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
+            tokens = batch["completion_mask"].sum(dim=1)
+            policy, reference = policy.sum(dim=1) / tokens, reference / tokens
+            count = len(tokens)
+        else:
+            self.at_start = float(reference.sum())
+            count = int(batch["completion_mask"].sum())
+        off = float((policy - reference).square().sum() / count) ** 0.5
+        if not off <= self.tolerance:  # NaN is refused too
+            raise WrongReferenceError(
+                f"The policy does not start at the reference model: on the first pairs their log-probs differ by "
+                f"{off:.2g} nats a token (root mean square), so the first loss is not the ln 2 of two equal models. "
+                "Let TRL make the reference (ref_model=None), or pass the model that the policy starts from."
+            )
+
+    def moved(self) -> str | None:
+        """Says by how much the reference model has moved since step 0; None where it has not, or cannot be known."""
+        if self.at_start is None or self.trainer.args.sync_ref_model:
+            return None
+        batch = self._batch()
+        reference = self._reference(batch)
+        if reference is None:
+            return None
+        off = (float(reference.sum()) - self.at_start) / int(batch["completion_mask"].sum())
+        if abs(off) <= self.tolerance:
+            return None
+        return (
+            f"The reference model has moved by {off:+.2g} nats a token since step 0: something was trained that is not "
+            "part of the LoRA adapter. Losses, rewards, KL and everything measured of the start belong to a moved "
+            "model. Train the adapter alone (bias='none'), or pass a ref_model of its own."
+        )
+
+    def _batch(self) -> dict[str, Any]:
+        count = min(REFERENCE_PAIRS, self.trainer.args.per_device_train_batch_size)
+        batch = self.trainer.data_collator(list(islice(self.trainer.train_dataset, count)))
+        prepared: dict[str, Any] = self.trainer._prepare_inputs(batch)
+        return prepared
+
+    def _reference(self, batch: dict[str, Any]) -> torch.Tensor | None:
+        with reference_in_memory(self.trainer) as reference:
+            return None if reference is None else self._logps(reference, batch)
+
+    def _logps(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        was_training = model.training
+        model.eval()  # no dropout, no noise
+        with torch.no_grad(), self.trainer.accelerator.autocast():
+            logps = completion_logps(model, batch)
+        model.train(was_training)
+        return logps
 
 
 def check_online(trainer: GRPOTrainer) -> None:

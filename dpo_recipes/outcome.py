@@ -21,6 +21,7 @@ from dpo_recipes.evaluation import (
     sampled_kl,
     share_ahead,
 )
+from dpo_recipes.guards import ReferenceGuard
 from dpo_recipes.intervals import Estimate, mean_with_interval
 from dpo_recipes.recipe import OnlineArguments, RecipeArguments
 from dpo_recipes.rewards import Text
@@ -107,6 +108,8 @@ def _measure_preference(trainer: DPOTrainer, strata: str | None, outcome: Outcom
 
     At step 0 every implicit reward is exactly 0, so a "before" would show a gain that is not there.
     """
+    guards = [each for each in trainer.callback_handler.callbacks if isinstance(each, ReferenceGuard)]
+    outcome.warnings += [moved for guard in guards if (moved := guard.moved())]
     result: dict[str, Any] = {}
     outcome.metrics["preference_accuracy"] = result
     if trainer.eval_dataset is None:

@@ -8,7 +8,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer
 
-from dpo_recipes.guards import WrongReferenceError, add_guards, start_reference_at_policy
+from dpo_recipes.errors import RecipeError, UnhealthyRunError
+from dpo_recipes.guards import ReferenceGuard, WrongReferenceError, add_guards, start_reference_at_policy
 
 
 def say(role, content):
@@ -31,12 +32,12 @@ def pairs():
 
 @pytest.fixture
 def build(tiny_model, tmp_path, pairs):
-    def build(model=None, ref_model=None, peft_config=None, **settings):
+    def build(model=None, ref_model=None, peft_config=None, train_dataset=pairs, **settings):
         args = DPOConfig(
             output_dir=str(tmp_path),
             per_device_train_batch_size=4,
             max_steps=1,
-            learning_rate=1e-3,
+            learning_rate=settings.pop("learning_rate", 1e-3),
             logging_steps=1,
             use_cpu=True,
             bf16=settings.pop("bf16", False),
@@ -50,7 +51,7 @@ def build(tiny_model, tmp_path, pairs):
             model=model if model is not None else str(tiny_model),
             ref_model=ref_model,
             args=args,
-            train_dataset=pairs,
+            train_dataset=train_dataset,
             processing_class=AutoTokenizer.from_pretrained(tiny_model),
             peft_config=peft_config,
         )
@@ -160,12 +161,76 @@ def test_full_fine_tuning_of_16_bit_weights_starts_at_log_two(build, tiny_model)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{"bf16": True}, {"label_smoothing": 0.1}, {"precompute_ref_log_probs": True}])
-def test_the_guard_does_not_fire_on_a_right_reference(build, settings):
+LORA = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bf16": True},
+        {"bf16": True, "precompute_ref_log_probs": True},
+        {"label_smoothing": 0.1},
+        {"precompute_ref_log_probs": True},
+        {"neftune_noise_alpha": 5.0},
+        {"disable_dropout": False, "peft_config": LoraConfig(**LORA.to_dict() | {"lora_dropout": 0.5})},
+        {"sync_ref_model": True, "ref_model_sync_steps": 1},
+    ],
+    ids=str,
+)
+def test_the_guard_does_not_fire_on_a_right_reference(build, settings, caplog):
     trainer = build(**settings)
     add_guards(trainer)
     trainer.train()
     assert trainer.state.global_step == 1
+    assert "has moved" not in caplog.text
+
+
+@pytest.mark.parametrize("factor", [0.97, 1.1])
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"precompute_ref_log_probs": True}], ids=str)
+def test_a_reference_that_moves_both_sides_alike_is_noticed(build, tiny_model, pairs, factor, settings):
+    """Chosen and rejected say the same but for one letter, so the loss stays at ln 2 to three digits."""
+    alike = pairs.map(lambda pair: {"rejected": say("assistant", pair["chosen"][0]["content"].replace("good", "goof"))})
+    other = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        other.lm_head.weight *= 20
+    policy = copy.deepcopy(other)
+    with torch.no_grad():
+        other.lm_head.weight *= factor
+    trainer = build(model=policy, ref_model=other, train_dataset=alike, beta=0.001, **settings)
+    trainer.add_callback(ReferenceGuard(trainer))
+    with pytest.raises(WrongReferenceError, match="log-probs differ by"):
+        trainer.train()
+    trainer.callback_handler.callbacks.pop()
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_weights_beside_the_adapter_are_refused_and_a_reference_that_moves_is_noticed(build, caplog):
+    trainer = build(peft_config=LORA, learning_rate=0.1)
+    trainer.model.base_model.model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(RecipeError, match=r"1 weights are trained beside the adapter \(.*model.norm.weight"):
+        add_guards(trainer)
+    trainer.add_callback(ReferenceGuard(trainer))
+    trainer.train()
+    assert "The reference model has moved by" in caplog.text
+
+
+@pytest.mark.parametrize("beside", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 4]}], ids=str)
+def test_what_an_adapter_switches_off_with_itself_is_trained(build, beside, caplog):
+    trainer = build(peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **beside))
+    add_guards(trainer)
+    trainer.train()
+    assert "has moved" not in caplog.text
+
+
+def test_a_model_of_nan_is_not_called_a_wrong_reference(build, tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    trainer = build(model=model, ref_model=copy.deepcopy(model))
+    add_guards(trainer)
+    with pytest.raises(UnhealthyRunError, match="NaN or infinite before the first update"):
+        trainer.train()
 
 
 def test_lora_weights_on_a_4_bit_base_are_trained_in_float32(quantised, build):

@@ -25,7 +25,7 @@ from trl.data_utils import is_conversational
 from dpo_recipes.checkpoints import latest_checkpoint
 from dpo_recipes.errors import UnhealthyRunError
 from dpo_recipes.files import write_json
-from dpo_recipes.guards import FirstLossGuard, WrongReferenceError
+from dpo_recipes.guards import ReferenceGuard, WrongReferenceError
 from dpo_recipes.health import rules
 from dpo_recipes.health.reading import probe, read_facts
 from dpo_recipes.health.rules import HEALTH_FILE, RULES, Facts, Finding, read_findings, read_logs
@@ -52,7 +52,8 @@ class HealthCallback(TrainerCallback):
         self.trainer = trainer
         self.mode = mode
         self.on_stop = on_stop
-        self.first_loss = FirstLossGuard(trainer) if isinstance(trainer, DPOTrainer) else None
+        guarded = any(isinstance(each, ReferenceGuard) for each in trainer.callback_handler.callbacks)
+        self.reference = ReferenceGuard(trainer) if isinstance(trainer, DPOTrainer) and not guarded else None
         self.rules = [name for name, rule in RULES.items() if trainer._name in rule["for"]]
         self.facts: Facts | None = None  # known when training begins
         self._forget()
@@ -93,7 +94,7 @@ class HealthCallback(TrainerCallback):
         self._write()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the gradients and the first loss; `stop` drops the update, so that the weights stay good."""
+        """Look at the gradients and at the reference model; `stop` drops the update, so that the weights stay good."""
         gradients = [weight.grad for weight in self.trainer.model.parameters() if weight.grad is not None]
         if gradients and not sharded(self.trainer) and not torch.nn.utils.get_total_norm(gradients).isfinite():
             self.overflows += 1
@@ -101,11 +102,11 @@ class HealthCallback(TrainerCallback):
                 self._found("not_finite", "the gradient is NaN or infinite", state.global_step + 1, control)
         else:
             self.overflows = 0
-            try:
-                if self.first_loss is not None:
-                    self.first_loss.on_pre_optimizer_step(args, state, control)
-            except WrongReferenceError as error:
-                self._found("wrong_reference", str(error).partition(":")[0], 1, control)
+            if self.reference is not None and state.global_step == 0:
+                try:
+                    self.reference.check()
+                except WrongReferenceError as error:
+                    self._found("wrong_reference", str(error).partition(": ")[2].partition(". ")[0], 1, control)
         if self.fatal is not None and not args.fp16:  # whose loss scale skips an update that overflows itself
             self.trainer.model.zero_grad()
 
