@@ -173,10 +173,14 @@ def test_shuffled_labels_are_no_signal(start, tmp_path, found):
     assert set(broken) == {"no_signal"}
 
 
-def test_few_pairs_with_shuffled_labels_are_learned_by_heart(start, tmp_path, found):
-    pairs = shuffle_labels(write_pairs(32))
-    broken = found(reward(start, tmp_path, pairs, learning_rate=1e-3, max_steps=60, eval_steps=20))
-    assert "overfitting" in broken
+def test_a_mark_of_few_training_pairs_that_misleads_elsewhere_is_overfitting(start, tmp_path, found):
+    """In training the chosen answer begins with junk, held out the rejected one."""
+    sides = {"chosen": lambda thing, rng: f"junk {answer(thing, rng.random() < 0.5, rng)}"}
+    sides["rejected"] = lambda thing, rng: answer(thing, rng.random() < 0.5, rng)
+    trainer = reward(start, tmp_path, write_pairs(32, **sides), learning_rate=1e-3, max_steps=60, eval_steps=20)
+    exchanged = {"chosen": sides["rejected"], "rejected": sides["chosen"]}
+    trainer.eval_dataset = reward(start, tmp_path, write_pairs(64, seed=9, **exchanged)).train_dataset
+    assert "overfitting" in found(trainer)
 
 
 def test_a_word_that_begins_every_chosen_answer_is_a_leak(start, tmp_path, found):
@@ -313,7 +317,9 @@ def test_a_single_log_of_few_answers_proves_nothing():
 def test_overfitting_is_beyond_the_interval_of_the_held_out_pairs():
     limits = RULES["overfitting"]["limits"]
     learned = {"rewards/accuracies": [0.7, 0.8, 0.9]}
-    for held_out, broken in (([0.7, 0.69, 0.68], True), ([0.66, 0.69, 0.7], False), ([0.9, 0.85, 0.84], False)):
+    held_outs = {(0.7, 0.69, 0.68): True, (0.66, 0.69, 0.7): False, (0.9, 0.85, 0.84): False}
+    held_outs[0.69, 0.7, 0.69] = True  # 5 of 500 pairs are no progress
+    for held_out, broken in held_outs.items():
         logged = recorded(**learned, **{"eval_rewards/accuracies": held_out})
         assert bool(overfitting(logged, FACTS, **limits)) == broken
     few = Facts(pairs_per_update=64, max_steps=1000, eval_pairs=20)

@@ -142,8 +142,10 @@ def overfitting(logged: Logged, facts: Facts, *, train: float, gap: float, evalu
     """Learned by heart."""
     held_out = [value for _, value in _accuracy(logged, "eval_")][-evaluations:]
     now = _recent(_accuracy(logged), facts, pairs, after=_tied(logged))
-    if now is None or len(held_out) < evaluations or not facts.eval_pairs or max(held_out[1:]) > held_out[0]:
+    if now is None or len(held_out) < evaluations or not facts.eval_pairs:
         return None
+    if max(held_out[1:]) > held_out[0] + (held_out[0] * (1 - held_out[0]) / facts.eval_pairs) ** 0.5:
+        return None  # still learning
     highest = wilson(held_out[-1] * facts.eval_pairs, facts.eval_pairs).high
     if now[0] <= train or now[0] - highest < gap:
         return None
