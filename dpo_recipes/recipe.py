@@ -84,6 +84,14 @@ class OnlineArguments(RecipeArguments):
     )
 
 
+@dataclass
+class _LoadedByName:
+    """Settings of a profile that a recipe without ModelConfig has no use for: it makes its own model."""
+
+    dtype: str | None = None
+    attn_implementation: str | None = None
+
+
 def argument_classes(namespace: Mapping[str, Any]) -> list[type]:
     """The dataclasses of settings among the names of a recipe file: RecipeArguments, a TRL config, ModelConfig."""
     classes = [value for value in namespace.values() if isinstance(value, type)]
@@ -105,18 +113,20 @@ def parse_recipe(recipe: Mapping[str, Any], dataclass_types: Sequence[type]) -> 
         RecipeError: If a key is unknown anywhere, a value is refused, the pairs per update cannot be met, or the
             output folder holds another run.
     """
-    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in sys.argv[1:]} | set(recipe)
+    flags = {word[2:].partition("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
+    given = flags | set(recipe)
     if "--config" in sys.argv[1:-1]:
         profile = Path(sys.argv[sys.argv.index("--config") + 1])
         given |= set(read_yaml(profile)) if profile.is_file() else set()
     for old in given & {"gradient_checkpointing", "gradient_checkpointing_kwargs"}:
         # Accepted by transformers, and without effect beside a profile's newer name.
         raise RecipeError(f"{old} is called {old.replace('gradient', 'activation')} today. Use that name.")
-    parser = TrlParser(dataclass_types, allow_abbrev=False)
+    loads_by_name = any(issubclass(part, ModelConfig) for part in dataclass_types)
+    parser = TrlParser([*dataclass_types, *([] if loads_by_name else [_LoadedByName])], allow_abbrev=False)
     if unknown := parser.set_defaults_with_config(**recipe):
         raise RecipeError(f"RECIPE has keys that TRL does not know: {' '.join(unknown)}. Correct or remove them.")
     try:
-        parsed: tuple[Any, ...] = parser.parse_args_and_config()
+        parsed: tuple[Any, ...] = parser.parse_args_and_config()[: len(dataclass_types)]
     except (ValueError, TypeError, OSError, ImportError) as error:
         hint = " Use the profile cpu without a GPU, turing on a card without bfloat16." if "bf16" in str(error) else ""
         raise RecipeError(f"{error}{hint} `python {sys.argv[0]} --help` lists the settings.") from error
@@ -125,6 +135,8 @@ def parse_recipe(recipe: Mapping[str, Any], dataclass_types: Sequence[type]) -> 
     model_args = next((args for args in parsed if isinstance(args, ModelConfig)), None)
 
     check_trackers(training_args)
+    if not loads_by_name and (unused := (flags | set(recipe)) & {entry.name for entry in fields(_LoadedByName)}):
+        raise RecipeError(f"{unused.pop()} has no effect here: this recipe makes its own model. Leave it out.")
     _refuse_ignored(script_args, training_args, given)
     _set_accumulation(script_args, training_args)
     if isinstance(script_args, OnlineArguments):
@@ -133,6 +145,8 @@ def parse_recipe(recipe: Mapping[str, Any], dataclass_types: Sequence[type]) -> 
         _check_task_type(training_args, model_args)
         if model_args.model_name_or_path is None:
             raise RecipeError("No model is named. Give a folder or a Hub name with --model_name_or_path.")
+        if "dtype" not in flags:
+            _load_as_saved(script_args, model_args)
         training_args.model_init_kwargs = {
             "revision": model_args.model_revision,
             "attn_implementation": model_args.attn_implementation,
@@ -190,6 +204,22 @@ def _set_rollout(script_args: OnlineArguments, training_args: Any, given: set[st
         )
     at_a_time = training_args.per_device_train_batch_size * training_args.world_size
     training_args.steps_per_generation = answers // at_a_time  # pairs_per_update is a multiple of it
+
+
+def _load_as_saved(script_args: RecipeArguments, model_args: ModelConfig) -> None:
+    """Lets a float32 model of an earlier run keep its dtype, where a profile would round off what training changed."""
+    if model_args.dtype not in ("bfloat16", "float16") or model_args.load_in_4bit or model_args.load_in_8bit:
+        return
+    folders = [model_args.model_name_or_path, getattr(script_args, "reward_model_name_or_path", None)]
+    for folder in [Path(name) for name in folders if name]:
+        ours = (folder / DONE_FILE).exists() or (folder / "merge.json").exists()
+        if ours and read_json(folder / "config.json").get("dtype") == "float32":
+            say(
+                f"{folder} was saved in float32 and is loaded so: {model_args.dtype} would round off part of what it "
+                f"learned. --dtype {model_args.dtype} does so all the same, for half the memory."
+            )
+            model_args.dtype = "auto"
+            return
 
 
 def _check_task_type(training_args: TrainingArguments, model_args: ModelConfig) -> None:
