@@ -50,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from dpo_recipes.tryout import merge
 
                 merge(**given)
+            case "page":
+                from dpo_recipes.run_page import remake
+
+                remake(options.run)
             case "try":
                 from dpo_recipes.tryout import try_run
 
@@ -222,6 +226,9 @@ def _parser() -> argparse.ArgumentParser:
     merging.add_argument("run", metavar="RUN", help="the folder of a run that left a LoRA adapter")
     merging.add_argument("--output_dir", metavar="DIR", help="by default RUN_merged")
     merging.add_argument("--base", metavar="MODEL", help="where the model that it was trained on is elsewhere now")
+
+    paging = commands.add_parser("page", help="draw a run's curves and write its page again", allow_abbrev=False)
+    paging.add_argument("run", metavar="RUN", help="a run's folder")
 
     sampling = commands.add_parser(
         "sample", help="write a model's answers to the prompts of a dataset", allow_abbrev=False

@@ -4,10 +4,13 @@ import base64
 from pathlib import Path
 
 from dpo_recipes import page
+from dpo_recipes.checkpoints import STATE_FILE, latest_checkpoint
+from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json, read_jsonl
 from dpo_recipes.health.rules import read_findings
 from dpo_recipes.record import SHOWN_SETTINGS
-from dpo_recipes.report import PANELS
+from dpo_recipes.report import PANELS, plot_curves
+from dpo_recipes.terminal import say
 
 RUN_PAGE = "report.html"
 _SHOWN = 6  # prompts with both answers
@@ -30,3 +33,21 @@ def write_run_page(folder: str | Path) -> Path:
         "shown_settings": SHOWN_SETTINGS,
     }
     return page.write_page(folder / RUN_PAGE, Path(__file__).with_suffix(".html.jinja"), held | shown)
+
+
+def remake(run: str) -> Path:
+    """Draws a run's curves and writes its page again, from the files in its folder.
+
+    Raises:
+        RecipeError: If the folder holds no run.
+    """
+    folder = Path(run)
+    if not (settings := read_json(folder / "settings.json")):
+        raise RecipeError(f"{run} holds no settings.json. Name the folder of a run.")
+    if checkpoint := latest_checkpoint(folder):
+        title = f"{folder.name}: {settings.get('model_name_or_path')} on {settings.get('dataset_name')}"
+        log_history = read_json(checkpoint / STATE_FILE)["log_history"]
+        say(str(plot_curves(log_history, folder / "curves.png", title=title)))
+    written = write_run_page(folder)
+    say(str(written))
+    return written

@@ -1,28 +1,31 @@
 """A run's folder, from its start to the files that say what it did."""
 
 import fcntl
+import logging
 import os
 import platform
 import shutil
-from collections.abc import Sequence
-from contextlib import nullcontext
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 from trl import RewardTrainer
 
-from dpo_recipes.checkpoints import check_saved, merge_adapter, trained_weights
+from dpo_recipes.checkpoints import check_saved, merge_adapter, replace_adapter, trained_weights
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.files import write_json, write_jsonl, write_text
 from dpo_recipes.guards import add_guards
 from dpo_recipes.health import HealthCallback
 from dpo_recipes.health.rules import HEALTH_FILE, read_findings
-from dpo_recipes.outcome import Score, measure, readable, sharded
+from dpo_recipes.outcome import Outcome, Score, measure, readable, sharded
 from dpo_recipes.ppo import PPOTrainer
 from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, RecipeArguments, settings_hash
 from dpo_recipes.record import LIBRARIES, cost, data_hash, hardware, model_card, weights_hash
@@ -32,6 +35,8 @@ from dpo_recipes.run_page import RUN_PAGE, write_run_page
 from dpo_recipes.terminal import say
 from dpo_recipes.tracking import start_tracking
 from dpo_recipes.tryout import open_model
+
+logger = logging.getLogger(__name__)
 
 RESULTS = (
     *(DONE_FILE, SETTINGS_FILE, "metrics.json", "samples.jsonl", "curves.png", "README.md", "environment.txt"),
@@ -153,6 +158,9 @@ def finish_run(
 ) -> None:
     """Save what was trained, prove it, measure it against its start, and write the run's files.
 
+    The weights are saved first. What fails after that loses nothing: it becomes a warning, in the terminal, in
+    metrics.json and in done.json, with the command that repeats it.
+
     Args:
         trainer: After `trainer.train`.
         script_args: As `parse_recipe` returned them.
@@ -177,49 +185,82 @@ def finish_run(
             "The trained weights are NaN or infinite: nothing is saved or measured. Train again with a lower learning "
             "rate and --overwrite true; with --health stop it ends before it saves such weights."
         )
-    _save(trainer, folder, merge=merge)
-    outcome = measure(
-        trainer,
-        script_args,
-        strata=strata,
-        score=score,
-        prompts=prompts,
-        max_new_tokens=max_new_tokens,
-        temperatures=temperatures,
-    )
+    _save(trainer, folder)
+    later = _Later(processes=trainer.args.world_size)
+    outcome = Outcome({})
+    with later.part("Measuring the model", f"dpo-recipes evaluate {folder} --dataset_name DATA"):
+        outcome = measure(
+            trainer,
+            script_args,
+            strata=strata,
+            score=score,
+            prompts=prompts,
+            max_new_tokens=max_new_tokens,
+            temperatures=temperatures,
+        )
+    if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if merge and isinstance(model, PeftModel):
+            with later.part("Merging the LoRA adapter", f"dpo-recipes merge {folder} --output_dir {folder}"):
+                model = _merge(trainer, folder)
+        if isinstance(trainer, RewardTrainer) and not (isinstance(model, PeftModel) or sharded(trainer)):
+            again = f"dpo-recipes evaluate {folder} --dataset_name DATA"
+            with later.part("Checking the saved reward model", again), trainer.accelerator.autocast():
+                check_reloads(str(folder), model, _probe(trainer))
     trainer.accelerator.wait_for_everyone()
-    if not trainer.is_world_process_zero():
-        return
-    spent, answers = cost(trainer), outcome.answers
+    if trainer.is_world_process_zero():
+        _write(trainer, script_args, outcome, later)
+
+
+class _Later:
+    """What comes after the weights are saved: a failure is a warning, so that nothing trained is lost."""
+
+    def __init__(self, *, processes: int) -> None:
+        self.processes = processes
+        self.failures: list[str] = []
+
+    @contextmanager
+    def part(self, what: str, command: str) -> Iterator[None]:
+        """Turns an error in the block into a warning that names the command that repeats it.
+
+        With several processes the error goes on: the others may wait for this one.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.processes > 1:
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self.failures.append(f"{what} failed ({textwrap.shorten(reason, 300)}). Repeat it with: {command}")
+            logger.warning(self.failures[-1], exc_info=error)
+
+
+def _write(trainer: Trainer, script_args: RecipeArguments, outcome: Outcome, later: _Later) -> None:
+    """The files of a finished run, and what the terminal shows of it."""
+    folder = Path(trainer.args.output_dir)
+    again = f"dpo-recipes page {folder}"
+    spent, answers, files = cost(trainer), outcome.answers, []
     warnings = outcome.warnings + [str(finding) for finding in read_findings(folder)]
-    more = {"note": outcome.note, "warnings": warnings, "cost": spent}
-    files = [write_json(folder / "metrics.json", outcome.metrics | more)]
-    if answers:
-        files.append(write_jsonl(folder / "samples.jsonl", answers))
-    files.append(plot_curves(trainer.state.log_history, folder / "curves.png", title=_title(folder, script_args)))
     report = table(outcome.header, outcome.rows) if outcome.rows else ""
-    write_text(folder / "README.md", model_card(trainer, script_args, spent, report, outcome.note, warnings))
-    judges = [part.config for part in getattr(trainer, "reward_funcs", []) if isinstance(part, PreTrainedModel)]
-    write_json(
-        folder / DONE_FILE,
-        {
-            "method": trainer._name,
-            "settings_hash": settings_hash(script_args.settings),
-            "data_hash": data_hash(trainer.train_dataset),
-            "start_hash": weights_hash(trainer.accelerator.unwrap_model(trainer.model).config),
-            "reward_model_hashes": [weights_hash(config) for config in judges],
-            "request": os.environ.get("DPO_RECIPES_REQUEST"),
-            "seed": trainer.args.seed,
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
-            "hardware": hardware(trainer.accelerator.device, trainer.args.world_size),
-            **spent,
-        },
-    )
-    files.append(write_run_page(folder))
+    if answers:
+        with later.part("Writing the answers", again):
+            files.append(write_jsonl(folder / "samples.jsonl", answers))
+    with later.part("Drawing the curves", again):
+        files.append(plot_curves(trainer.state.log_history, folder / "curves.png", title=_title(folder, script_args)))
+    with later.part("Writing the model card", again):
+        card = model_card(trainer, script_args, spent, report, outcome.note, warnings + later.failures)
+        write_text(folder / "README.md", card)
+    with later.part("Writing the metrics", again):
+        more = {"note": outcome.note, "warnings": warnings + later.failures, "cost": spent}
+        files.insert(0, write_json(folder / "metrics.json", outcome.metrics | more))
+    record = _record(trainer, script_args) | spent
+    write_json(folder / DONE_FILE, record | {"warnings": later.failures})
+    with later.part("Writing the page", again):
+        files.append(write_run_page(folder))  # of what stands in the files, done.json among them
+    write_json(folder / DONE_FILE, record | {"warnings": later.failures})
     if report:
         say(f"\n{report}\n{outcome.note}\n")
-    for warning in outcome.warnings:
+    for warning in outcome.warnings + later.failures:
         say(f"WARNING: {warning}\n")
     if answers:
         say(side_by_side(readable(answers[:3])) + "\n")
@@ -227,29 +268,44 @@ def finish_run(
     say("\n".join([f"{kind:<13}{folder}", *(f"{file.name:<13} {file}" for file in files)]))
 
 
-def _save(trainer: Trainer, folder: Path, *, merge: bool) -> None:
-    model = trainer.accelerator.unwrap_model(trainer.model)
+def _record(trainer: Trainer, script_args: RecipeArguments) -> dict[str, Any]:
+    """What done.json says of a run, its cost aside."""
+    judges = [part.config for part in getattr(trainer, "reward_funcs", []) if isinstance(part, PreTrainedModel)]
+    return {
+        "method": trainer._name,
+        "settings_hash": settings_hash(script_args.settings),
+        "data_hash": data_hash(trainer.train_dataset),
+        "start_hash": weights_hash(trainer.accelerator.unwrap_model(trainer.model).config),
+        "reward_model_hashes": [weights_hash(config) for config in judges],
+        "request": os.environ.get("DPO_RECIPES_REQUEST"),
+        "seed": trainer.args.seed,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        "hardware": hardware(trainer.accelerator.device, trainer.args.world_size),
+    }
+
+
+def _save(trainer: Trainer, folder: Path) -> None:
+    """Saves the trained weights, and raises RuntimeError unless they lie there bit for bit."""
     trainer.save_model(str(folder))
-    if not trainer.is_world_process_zero():
-        return
-    if not sharded(trainer):
+    if trainer.is_world_process_zero() and not sharded(trainer):
         with trainer.without_critic() if isinstance(trainer, PPOTrainer) else nullcontext():
-            check_saved(folder, trained_weights(model))
+            check_saved(folder, trained_weights(trainer.accelerator.unwrap_model(trainer.model)))
+
+
+def _probe(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Token ids and mask of a few training rows. Each has shape (rows, tokens)."""
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(min(4, len(trainer.train_dataset)))])
+    return {name: batch[name].to(trainer.accelerator.device) for name in ("input_ids", "attention_mask")}
+
+
+def _merge(trainer: Trainer, folder: Path) -> PreTrainedModel:
+    """Puts a full model, with the LoRA adapter merged into it, in the place of the adapter, and returns it."""
+    # Without accelerate's wrapper, under which a float32 model computes in 16 bits too.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     is_reward_model = isinstance(trainer, RewardTrainer)
-    if not (is_reward_model or (merge and isinstance(model, PeftModel))):
-        return
-    probe = trainer.data_collator([trainer.train_dataset[row] for row in range(min(4, len(trainer.train_dataset)))])
-    inputs = {name: probe[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    if merge and isinstance(model, PeftModel):
-        if getattr(model, "is_quantized", False):  # merge into the base's own weights, not the 4-bit ones
-            model, _ = open_model(str(folder), as_trained=False, reward_model=is_reward_model)
-        model = merge_adapter(model, inputs)
-        if is_reward_model:  # a head that was trained in float32 is read in the dtype of the rest
-            model = model.to(model.dtype)
-        model.save_pretrained(folder)
-        check_saved(folder, model.state_dict())
-        for name in ("adapter_model.safetensors", "adapter_config.json"):
-            (folder / name).unlink()
-    if is_reward_model and not (sharded(trainer) or isinstance(model, PeftModel)):
-        with trainer.accelerator.autocast():
-            check_reloads(str(folder), model, inputs)
+    if getattr(model, "is_quantized", False):  # merge into the base's own weights, not the 4-bit ones
+        model, _ = open_model(str(folder), as_trained=False, reward_model=is_reward_model)
+    merged = merge_adapter(model, _probe(trainer))
+    replace_adapter(folder, merged)
+    return merged
