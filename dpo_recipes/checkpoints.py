@@ -6,8 +6,7 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from dpo_recipes.precision import weights_as
 from dpo_recipes.terminal import say
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def merge_adapter(model: PeftModel, probe: Mapping[str, torch.Tensor]) -> PreTra
         raise RuntimeError(f"Merging the LoRA adapter moved the logits by {error:.1e} of their largest: not saved.")
     if dtype == torch.float32:
         return merged
-    with _rounded(merged, dtype):
+    with weights_as(merged, lambda weight: weight.to(dtype).float()):
         lost = ((merged(**probe).logits - tuned).norm() / change.norm()).item()
     kept, size = lost <= MOST_LOST, merged.num_parameters() * 4 / 1e9
     bits = str(dtype).removeprefix("torch.")
@@ -176,26 +176,3 @@ def _in_float32(model: PeftModel) -> PeftModel:
         if 4 * model.num_parameters() > free:
             model = model.to("cpu")
     return model.float()
-
-
-@contextmanager
-def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
-    """Lets each module compute in float32 with its own weights rounded to `dtype`; no second copy of the model."""
-    exact: dict[torch.nn.Module, dict[str, torch.Tensor]] = {}
-
-    def enter(module: torch.nn.Module, _: Any) -> None:
-        exact[module] = {name: weight.data for name, weight in module.named_parameters(recurse=False)}
-        for weight in module.parameters(recurse=False):
-            weight.data = weight.data.to(dtype).float()
-
-    def leave(module: torch.nn.Module, *_: Any) -> None:
-        for name, weight in module.named_parameters(recurse=False):
-            weight.data = exact[module].pop(name)
-
-    hooks = [module.register_forward_pre_hook(enter) for module in model.modules()]
-    hooks += [module.register_forward_hook(leave) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

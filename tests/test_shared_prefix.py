@@ -369,6 +369,19 @@ def test_varlen_attention_gets_the_right_indices(window, share, monkeypatch):
     assert torch.allclose(packing.attend_varlen(q, k, v, plan, scale=0.3, window=window), expected, atol=1e-12)
 
 
+def test_the_signature_of_varlen_attention_in_torch_2_11_serves_too(monkeypatch):
+    def of_torch_2_11(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale, window_size):
+        ends = (ends_q, ends_k, longest_q, longest_k)
+        return reference_varlen(q, k, v, *ends, scale=scale, window_size=window_size, enable_gqa=True)
+
+    monkeypatch.setattr(packing, "varlen_attn", of_torch_2_11)
+    plan = packing.plan_pairs([(5, 3, 6), (1, 7, 1)], 16)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, len(plan["sources"]), 8, dtype=DOUBLE) for heads in (4, 2, 2))
+    expected = packing.attend(q, k, v, plan, scale=0.3, window=None, softcap=None)
+    assert torch.allclose(packing.attend_varlen(q, k, v, plan, scale=0.3, window=None), expected, atol=1e-12)
+
+
 # What does not share
 
 FALLS_BACK = {
@@ -449,6 +462,143 @@ def test_a_model_that_shares_wrongly_is_caught_on_the_first_batch(tmp_path, capl
     again.shared_prefix = "true"
     with pytest.raises(RecipeError, match="differ from plain TRL"):
         again.compute_loss(again.model, batch)
+
+
+SIXTEEN_BITS = {
+    "autocast": dict(bf16=True),
+    "weights": dict(dtype=torch.bfloat16, bf16=True),
+    "weights alone": dict(dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("share", [0.5, 0.02, 0.0])
+@pytest.mark.parametrize("kind", SIXTEEN_BITS)
+def test_a_fault_does_not_hide_behind_the_rounding_of_16_bits(kind, share, tmp_path):
+    """A layer that takes 2 % of its neighbour along the row moves gradients no further than bfloat16 itself."""
+    settings = dict(SIXTEEN_BITS[kind])
+    model = tiny("llama", dtype=settings.pop("dtype", torch.float32))
+    layer = model.model.layers[0].mlp
+    layer.register_forward_hook(
+        lambda module, args, output: output + share * torch.nn.functional.pad(output, (0, 0, 1, 0))[:, :-1]
+    )
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    trainer = build(SharedPrefixDPOTrainer, model, "LoRA", tmp_path, shared_prefix="auto", **settings)
+    trainer.compute_loss(trainer.model.train(), trainer.data_collator(BATCH))
+    assert trainer.sharing is (share == 0.0)
+    weights = {name.replace(".base_layer", ""): weight for name, weight in trainer.model.named_parameters()}
+    for name, weight in before.items():
+        assert torch.equal(weights[f"base_model.model.{name}"], weight), "the comparison leaves the weights alone"
+
+
+# What is changed after the trainer was built
+
+
+def set_attention(name):
+    return lambda trainer: trainer.model.get_base_model().set_attn_implementation(name)
+
+
+def enable_reentrant(trainer):
+    trainer.model.enable_input_require_grads()
+    trainer.model.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def add_noise(trainer):
+    trainer.model.get_input_embeddings().neftune_noise_alpha = 5.0
+
+
+def add_dropout(trainer):
+    trainer.model.get_base_model().model.layers[0].self_attn.attention_dropout = 0.5
+
+
+CHANGES = {
+    "attention set to sdpa": (set_attention("sdpa"), True),
+    "attention set to eager": (set_attention("eager"), False),
+    "reentrant checkpointing in the model": (enable_reentrant, False),
+    "noise in the model": (add_noise, False),
+    "dropout in the model": (add_dropout, False),
+}
+
+
+@old_name
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_model_is_seen_at_the_next_step(change, tmp_path):
+    apply, shares = CHANGES[change]
+    trainer = build(SharedPrefixDPOTrainer, tiny("llama"), "LoRA", tmp_path, shared_prefix="auto")
+    before = step(trainer)
+    assert trainer.sharing
+    apply(trainer)
+    after = step(trainer)
+    assert trainer.sharing is shares
+    if "dropout" not in change:
+        assert after[0] == pytest.approx(before[0], rel=1e-5)
+        assert error(before[2], after[2]) < 1e-5
+
+
+class Reversed(SharedPrefixDPOTrainer):
+    """Someone's own step, which changes the rows of a batch after the data collator made its plan."""
+
+    def _compute_loss(self, model, inputs, *args, **kwargs):
+        inputs = {name: value.flip(0) if torch.is_tensor(value) else value for name, value in inputs.items()}
+        return super()._compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_a_batch_that_was_changed_after_its_plan_was_made_is_not_shared(tmp_path, caplog):
+    trainer = build(Reversed, tiny("llama"), "LoRA", tmp_path, shared_prefix="auto")
+    loss = step(trainer)[0]
+    assert "batches that were changed after the data collator" in caplog.text
+    trainer.shared_prefix = trainer.sharing = False
+    assert step(trainer)[0] == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_plan_moves_as_the_tensors_of_its_batch_do(tmp_path):
+    trainer = build(SharedPrefixDPOTrainer, tiny("llama"), "LoRA", tmp_path)
+    batch = {name: value.to("cpu") for name, value in trainer.data_collator(BATCH).items()}
+    assert batch[PLAN].belongs_to(batch)
+    assert trainer.compute_loss(trainer.model.train(), batch).isfinite()
+    assert trainer.sharing
+
+
+def test_a_compiled_model_runs_as_plain_trl(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    compiled = torch.compile(tiny("llama"), backend="eager")
+    trainer = build(SharedPrefixDPOTrainer, compiled, "full", tmp_path, shared_prefix="auto")
+    plain = step(build(DPOTrainer, tiny("llama"), "full", tmp_path))
+    assert (type(compiled).__name__, trainer.sharing) == ("OptimizedModule", False)
+    assert step(trainer)[0] == pytest.approx(plain[0], rel=1e-6)
+
+
+def test_noise_on_embeddings_runs_as_plain_trl(tmp_path, caplog):
+    build(SharedPrefixDPOTrainer, tiny("llama"), "LoRA", tmp_path, shared_prefix="auto", neftune_noise_alpha=5.0)
+    assert "this is plain TRL: noise on embeddings (NEFTune)" in caplog.text
+
+
+def step_and_saved_bytes(trainer):
+    """What `step` returns, and the bytes of the tensors that the backward was kept waiting for."""
+    saved = {}
+
+    def keep(tensor):
+        saved[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        return step(trainer), sum(saved.values())
+
+
+def test_lora_does_not_copy_its_input_to_float32_under_autocast(tmp_path, monkeypatch):
+    """The same gradients, bit for bit, from fewer saved bytes."""
+    found = []
+    for cast in (packing.BaseTunerLayer._cast_input_dtype, packing._cast_input):
+        monkeypatch.setattr(packing, "_cast_input", cast)
+        trainer = build(SharedPrefixDPOTrainer, tiny("llama", dtype=torch.bfloat16), "LoRA", tmp_path, bf16=True)
+        for weight in trainer.model.parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.float()
+        trainer.compute_loss(trainer.model, trainer.data_collator(BATCH))  # the first one is compared with TRL's
+        found.append(step_and_saved_bytes(trainer))
+    (with_casts, more), (without, fewer) = found
+    assert without[0] == with_casts[0]
+    assert all(torch.equal(gradient, without[2][name]) for name, gradient in with_casts[2].items())
+    assert fewer < 0.95 * more
 
 
 class Doubled(SharedPrefixDPOTrainer):

@@ -17,7 +17,7 @@ not tested, runs as plain TRL, and one line says why (`support.why_not`, docs/sh
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +30,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from trl import DPOTrainer
 
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.precision import in_float32
 from dpo_recipes.reference_cache import precompute_ref_logps
 from dpo_recipes.shared_prefix.head import FrozenHeadLogProb
 from dpo_recipes.shared_prefix.packing import PLAN, SharedPrefixCollator, install
@@ -38,7 +39,7 @@ from dpo_recipes.tokenization import prepare_dataset
 
 logger = logging.getLogger(__name__)
 
-FIRST_BATCH_TOLERANCE = {"float32": 1e-4, "16 bits": 5e-2}
+FIRST_BATCH_TOLERANCE = {"float32": 1e-5, "16 bits": 5e-2}
 """Relative difference of the first batch's per-token log-probs from plain TRL's that rounding explains."""
 
 
@@ -79,17 +80,24 @@ class SharedPrefixDPOTrainer(DPOTrainer):
         if self.sharing is not None:
             return
         self.sharing = self.shared_prefix != "false"
-        models = [*map(self.accelerator.unwrap_model, filter(None, (self.model, self.ref_model)))]
-        for model in models:
-            if self.sharing and (reason := why_not(self, model, tested_only=self.shared_prefix == "auto")):
-                self._fall_back(reason)
+        self._check_models()
         if self.sharing:
             collator: Any = vars(self)["data_collator"]
             self.data_collator = SharedPrefixCollator(**vars(collator) | {"share": self.share_prompts})
-            for model in models:
+            for model in self._models():
                 install(model)
             # The default for streams cuts a batch's tensors row by row, and with them the plan.
             self.accelerator.dataloader_config.dispatch_batches = False
+
+    def _models(self) -> list[Any]:
+        """The policy, and the reference model where it is one of its own."""
+        return [self.accelerator.unwrap_model(each) for each in (self.model, self.ref_model) if each is not None]
+
+    def _check_models(self) -> None:
+        """Fall back if a model cannot share prompts, or no longer can: its settings may be changed at any time."""
+        for model in self._models():
+            if self.sharing and (reason := why_not(self, model, tested_only=self.shared_prefix == "auto")):
+                self._fall_back(reason)
 
     def _fall_back(self, reason: str) -> None:
         if self.shared_prefix == "true":
@@ -115,8 +123,12 @@ class SharedPrefixDPOTrainer(DPOTrainer):
     @contextmanager
     def _shared(self, model: Any, inputs: dict[str, Any], *, lean: bool = False) -> Iterator[dict[str, Any]]:
         """The batch to compute with; meanwhile TRL's head function and LoRA switch give way to leaner ones."""
-        if self.sharing and PLAN in inputs and not self.agrees_with_trl:
-            self._compare_with_trl(model, inputs)
+        if self.sharing and PLAN in inputs:
+            self._check_models()
+            if self.sharing and not inputs[PLAN].belongs_to(inputs):
+                self._fall_back("batches that were changed after the data collator")
+            if self.sharing and not self.agrees_with_trl:
+                self._compare_with_trl(inputs)
         if not self.sharing:
             yield {name: value for name, value in inputs.items() if name != PLAN}
             return
@@ -126,6 +138,7 @@ class SharedPrefixDPOTrainer(DPOTrainer):
             temperature, chunk, softcap, scale, outputs = settings
             trained = weight.requires_grad or (bias is not None and bias.requires_grad)
             frozen = self.frozen_head and not trained and (temperature, softcap, scale) == (1, None, 1)
+            frozen = frozen and not hidden.is_cuda  # there TRL's Triton kernel is faster
             outputs = ("log_probs",) if lean else outputs
             function = FrozenHeadLogProb if frozen else chunked
             return function.apply(hidden, weight, bias, targets, temperature, chunk, softcap, scale, outputs)
@@ -137,20 +150,29 @@ class SharedPrefixDPOTrainer(DPOTrainer):
         finally:
             trl_utils._ChunkedLogProbFunction, trl_dpo.use_adapter = chunked, use_adapter
 
-    def _compare_with_trl(self, model: Any, inputs: dict[str, Any]) -> None:
-        """Fall back if a batch's log-probs are not plain TRL's: a model may share wrongly without an error."""
+    def _compare_with_trl(self, inputs: dict[str, Any]) -> None:
+        """Fall back if a batch's log-probs are not plain TRL's: a model may share wrongly without an error.
+
+        The comparison is in float32, where a fault cannot hide behind rounding, and in the run's own dtype, whose
+        attention may be another function.
+        """
         padded = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         padded["labels"] = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        for each in map(self.accelerator.unwrap_model, filter(None, (model, self.ref_model))):
-            exact = each.dtype in (torch.float32, torch.float64) and self.accelerator.mixed_precision == "no"
-            with torch.no_grad(), self.accelerator.autocast():
-                plain, shared = (
-                    each(**batch, fused_lm_head=True, use_cache=False).log_probs.float()
-                    for batch in (padded, {**padded, PLAN: inputs[PLAN]})
-                )
-            off = float(torch.linalg.vector_norm(shared - plain) / torch.linalg.vector_norm(plain))
-            if self.sharing and not off <= FIRST_BATCH_TOLERANCE["float32" if exact else "16 bits"]:  # or is NaN
-                self._fall_back(f"log-probs of the first batch that differ from plain TRL's by {off:.0e}")
+        for model in self._models():
+            exact = model.dtype in (torch.float32, torch.float64) and self.accelerator.mixed_precision == "no"
+            ways = {"float32": nullcontext() if exact else in_float32(model)}
+            ways |= {} if exact else {"16 bits": self.accelerator.autocast()}
+            for dtype, way in ways.items():
+                with torch.no_grad(), way:
+                    plain, shared = (
+                        model(**batch, fused_lm_head=True, use_cache=False).log_probs.float()
+                        for batch in (padded, {**padded, PLAN: inputs[PLAN]})
+                    )
+                off = float(torch.linalg.vector_norm(shared - plain) / torch.linalg.vector_norm(plain))
+                if self.sharing and not off <= FIRST_BATCH_TOLERANCE[dtype]:  # or is NaN
+                    self._fall_back(
+                        f"log-probs of the first batch that differ from plain TRL's by {off:.0e} in {dtype}"
+                    )
         self.agrees_with_trl = True  # not before: an error above may be caught, and the step tried again
 
 

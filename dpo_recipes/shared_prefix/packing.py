@@ -4,25 +4,43 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 PLAN = "shared_prefix_plan"
 
 
-Plan = dict[str, Any]
-"""What `plan_pairs` returns. It travels in TRL's batch, and its tensors with it to the device."""
+class Plan(dict[str, Any]):
+    """What `plan_pairs` returns. It travels in TRL's batch, and its tensors with it to the device."""
+
+    def to(self, *args: Any, **kwargs: Any) -> "Plan":
+        """The plan with its tensors on another device, as a batch's own tensors are moved."""
+        moved = {key: value.to(*args, **kwargs) if isinstance(value, Tensor) else value for key, value in self.items()}
+        return Plan(moved)
+
+    def belongs_to(self, batch: dict[str, Any]) -> bool:
+        """Says if the batch still holds the rows that the plan was made for."""
+        return self["checksum"] == _checksum(batch)
+
+
+def _checksum(batch: dict[str, Any]) -> int:
+    """A number that another token, another order of rows or another completion mask changes."""
+    ids, completions = batch["input_ids"].reshape(-1), batch["completion_mask"].reshape(-1)
+    places = torch.arange(1, len(ids) + 1, device=ids.device)
+    return int(((ids + 1) * places * (1 + 2 * completions)).sum())
 
 
 def plan_pairs(lengths: Sequence[tuple[int, int, int]], width: int, *, share: bool = True) -> Plan:
@@ -62,12 +80,12 @@ def plan_pairs(lengths: Sequence[tuple[int, int, int]], width: int, *, share: bo
             segments.append((len(own), p + n))
             start += len(own)
     names = ("sources", "positions", "predicting", "cells", "keys")
-    plan: Plan = {
-        name: torch.from_numpy(np.concatenate(x)) for name, x in zip(names, zip(*arrays, strict=True), strict=True)
-    }
+    columns = zip(names, zip(*arrays, strict=True), strict=True)
+    plan = Plan({name: torch.from_numpy(np.concatenate(parts)) for name, parts in columns})
     plan["ends"] = torch.tensor(segments).cumsum(dim=0).int().T.contiguous()
     packed = lengths if share else [entry for p, c, r in lengths for entry in ((p, c, 0), (p, r, 0))]
-    return plan | {"shape": (2 * len(lengths), width - 1), "lengths": packed, "masks": {}}
+    plan |= {"shape": (2 * len(lengths), width - 1), "lengths": packed, "masks": {}}
+    return plan
 
 
 @dataclass
@@ -83,6 +101,7 @@ class SharedPrefixCollator(DataCollatorForPreference):
         prompts = (tokens - completions)[: len(examples)]
         lengths = torch.stack([prompts, *completions.chunk(2)], dim=1).tolist()
         plan = plan_pairs(lengths, batch["input_ids"].size(1), share=self.share)
+        plan["checksum"] = _checksum(batch)
         return {**batch, PLAN: plan} if len(plan["predicting"]) else batch
 
 
@@ -135,13 +154,14 @@ def _mask(query: Tensor, keys: int, plan: Plan, window: int | None) -> Any:
 def attend_varlen(query: Tensor, key: Tensor, value: Tensor, plan: Plan, *, scale: float, window: int | None) -> Tensor:
     """`attend` in one call of FlashAttention, which aligns its causal mask with the end of each segment's keys.
 
-    Never run on a GPU: a CPU tests its indices, with a reference in the place of `varlen_attn`.
+    torch 2.11 takes grouped queries without being told so.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, size)
     k, v = (x.index_select(0, plan["keys"]) for x in (k, v))
     segments = [segment for p, c, r in plan["lengths"] for segment in ((p + c, p + c), (r, p + r))]
     longest, before = map(max, zip(*segments, strict=True)), -1 if window is None else window - 1
-    output: Any = varlen_attn(q, k, v, *plan["ends"], *longest, scale=scale, window_size=(before, 0), enable_gqa=True)
+    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    output: Any = varlen_attn(q, k, v, *plan["ends"], *longest, scale=scale, window_size=(before, 0), **grouped)
     return torch.transpose(output, 0, 1)[None]
 
 
@@ -158,9 +178,17 @@ def _attention(
     return output.transpose(1, 2).contiguous(), None  # (1, T, heads, size)
 
 
-for _name, _plain, _builder in (("sdpa", sdpa_attention_forward, sdpa_mask), ("eager", None, eager_mask)):
-    AttentionInterface.register(f"shared_{_name}", partial(_attention, _plain))
-    AttentionMaskInterface.register(f"shared_{_name}", _builder)
+AttentionInterface.register("shared_eager", partial(_attention, None))
+AttentionMaskInterface.register("shared_eager", eager_mask)
+_sdpa = partial(_attention, sdpa_attention_forward)
+
+
+def _cast_input(layer: BaseTunerLayer, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """PEFT's cast of a LoRA layer's input, but not under autocast, which would cast it back for the product."""
+    if x is not None and torch.is_autocast_enabled(x.device.type):
+        return x
+    cast: Tensor | None = type(layer)._cast_input_dtype(layer, x, dtype)
+    return cast
 
 
 def _gpt_neo_attention(self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None) -> Any:
@@ -205,18 +233,27 @@ def _unpack(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
 def install(model: PreTrainedModel | PeftModel) -> None:
     """Teach a model to run batches that have a plan; all else stays as it was, generation included.
 
-    The attention implementation is set for good: activation checkpointing calls it again in the backward.
+    The attention function is there for good: activation checkpointing calls it again in the backward. `sdpa` keeps its
+    name, as continuous batching asks for it; without a plan it is transformers' own function.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     for module in base.modules():
         if isinstance(module, GPTNeoSelfAttention):
             module._attn = partial(_gpt_neo_attention, module)
-    if base.config.model_type != "gpt_neo":
-        base.set_attn_implementation(f"shared_{base.config._attn_implementation.removeprefix('shared_')}")
+        if isinstance(module, BaseTunerLayer):
+            module._cast_input_dtype = partial(_cast_input, module)
+    AttentionInterface.register("sdpa", _sdpa)
+    if base.config._attn_implementation == "eager" and base.config.model_type != "gpt_neo":
+        base.set_attn_implementation("shared_eager")
     # A second trainer may come with the same model. Under PEFT, hooks of the base model itself would not run: PEFT
     # calls its `forward`.
-    if _pack not in model._forward_pre_hooks.values():
+    if not is_installed(model):
         model.register_forward_pre_hook(_pack, with_kwargs=True)
         model.register_forward_hook(_unpack, with_kwargs=True)
     if _keep_predicting not in base.base_model._forward_hooks.values():
         base.base_model.register_forward_hook(_keep_predicting, with_kwargs=True)
+
+
+def is_installed(model: PreTrainedModel | PeftModel) -> bool:
+    """Says if `install` has been called with the model."""
+    return _pack in model._forward_pre_hooks.values()

@@ -1,0 +1,60 @@
+"""Computes with other weights than a model holds, one module at a time, so that no second copy is needed."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor, nn
+
+
+@contextmanager
+def weights_as(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Lets each module compute with its own floating-point weights converted; they come back after its forward."""
+    held: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        weights = [weight for weight in module.parameters(recurse=False) if weight.is_floating_point()]
+        held[module] = [(weight, weight.data) for weight in weights]
+        for weight in weights:
+            weight.data = convert(weight.data)
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        for weight, data in held.pop(module):
+            weight.data = data
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            hooks.enter_context(module.register_forward_pre_hook(enter))
+            hooks.enter_context(module.register_forward_hook(leave, always_call=True))
+        yield
+
+
+@contextmanager
+def in_float32(model: Any) -> Iterator[None]:
+    """Lets a language model with TRL's fused head compute in float32, whatever its weights and its autocast are.
+
+    Args:
+        model: As accelerate prepared it, unwrapped. 4-bit weights are multiplied in float32.
+    """
+    quantised = {module: module.compute_dtype for module in model.modules() if isinstance(module, Linear4bit)}
+    head = (model.get_base_model() if hasattr(model, "get_base_model") else model).get_output_embeddings()
+    weights = {weight: weight.data for weight in head.parameters()}  # the fused head reads them, and calls no module
+    forward = vars(model).get("forward")
+    try:
+        if "_original_forward" in vars(model):
+            model.forward = model._original_forward  # accelerate's other one is under autocast
+        for module in quantised:
+            module.compute_dtype = torch.float32
+        for weight in weights:
+            weight.data = weight.data.float()
+        with weights_as(model, Tensor.float), torch.autocast(head.weight.device.type, enabled=False):
+            yield
+    finally:
+        for module, dtype in quantised.items():
+            module.compute_dtype = dtype
+        for weight, data in weights.items():
+            weight.data = data
+        if forward is not None:
+            model.forward = forward
