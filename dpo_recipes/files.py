@@ -1,16 +1,30 @@
 """Files written whole or not at all, and JSON read where it is there."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+MANIFEST = ".dpo_recipes.json"
+"""In a folder of ours: what runs wrote there, as `manifest` reads it."""
+TEMPORARY = r"\..+\.\d+\.tmp"
+"""What `write_bytes` writes before it renames it, and leaves where it is killed meanwhile."""
+SAMPLED = 2**20  # bytes at either end of a file that its fingerprint reads
 
 
 def write_bytes(path: str | Path, data: bytes) -> Path:
-    """The path, holding the data: readers see the old file or the new one, never a part of it."""
+    """The path, holding the data: readers see the old file or the new one, never a part of it.
+
+    In a folder with a manifest the file is listed first, with its old and its new content.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.name != MANIFEST and (held := read_json(path.parent / MANIFEST)):
+        known = [*held["files"].get(path.name, [])[-1:], fingerprint(BytesIO(data))]
+        write_json(path.parent / MANIFEST, held | {"files": held["files"] | {path.name: known}})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)
@@ -18,6 +32,19 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def fingerprint(file: Path | IO[bytes]) -> str:
+    """A hash of a file's size and of its first and last MiB: of weights that were trained, every part changes."""
+    if isinstance(file, Path):
+        with file.open("rb") as stream:
+            return fingerprint(stream)
+    size = file.seek(0, os.SEEK_END)
+    digest = hashlib.sha256(str(size).encode())
+    for start in (0, max(SAMPLED, size - SAMPLED)):
+        file.seek(start)
+        digest.update(file.read(SAMPLED))
+    return digest.hexdigest()[:32]
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -24,6 +24,9 @@ FIRST_LOGPS_TOLERANCE = {"float32": 0.01, "16 bits": 0.5}
 """Nats by which policy and reference may differ at the start: what rounding moves a sum of some hundred log-probs."""
 
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 class WrongReferenceError(RuntimeError):
     """The policy does not start at the reference model."""
 
@@ -40,7 +43,7 @@ def add_guards(trainer: Trainer, *, reference_is_start: bool = True) -> None:
     - 4-bit layers on a CPU keep their layout. On one with AVX512-BF16, bitsandbytes 0.50.2 repacks them for good in the
       first evaluation, after which no gradient passes through them.
     - The first batch must show policy and reference to be equal, before the first update.
-    - SIGTERM and Ctrl-C save a checkpoint at the end of the step and end the run.
+    - SIGTERM, Ctrl-C and a closed terminal save a checkpoint at the end of the step and end the run.
 
     Args:
         trainer: Any transformers Trainer; the guards on the reference are for DPOTrainer.
@@ -213,7 +216,7 @@ class RolloutCheck:
 
 
 class InterruptCallback(TrainerCallback):
-    """Turns the first SIGTERM or Ctrl-C into a checkpoint at the end of the step, and then exits with 143 or 130.
+    """Turns the first SIGTERM, Ctrl-C or SIGHUP into a checkpoint at the end of the step; exits with 143, 130 or 129.
 
     transformers' `enable_jit_checkpoint` waits three seconds, ignores Ctrl-C and may save within a step, where the
     random state is no longer that of a step's beginning; saving at a step's end is what makes a resume bit-identical.
@@ -233,8 +236,10 @@ class InterruptCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the two signals over."""
-        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        """Take the signals over, without a SIGHUP that nohup has ignored."""
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        heeded = STOPPING[:-1] if ignored else STOPPING
+        self.previous = {number: signal.signal(number, self._handle) for number in heeded}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a checkpoint and the end. All processes stop at the same step, whichever got the signal first."""

@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+from dpo_recipes.terminal import outlive_the_terminal
+
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -74,6 +76,7 @@ def _members(session: int) -> list[int]:
 
 def _inside(lifeline: int, arguments: list[str]) -> int:
     """Calls accelerate in this process, the leader of the session, and returns the training's exit status."""
+    outlive_the_terminal()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is started yet: Ctrl-C may simply end this process
     threading.Thread(target=_stop_with_parent, args=(lifeline,), daemon=True).start()
     os.environ |= {"PET_SIGNALS_TO_HANDLE": "SIGUSR2", "PET_SHUTDOWN_TIMEOUT": "120"}  # torch elastic: leave ours alone

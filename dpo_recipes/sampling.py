@@ -45,6 +45,7 @@ def sample(
     num_samples: int,
     judge: str | None = None,
     first_words: tuple[int, int] | None = None,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Path:
     """The path of a JSON Lines file, written whole; until then a .part lies beside it: the same call goes on with it.
@@ -60,6 +61,7 @@ def sample(
             a prompt that it scores differently, and the difference as their `margin`.
         first_words: Least and most. The prompts are plain text to go on with: the first words of the dataset's, their
             number drawn by a hash of the text.
+        trust_remote_code: As in `open_model`.
         options: Those of `sample_tokens`: temperature, max_new_tokens, seed, batch_size.
 
     Raises:
@@ -81,7 +83,7 @@ def sample(
         prompts = [row["prompt"] for row in asked]
         room = dict(max_completion_length=options["max_new_tokens"], labels=(1, 2))
         check_reward_model(*read_reward_config(judge), prompts, **room)
-    loaded, tokenizer = open_model(model)
+    loaded, tokenizer = open_model(model, trust_remote_code=trust_remote_code)
     asked = _keep(asked, lambda row: check_prompt(loaded.config, tokenizer, row["prompt"]), "prompts")
     step = max(1, AT_A_TIME * options["batch_size"] // num_samples)  # prompts between two writes
 
