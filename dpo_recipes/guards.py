@@ -260,7 +260,6 @@ class InterruptCallback(TrainerCallback):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         if self.signal:
-            logger.warning(
-                f"Saved {args.output_dir}/checkpoint-{state.global_step}. Continue with --resume_from_checkpoint true."
-            )
+            way = "It holds weights alone." if args.save_only_model else "Continue with --resume_from_checkpoint true."
+            logger.warning(f"Saved {args.output_dir}/checkpoint-{state.global_step}. {way}")
             raise SystemExit(128 + self.signal)
