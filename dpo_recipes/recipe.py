@@ -92,7 +92,9 @@ def argument_classes(namespace: Mapping[str, Any]) -> list[type]:
     return [part for part in parts if not any(part in other.__mro__[1:] for other in parts)]  # one of each kind
 
 
-def parse_recipe(recipe: Mapping[str, Any], dataclass_types: Sequence[type]) -> tuple[Any, ...]:
+def parse_recipe(
+    recipe: Mapping[str, Any], dataclass_types: Sequence[type], *, to_train: bool = True
+) -> tuple[Any, ...]:
     """An instance of each dataclass, from RECIPE < `--config profile.yaml` < flags.
 
     Sets what follows from other settings: gradient accumulation from `pairs_per_update`, `model_init_kwargs` from
@@ -101,6 +103,7 @@ def parse_recipe(recipe: Mapping[str, Any], dataclass_types: Sequence[type]) -> 
     Args:
         recipe: The RECIPE of a recipe file.
         dataclass_types: RecipeArguments, a TRL config and, where a model is loaded by name, ModelConfig.
+        to_train: Look at what the output folder holds.
 
     Raises:
         RecipeError: If a key is unknown anywhere, a value is refused, the pairs per update cannot be met, the output
@@ -142,6 +145,8 @@ def parse_recipe(recipe: Mapping[str, Any], dataclass_types: Sequence[type]) -> 
             **(training_args.model_init_kwargs or {}),
         }
     script_args.settings = _effective_settings(parsed) | {"request": os.environ.get("DPO_RECIPES_REQUEST")}
+    if not to_train:
+        return parsed
     asked = _is_asked(training_args.resume_from_checkpoint)
     try:
         if _is_finished(script_args, training_args, asked=asked):

@@ -53,7 +53,7 @@ def test_a_closed_terminal_ends_the_run_with_a_checkpoint(command, tmp_path):
     process = start([*command, *more], tmp_path, **streams, start_new_session=True, preexec_fn=lead_the_terminal)
     try:
         os.close(slave)
-        read_until(rb"\n +4  loss", master)
+        read_until(rb"[\r\n] +4  loss", master)
         os.close(master)
         assert process.wait(timeout=120) == 143
     finally:
@@ -80,7 +80,7 @@ def test_a_recipe_run_by_hand_saves_when_its_terminal_is_closed(tmp_path, tiny_m
     process = start([str(part) for part in call], tmp_path, stdout=writer, stderr=writer, **hang_up)
     try:
         os.close(writer)
-        read_until(rb"\n +4  loss", reader)
+        read_until(rb"[\r\n] +4  loss", reader)
         os.close(reader)
         process.send_signal(signal.SIGHUP)
         assert process.wait(timeout=120) == 129
