@@ -15,14 +15,15 @@ TEMPORARY = r"\..+\.\d+\.tmp"
 SAMPLED = 2**20  # bytes at either end of a file that its fingerprint reads
 
 
-def write_bytes(path: str | Path, data: bytes) -> Path:
+def write_bytes(path: str | Path, data: bytes, *, listed: bool = True) -> Path:
     """The path, holding the data: readers see the old file or the new one, never a part of it.
 
-    In a folder with a manifest the file is listed first, with its old and its new content.
+    In a folder with a manifest the file is listed first, with its old and its new content. `listed=False` leaves it
+    out, as something of the user's that no run may remove.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.name != MANIFEST and (held := read_json(path.parent / MANIFEST)):
+    if listed and path.name != MANIFEST and (held := read_json(path.parent / MANIFEST)):
         known = [*held["files"].get(path.name, [])[-1:], fingerprint(BytesIO(data))]
         write_json(path.parent / MANIFEST, held | {"files": held["files"] | {path.name: known}})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -47,9 +48,9 @@ def fingerprint(file: Path | IO[bytes]) -> str:
     return digest.hexdigest()[:32]
 
 
-def write_text(path: str | Path, text: str) -> Path:
+def write_text(path: str | Path, text: str, *, listed: bool = True) -> Path:
     """The path, holding the text."""
-    return write_bytes(path, text.encode())
+    return write_bytes(path, text.encode(), listed=listed)
 
 
 def write_json(path: str | Path, data: Any) -> Path:
@@ -57,9 +58,9 @@ def write_json(path: str | Path, data: Any) -> Path:
     return write_text(path, json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def write_jsonl(path: str | Path, rows: Iterable[Any]) -> Path:
+def write_jsonl(path: str | Path, rows: Iterable[Any], *, listed: bool = True) -> Path:
     """The path, holding one JSON object a line."""
-    return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), listed=listed)
 
 
 def read_jsonl(file: Path) -> list[Any]:

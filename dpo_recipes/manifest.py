@@ -73,9 +73,11 @@ def refuse_strangers(folder: Path, *, changed_only: bool = False) -> None:
     """Raises RecipeError if the folder holds something that no run wrote, or that was changed since."""
     if found := strangers(folder, changed_only=changed_only):
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        is_old = (folder / "done.json").exists() and not (folder / MANIFEST).exists()
+        why = "which a version left that kept no list" if is_old else "which no run wrote or somebody changed since"
         raise RecipeError(
-            f"{folder} holds {', '.join(found[:3])}{more}, which no run wrote or somebody changed since. A run "
-            "replaces only its own files. Choose another --output_dir, or move or delete them yourself."
+            f"{folder} holds {', '.join(found[:3])}{more}, {why}. A run replaces only files that it knows as its "
+            "own. Choose another --output_dir, or move or delete them yourself."
         )
 
 

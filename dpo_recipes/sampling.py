@@ -99,7 +99,8 @@ def sample(
     settings = options | {"num_samples": num_samples}
     with in_steps(answer, asked, target, step=step, model=model, settings=settings) as done:
         lines = [{**row, **answered} for row, answered in zip(asked, done, strict=True)]
-        write_jsonl(target, _own_rejected(lines) if pairs else _ranked(lines, judge) if judge else lines)
+        made = _own_rejected(lines) if pairs else _ranked(lines, judge) if judge else lines
+        write_jsonl(target, made, listed=False)  # the user's, in a run's folder too
     cut = sum(not ended for line in lines for ended in line["ended"])
     say(f"{len(asked)} prompts, {len(asked) * num_samples} answers, {cut} of them cut short")
     say(f"{'Pairs' if pairs or judge else 'Answers':<14}{target}")
@@ -127,7 +128,7 @@ def in_steps(
     part = target.with_name(f"{target.name}.{hashlib.sha256(request.encode()).hexdigest()[:8]}.part")
     done = read_jsonl(part)
     done = done[: len(done) // step * step]  # a step that was cut short is sampled again
-    write_jsonl(part, done)
+    write_jsonl(part, done, listed=False)
     for start in trange(len(done), len(asked), step, desc=f"{step} prompts at a time"):
         # A seed for each step: an interrupted run and one in one go write the same.
         done += answer(asked[start : start + step], settings["seed"] + start)

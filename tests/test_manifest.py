@@ -129,6 +129,17 @@ def test_a_writer_that_was_killed_leaves_nothing_that_a_later_run_would_refuse(r
     assert strangers(run) == ["notes.txt"]
 
 
+def test_answers_that_were_sampled_into_a_runs_folder_are_the_users(run):
+    files.write_jsonl(run / "pairs.jsonl", [{"prompt": "Hm?"}], listed=False)
+    assert strangers(run) == ["pairs.jsonl"]
+
+
+def test_a_run_of_a_version_without_a_list_is_refused_as_such(tmp_path):
+    (tmp_path / "done.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"holds done\.json, which a version left that kept no list"):
+        refuse_strangers(tmp_path)
+
+
 def test_a_copied_run_is_known_as_one(run, tmp_path):
     for path in sorted(run.rglob("*")):
         target = tmp_path / "copy" / path.relative_to(run)
