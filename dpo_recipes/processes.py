@@ -60,7 +60,7 @@ def supervise(arguments: Sequence[str], environment: dict[str, str]) -> int:
     return _status(process.returncode)
 
 
-def _relayed_streams() -> dict[str, int]:
+def _relayed_streams() -> dict[str, Any]:
     """Arguments of Popen that put a pipe of ours in front of each output that is no terminal.
 
     A full disk or a pipe without a reader would otherwise end a training with whatever a library prints at its import.
