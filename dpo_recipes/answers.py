@@ -60,6 +60,7 @@ def answer_all(
     pairs: Dataset,
     sampling: Sampling,
     folder: Path,
+    trust_remote_code: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Each model's answers to the prompts, and its log-probs of the held-out pairs.
 
@@ -73,6 +74,7 @@ def answer_all(
         pairs: Held-out pairs.
         sampling: The same for all.
         folder: Where each model's answers are kept.
+        trust_remote_code: Whether code that comes with a model may run.
 
     Returns:
         By name, `answers` (as `generate` returns them, with `policy` and `start`, their log-probs in nats under the
@@ -86,7 +88,9 @@ def answer_all(
     if not missing:
         return found
     trained = next((entry.model for entry in entries if lora_config(entry.model)), None)
-    base, tokenizer = open_model(trained or start, base=start)  # as it was trained on: its dtype, its 4 bits
+    base, tokenizer = open_model(
+        trained or start, base=start, trust_remote_code=trust_remote_code
+    )  # as it was trained on: its dtype, its 4 bits
     base = base.unload() if isinstance(base, PeftModel) else base
     texts = [render(row["prompt"], *(row[side] for side in SIDES), tokenizer=tokenizer) for row in pairs]
     ids = encode_pairs(texts, tokenizer, is_chat=not isinstance(pairs[0]["prompt"], str))
@@ -98,7 +102,7 @@ def answer_all(
         elif lora_config(entry.model):
             model = PeftModel.from_pretrained(base, entry.model).eval()
         else:
-            model = open_model(entry.model)[0]
+            model = open_model(entry.model, trust_remote_code=trust_remote_code)[0]
         sides = {side: logps(model, [(row.prompt, getattr(row, side)) for row in ids]).tolist() for side in SIDES}
         if broken := sum(map(math.isnan, sides["chosen"] + sides["rejected"])):
             raise RecipeError(

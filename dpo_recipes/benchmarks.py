@@ -33,6 +33,7 @@ def answer(
     name: str | None = None,
     output_dir: str | None = None,
     temperature: float | None = None,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Path:
     """The path of the answers, written whole; until then a .part lies beside it: the same call goes on with it.
@@ -47,6 +48,7 @@ def answer(
         name: Of the model in the benchmark; by default that of its folder.
         output_dir: Laid out as the benchmark's own: NAME/model_outputs.json, model_answer/NAME.jsonl.
         temperature: Of all answers; by default that of the question's category.
+        trust_remote_code: As in `open_model`.
         options: max_new_tokens, seed and batch_size, as those of `sample_tokens`.
 
     Raises:
@@ -67,7 +69,7 @@ def answer(
             raise RecipeError(f"Row {number} of {dataset.dataset_name} asks {turns!r}, where text is needed.")
         warmth = TEMPERATURES.get(row.get("category"), OTHERWISE) if temperature is None else temperature
         asked.append({"turns": turns, "temperature": warmth})
-    loaded, tokenizer = open_model(model)
+    loaded, tokenizer = open_model(model, trust_remote_code=trust_remote_code)
     if tokenizer.chat_template is None:
         raise RecipeError(f"The tokenizer of {model} has no chat template: it is no model that answers. Name another.")
 

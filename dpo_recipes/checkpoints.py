@@ -2,9 +2,10 @@
 
 import json
 import logging
+import math
 import os
 import re
-import tempfile
+import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,10 +23,11 @@ from dpo_recipes.terminal import say
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"  # transformers writes it last
+WEIGHTS_ALONE = "saved without its optimizer (--save_only_model true)"
 
 
 def incomplete_reason(checkpoint: str | Path) -> str | None:
-    """Why the checkpoint cannot be resumed from, or None where it is complete.
+    """What the checkpoint is where it cannot be resumed from, as a predicate; None where it is complete.
 
     transformers writes `trainer_state.json` last on the main process, so a readable one means that the main process
     got to the end; every weight, optimizer and random-state file is opened as well, because a full disk or another
@@ -35,41 +37,47 @@ def incomplete_reason(checkpoint: str | Path) -> str | None:
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return f"{STATE_FILE} is missing"
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return f"{STATE_FILE} is cut short"
-    if f"checkpoint-{state.get('global_step')}" != folder.name:
-        return f"{STATE_FILE} is of step {state.get('global_step')}"
+        return f"half-written ({STATE_FILE} is missing)"
+    except (OSError, ValueError):
+        return f"half-written ({STATE_FILE} is cut short)"
+    if not isinstance(state, dict) or f"checkpoint-{state.get('global_step')}" != folder.name:
+        return f"half-written ({STATE_FILE} is of another step)"
+    if not any(file.name.startswith(("optimizer", "scheduler", "rng_state")) for file in folder.iterdir()):
+        return WEIGHTS_ALONE
     sharded = any(folder.glob("pytorch_model_fsdp*")) or any(folder.glob("global_step*"))  # FSDP, DeepSpeed
     needed = ["rng_state*.pth"] if sharded else ["*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth"]
     for pattern in needed:
         if not any(folder.glob(pattern)):
-            return f"{pattern} is missing"
+            return f"half-written ({pattern} is missing)"
     for file in sorted(folder.rglob("*")):
         if file.suffix == ".safetensors":
             try:
                 with safe_open(file, framework="pt") as tensors:
                     tensors.keys()
             except (SafetensorError, OSError):
-                return f"{file.name} is cut short"
+                return f"half-written ({file.name} is cut short)"
         elif file.suffix in {".pt", ".pth"} and not zipfile.is_zipfile(file):  # torch.save writes a zip archive
-            return f"{file.name} is cut short"
+            return f"half-written ({file.name} is cut short)"
     return None
 
 
-def latest_checkpoint(output_dir: str | Path, *, before: int | None = None) -> Path | None:
-    """The highest-numbered complete checkpoint of a run, or None. Half-written ones are skipped with a warning.
+def checkpoints_of(output_dir: str | Path) -> list[Path]:
+    """The checkpoints of a run, complete or not, the highest-numbered first."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
+
+
+def latest_checkpoint(output_dir: str | Path, *, before: float = math.inf) -> Path | None:
+    """The highest-numbered complete checkpoint of a run, or None. Incomplete ones are skipped with a warning.
 
     Args:
         output_dir: The run's folder.
-        before: `max_steps`: from a checkpoint that has reached it, transformers 5.23 would train one update more.
+        before: The update that the checkpoint is to precede.
     """
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    steps = {int(folder.name.rpartition("-")[2]): folder for folder in folders}
-    for step, folder in sorted(steps.items(), reverse=True):
+    for folder in checkpoints_of(output_dir):
         if reason := incomplete_reason(folder):
-            logger.warning(f"{folder} is half-written ({reason}) and is skipped.")
-        elif before is None or step < before:
+            logger.warning(f"{folder} is {reason} and is skipped.")
+        elif int(folder.name.rpartition("-")[2]) < before:
             return folder
     return None
 
@@ -105,6 +113,9 @@ def check_saved(folder: str | Path, weights: Mapping[str, torch.Tensor]) -> None
                 f"{name} in {folder} differs from the trained weight: what was saved is not what it was."
             )
 
+
+MERGING = ".merged"
+"""Folder within a run's, in which the merged model is written before it takes the LoRA adapter's place."""
 
 MERGE_TOLERANCE = 1e-4
 """Distance of merged and unmerged outputs in float32 that rounding explains, as a share of the largest output."""
@@ -160,11 +171,15 @@ def replace_adapter(folder: Path, merged: PreTrainedModel) -> None:
     Raises:
         RuntimeError: If what was written is not the model; the adapter is still there.
     """
-    with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as temporary:
+    temporary = folder / MERGING
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
         merged.save_pretrained(temporary)
         check_saved(temporary, merged.state_dict())
-        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json"):  # it goes last
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):  # it goes last
             os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (folder / name).unlink(missing_ok=True)
 

@@ -15,7 +15,7 @@ from dpo_recipes.catalog import as_table, find_recipe, find_settings, list_recip
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.launch import BFLOAT16, card_memory, default_profile, gpu_cards, prepare, set_environment
 from dpo_recipes.sweep import spelling, sweep
-from dpo_recipes.terminal import say
+from dpo_recipes.terminal import outlive_the_terminal, say
 
 DATASET_FLAGS = ("dataset_name", "dataset_config", "dataset_train_split", "columns")
 
@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0 done, 1 the work failed, 2 the call was wrong, 128 + a signal."""
     # trl 1.16 and peft 0.21 read the old name of what transformers 5.23 calls activation checkpointing.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    outlive_the_terminal()
     parser = _parser()
     options, flags = parser.parse_known_args(arguments)
     if options.command == "try" and options.prompt is None and flags and not flags[0].startswith("-"):
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags and options.command not in ("train", "inspect", "compare", "evaluate"):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     given = {name: value for name, value in vars(options).items() if name != "command" and value is not None}
+    if "trust_remote_code" in given:
+        given["trust_remote_code"] = given["trust_remote_code"] == "true"
     try:
         if options.command in ("merge", "try", "sample", "answer"):  # the others first see to their words
             set_environment()
@@ -256,6 +259,14 @@ def _parser() -> argparse.ArgumentParser:
     trying.add_argument("prompt", nargs="?", metavar="PROMPT", help="without it each line typed or piped in")
     trying.add_argument("--base", metavar="MODEL", help="the start; by default what the run names")
     trying.add_argument("--system", metavar="TEXT", help="a system message in front of the prompt")
+    for verb in (merging, sampling, answering, trying):
+        verb.add_argument(
+            "--trust_remote_code",
+            nargs="?",
+            choices=("true", "false"),
+            const="true",
+            help="let code that comes with the model run; no file can allow that",
+        )
     for verb in (sampling, answering):
         verb.add_argument("--batch_size", type=_at_least(1), default=16, help="answers at a time: 16")
         for name in DATASET_FLAGS:

@@ -1,16 +1,31 @@
 """Files written whole or not at all, and JSON read where it is there."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+MANIFEST = ".dpo_recipes.json"
+"""In a folder of ours: what runs wrote there, as `manifest` reads it."""
+TEMPORARY = r"\..+\.\d+\.tmp"
+"""What `write_bytes` writes before it renames it, and leaves where it is killed meanwhile."""
+SAMPLED = 2**20  # bytes at either end of a file that its fingerprint reads
 
 
-def write_bytes(path: str | Path, data: bytes) -> Path:
-    """The path, holding the data: readers see the old file or the new one, never a part of it."""
+def write_bytes(path: str | Path, data: bytes, *, listed: bool = True) -> Path:
+    """The path, holding the data: readers see the old file or the new one, never a part of it.
+
+    In a folder with a manifest the file is listed first, with its old and its new content. `listed=False` leaves it
+    out, as something of the user's that no run may remove.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if listed and path.name != MANIFEST and (held := read_json(path.parent / MANIFEST)):
+        known = [*held["files"].get(path.name, [])[-1:], fingerprint(BytesIO(data))]
+        write_json(path.parent / MANIFEST, held | {"files": held["files"] | {path.name: known}})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)
@@ -20,9 +35,22 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
     return path
 
 
-def write_text(path: str | Path, text: str) -> Path:
+def fingerprint(file: Path | IO[bytes]) -> str:
+    """A hash of a file's size and of its first and last MiB: of weights that were trained, every part changes."""
+    if isinstance(file, Path):
+        with file.open("rb") as stream:
+            return fingerprint(stream)
+    size = file.seek(0, os.SEEK_END)
+    digest = hashlib.sha256(str(size).encode())
+    for start in (0, max(SAMPLED, size - SAMPLED)):
+        file.seek(start)
+        digest.update(file.read(SAMPLED))
+    return digest.hexdigest()[:32]
+
+
+def write_text(path: str | Path, text: str, *, listed: bool = True) -> Path:
     """The path, holding the text."""
-    return write_bytes(path, text.encode())
+    return write_bytes(path, text.encode(), listed=listed)
 
 
 def write_json(path: str | Path, data: Any) -> Path:
@@ -30,9 +58,9 @@ def write_json(path: str | Path, data: Any) -> Path:
     return write_text(path, json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def write_jsonl(path: str | Path, rows: Iterable[Any]) -> Path:
+def write_jsonl(path: str | Path, rows: Iterable[Any], *, listed: bool = True) -> Path:
     """The path, holding one JSON object a line."""
-    return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), listed=listed)
 
 
 def read_jsonl(file: Path) -> list[Any]:

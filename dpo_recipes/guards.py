@@ -28,6 +28,9 @@ REFERENCE_PAIRS = 4
 """Training pairs, the first ones, on which policy and reference model are compared."""
 
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 class WrongReferenceError(RuntimeError):
     """The policy does not start at the reference model."""
 
@@ -45,7 +48,7 @@ def add_guards(trainer: Trainer, *, reference_is_start: bool = True) -> None:
       first evaluation, after which no gradient passes through them.
     - On the first pairs policy and reference model must give the same log-probs before the first update, and the
       reference model must not move with the policy: weights trained outside of the LoRA adapter are refused.
-    - SIGTERM and Ctrl-C save a checkpoint at the end of the step and end the run.
+    - SIGTERM, Ctrl-C and a closed terminal save a checkpoint at the end of the step and end the run.
 
     Args:
         trainer: Any transformers Trainer; the guards on the reference are for DPOTrainer.
@@ -308,7 +311,7 @@ class RolloutCheck:
 
 
 class InterruptCallback(TrainerCallback):
-    """Turns the first SIGTERM or Ctrl-C into a checkpoint at the end of the step, and then exits with 143 or 130.
+    """Turns the first SIGTERM, Ctrl-C or SIGHUP into a checkpoint at the end of the step; exits with 143, 130 or 129.
 
     transformers' `enable_jit_checkpoint` waits three seconds, ignores Ctrl-C and may save within a step, where the
     random state is no longer that of a step's beginning; saving at a step's end is what makes a resume bit-identical.
@@ -328,8 +331,10 @@ class InterruptCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the two signals over."""
-        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        """Take the signals over, without a SIGHUP that nohup has ignored."""
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        heeded = STOPPING[:-1] if ignored else STOPPING
+        self.previous = {number: signal.signal(number, self._handle) for number in heeded}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a checkpoint and the end. All processes stop at the same step, whichever got the signal first."""
@@ -350,7 +355,6 @@ class InterruptCallback(TrainerCallback):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         if self.signal:
-            logger.warning(
-                f"Saved {args.output_dir}/checkpoint-{state.global_step}. Continue with --resume_from_checkpoint true."
-            )
+            way = "It holds weights alone." if args.save_only_model else "Continue with --resume_from_checkpoint true."
+            logger.warning(f"Saved {args.output_dir}/checkpoint-{state.global_step}. {way}")
             raise SystemExit(128 + self.signal)

@@ -151,7 +151,8 @@ class Launch:
                 continue
             with suppress(RecipeError):
                 recipe = find_recipe(named[1], beside=self.recipe.parent)
-                stages[key] = Launch(recipe, self.profile, self.accelerate, flags=()).going_on()
+                stage = Launch(recipe, self.profile, self.accelerate, flags=())
+                stages[key] = stage.going_on(keep=key in dict(grouped(self.flags)))
         return stages
 
     def _stages_to_train(self) -> dict[str, tuple["Launch", str]]:
@@ -162,27 +163,34 @@ class Launch:
                 needed |= stage._stages_to_train() | {stage.recipe.stem: (stage, reason)}
         return needed
 
-    def going_on(self, *, anew: bool = False) -> "Launch":
+    def going_on(self, *, anew: bool = False, keep: bool = False) -> "Launch":
         """This run, told what to do with what its output folder holds: continue the same one, replace another.
 
         Args:
             anew: Replace the same one too.
+            keep: Replace nothing. The run itself refuses a folder that it would have to replace.
         """
         folder = Path(self.setting("output_dir") or Path("outputs") / self.recipe.stem)
         request = read_json(folder / "settings.json").get("request")
         unfinished = not (folder / "done.json").exists() and request == self.request()
         word = "resume_from_checkpoint" if unfinished and not anew else "overwrite"
         # A folder without settings is none of ours: the run itself refuses to replace it.
-        return replace(self, flags=(*self.flags, f"--{word}", "true") if request else self.flags)
+        if not request or (keep and word == "overwrite"):
+            return self
+        return replace(self, flags=(*self.flags, f"--{word}", "true"))
 
     def is_done(self, folder: Path) -> bool:
         """Whether the folder holds the run that is asked for, finished."""
         return read_json(folder / "done.json").get("request") == self.request()
 
+    def is_given(self, key: str) -> bool:
+        """Returns True where a flag names a model that is there: it is taken as it stands."""
+        return key in dict(grouped(self.flags)) and (Path(self.setting(key) or "") / "config.json").exists()
+
     def _why_retrain(self, stage: "Launch", model: Path, *, flag: str) -> str | None:
         """Why the stage's finished model, if there is one, will not do; None if it will."""
-        if flag in dict(grouped(self.flags)) and (model / "config.json").exists():
-            return None  # a model named by a flag is taken as it stands
+        if self.is_given(flag):
+            return None
         done = read_json(model / "done.json")
         if not done:
             return f"{model / 'done.json'} is missing or cannot be read"

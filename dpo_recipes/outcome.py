@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, Trainer
 from trl import DPOTrainer, RewardTrainer
@@ -62,11 +63,14 @@ def measure(
         _measure_reward_model(trainer, strata, outcome)
         return outcome
     online = isinstance(script_args, OnlineArguments)
+    if trainer.eval_dataset is not None and not _held_out(trainer):
+        outcome.warnings.append("The evaluation set is empty, a stream or several sets: nothing was measured on it.")
     if isinstance(trainer, DPOTrainer):
         _measure_preference(trainer, strata, outcome)
     if not (online or isinstance(trainer, DPOTrainer)) or not trainer.is_world_process_zero() or sharded(trainer):
         return outcome
-    drawn = _draw_prompts(trainer, prompts)
+    if not (drawn := _draw_prompts(trainer, prompts)):
+        return outcome
     shown = len(drawn) if prompts else KL_PROMPTS if online else 16
     for temperature in temperatures:
         outcome.answers += _answers(trainer, drawn[:shown], temperature, max_new_tokens, score)
@@ -94,6 +98,11 @@ def _last_logged(trainer: Trainer, key: str) -> dict[str, float]:
     return next((dict(entry) for entry in reversed(trainer.state.log_history) if key in entry), {})
 
 
+def _held_out(trainer: Trainer) -> Any:
+    """The evaluation pairs; nothing where there are none, or where they are a stream or several sets."""
+    return trainer.eval_dataset if isinstance(trainer.eval_dataset, Dataset) else []
+
+
 def _strata(trainer: Trainer, strata: str | None) -> dict[str, NDArray[np.bool_]]:
     """The held-out pairs, and those of each value of the column, under what is put behind a row's name."""
     groups = {"": np.full(len(trainer.eval_dataset), True)}
@@ -112,7 +121,7 @@ def _measure_preference(trainer: DPOTrainer, strata: str | None, outcome: Outcom
     outcome.warnings += [moved for guard in guards if (moved := guard.moved())]
     result: dict[str, Any] = {}
     outcome.metrics["preference_accuracy"] = result
-    if trainer.eval_dataset is None:
+    if not _held_out(trainer):
         return
     before, after = preference_logps(trainer, reference=True), preference_logps(trainer)
     for group, members in _strata(trainer, strata).items():
@@ -135,7 +144,7 @@ def _measure_preference(trainer: DPOTrainer, strata: str | None, outcome: Outcom
 
 def _measure_reward_model(trainer: RewardTrainer, strata: str | None, outcome: Outcome) -> None:
     """Accuracy, calibration and spread of the scores of the held-out pairs."""
-    if trainer.eval_dataset is None:
+    if not _held_out(trainer):
         return
     chosen, rejected = pair_scores(trainer)
     margins = chosen - rejected
@@ -175,8 +184,9 @@ def _chance_warning(accuracy: Estimate) -> list[str]:
 
 
 def _draw_prompts(trainer: Trainer, prompts: Sequence[Text] | None) -> list[Text]:
-    """The prompts, by default those of the held-out pairs, in an order drawn by seed."""
-    distinct = list(prompts or {str(prompt): prompt for prompt in trainer.eval_dataset["prompt"]}.values())
+    """The prompts, by default those of the held-out pairs if there are any, in an order drawn by seed."""
+    held_out = _held_out(trainer)["prompt"] if _held_out(trainer) else []
+    distinct = list(prompts or {str(prompt): prompt for prompt in held_out}.values())
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(trainer.args.seed)).tolist()
     return [distinct[index] for index in order]
 

@@ -14,6 +14,9 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
+
+from dpo_recipes.terminal import outlive_the_terminal
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -29,7 +32,12 @@ def supervise(arguments: Sequence[str], environment: dict[str, str]) -> int:
     before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in heeded}
     lifeline, held = os.pipe()  # the other end closes with this process, however it ends
     inside = [sys.executable, "-P", "-m", "dpo_recipes.processes", str(lifeline), *arguments]
-    process = subprocess.Popen(inside, env=environment, start_new_session=True, pass_fds=[lifeline])
+    streams = _relayed_streams()
+    process = subprocess.Popen(inside, env=environment, start_new_session=True, pass_fds=[lifeline], **streams)
+    pipes = ((process.stdout, 1), (process.stderr, 2))
+    relays = [threading.Thread(target=_relay, args=pipe, daemon=True) for pipe in pipes if pipe[0]]
+    for relay in relays:
+        relay.start()
     try:
         handled = 0
         while process.poll() is None:
@@ -42,12 +50,35 @@ def supervise(arguments: Sequence[str], environment: dict[str, str]) -> int:
                     process.send_signal(number)
             time.sleep(0.05)
         end_session(process.pid)
+        for relay in relays:
+            relay.join(timeout=10)
     finally:
         os.close(lifeline)
         os.close(held)
         for number, handler in before.items():
             signal.signal(number, handler)
     return _status(process.returncode)
+
+
+def _relayed_streams() -> dict[str, Any]:
+    """Arguments of Popen that put a pipe of ours in front of each output that is no terminal.
+
+    A full disk or a pipe without a reader would otherwise end a training with whatever a library prints at its import.
+    """
+    streams = {name: subprocess.PIPE for number, name in ((1, "stdout"), (2, "stderr")) if not os.isatty(number)}
+    with suppress(OSError):  # one of them is closed
+        if len(streams) == 2 and os.path.sameopenfile(1, 2):
+            streams["stderr"] = subprocess.STDOUT  # the order of the lines stays
+    return streams
+
+
+def _relay(source: Any, target: int) -> None:
+    """Copies what is read until the end, and drops what cannot be written."""
+    while data := source.read1(2**16):
+        with suppress(OSError):
+            while data:
+                data = data[os.write(target, data) :]
+    source.close()
 
 
 def end_session(leader: int, *, grace: float = 10.0) -> None:
@@ -74,6 +105,7 @@ def _members(session: int) -> list[int]:
 
 def _inside(lifeline: int, arguments: list[str]) -> int:
     """Calls accelerate in this process, the leader of the session, and returns the training's exit status."""
+    outlive_the_terminal()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is started yet: Ctrl-C may simply end this process
     threading.Thread(target=_stop_with_parent, args=(lifeline,), daemon=True).start()
     os.environ |= {"PET_SIGNALS_TO_HANDLE": "SIGUSR2", "PET_SHUTDOWN_TIMEOUT": "120"}  # torch elastic: leave ours alone

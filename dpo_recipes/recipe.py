@@ -16,10 +16,11 @@ from transformers.hf_argparser import HfArg
 from trl import DPOConfig, ModelConfig, RewardConfig, ScriptArguments, TrlParser
 
 from dpo_recipes.catalog import read_yaml
-from dpo_recipes.checkpoints import incomplete_reason, latest_checkpoint
+from dpo_recipes.checkpoints import WEIGHTS_ALONE, checkpoints_of, incomplete_reason, latest_checkpoint
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.files import read_json
-from dpo_recipes.terminal import say
+from dpo_recipes.manifest import refuse_strangers, was_cut_short
+from dpo_recipes.terminal import outlive_the_terminal, say
 from dpo_recipes.tracking import check_trackers
 
 SETTINGS_FILE = "settings.json"
@@ -99,7 +100,9 @@ def argument_classes(namespace: Mapping[str, Any]) -> list[type]:
     return [part for part in parts if not any(part in other.__mro__[1:] for other in parts)]  # one of each kind
 
 
-def parse_recipe(recipe: Mapping[str, Any], dataclass_types: Sequence[type]) -> tuple[Any, ...]:
+def parse_recipe(
+    recipe: Mapping[str, Any], dataclass_types: Sequence[type], *, to_train: bool = True
+) -> tuple[Any, ...]:
     """An instance of each dataclass, from RECIPE < `--config profile.yaml` < flags.
 
     Sets what follows from other settings: gradient accumulation from `pairs_per_update`, `model_init_kwargs` from
@@ -108,10 +111,12 @@ def parse_recipe(recipe: Mapping[str, Any], dataclass_types: Sequence[type]) -> 
     Args:
         recipe: The RECIPE of a recipe file.
         dataclass_types: RecipeArguments, a TRL config and, where a model is loaded by name, ModelConfig.
+        to_train: Look at what the output folder holds.
 
     Raises:
-        RecipeError: If a key is unknown anywhere, a value is refused, the pairs per update cannot be met, or the
-            output folder holds another run.
+        RecipeError: If a key is unknown anywhere, a value is refused, the pairs per update cannot be met, the output
+            folder holds anything but this run, or no checkpoint there can be resumed from.
+        SystemExit: With status 0 if the output folder holds this run, finished.
     """
     flags = {word[2:].partition("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
     given = flags | set(recipe)
@@ -154,10 +159,19 @@ def parse_recipe(recipe: Mapping[str, Any], dataclass_types: Sequence[type]) -> 
             **(training_args.model_init_kwargs or {}),
         }
     script_args.settings = _effective_settings(parsed) | {"request": os.environ.get("DPO_RECIPES_REQUEST")}
-    asked_to_resume = str(training_args.resume_from_checkpoint or "false").lower() != "false"
-    training_args.resume_from_checkpoint = _checkpoint_to_resume(training_args)
+    if not to_train:
+        return parsed
+    asked = _is_asked(training_args.resume_from_checkpoint)
     try:
-        _refuse_another_run(script_args, training_args, asked_to_resume=asked_to_resume)
+        if _is_finished(script_args, training_args, asked=asked):
+            say(
+                f"{training_args.output_dir} holds this run, finished: nothing to do. --overwrite true trains it again."
+            )
+            if not script_args.dry_run:
+                raise SystemExit(0)
+            return parsed
+        training_args.resume_from_checkpoint = _checkpoint_to_resume(training_args)
+        _refuse_another_run(script_args, training_args, asked=asked)
     except RecipeError as error:
         if not script_args.dry_run:
             raise
@@ -256,26 +270,40 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
 
 def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     wanted = training_args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
+    if not _is_asked(wanted):
         return None
     if str(wanted).lower() != "true":
         if not Path(wanted).is_dir():
             raise RecipeError(f"There is no checkpoint {wanted}. --resume_from_checkpoint true finds the latest one.")
         if reason := incomplete_reason(wanted):
-            raise RecipeError(f"{wanted} is half-written: {reason}. --resume_from_checkpoint true skips such ones.")
+            raise RecipeError(f"{wanted} is {reason}. {_other_ways(Path(wanted))}")
         return str(wanted)
-    most = training_args.max_steps
-    found = latest_checkpoint(training_args.output_dir, before=most if most > 0 else None)
-    if found is None:
-        say(f"There is no complete checkpoint to go on from in {training_args.output_dir}: starting at step 0.")
-        return None
-    say(f"Resuming from {found}.")
-    return str(found)
+    folder = training_args.output_dir
+    if found := latest_checkpoint(folder):
+        say(f"Resuming from {found}.")
+        return str(found)
+    if damaged := [path for path in checkpoints_of(folder) if not was_cut_short(path)]:
+        held = "; ".join(f"{path.name} is {incomplete_reason(path)}" for path in damaged[:3])
+        raise RecipeError(f"{folder} has no checkpoint that can be resumed from: {held}. {_other_ways(damaged[0])}")
+    say(f"There is no checkpoint to go on from in {folder}: starting at step 0.")
+    return None
 
 
-def _refuse_another_run(
-    script_args: RecipeArguments, training_args: TrainingArguments, *, asked_to_resume: bool
-) -> None:
+def _is_asked(resume_from_checkpoint: str | bool | None) -> bool:
+    return str(resume_from_checkpoint or "false").lower() != "false"
+
+
+def _other_ways(checkpoint: Path) -> str:
+    merged = f"{checkpoint.parent}_{checkpoint.name}"
+    merge = f"make a model of its weights (dpo-recipes merge {checkpoint} --output_dir {merged}) and train on from that"
+    way, start = f"train on from its weights with --model_name_or_path {checkpoint}", checkpoint / "adapter_config.json"
+    way = f"{merge} with --model_name_or_path {merged}" if start.exists() else way
+    if incomplete_reason(checkpoint) != WEIGHTS_ALONE:
+        way = "name a complete one with --resume_from_checkpoint FOLDER"
+    return f"Nothing was changed. Start again with --overwrite true, or {way}."
+
+
+def _refuse_another_run(script_args: RecipeArguments, training_args: TrainingArguments, *, asked: bool) -> None:
     folder = Path(training_args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"{folder} is a file. Name a folder with --output_dir.")
@@ -284,25 +312,37 @@ def _refuse_another_run(
         start = script_args.settings.get(key)
         if start and folder.resolve() == Path(start).resolve():
             raise RecipeError(f"{folder} is the {what}, which the run would replace. Choose another --output_dir.")
-    checkpoints = sorted(folder.glob("checkpoint-*"))
-    weights = [*folder.glob("*.safetensors")]
-    if script_args.overwrite or not (checkpoints or weights or (folder / SETTINGS_FILE).exists()):
-        return
-    ways_out = "Choose another --output_dir, or replace it with --overwrite true."
-    if not (held := read_json(folder / SETTINGS_FILE)):
-        raise RecipeError(f"{folder} holds weights of a run that is not known here. {ways_out}")
-    differences = settings_differences(held, script_args.settings)
-    if training_args.resume_from_checkpoint is not None:
+    if script_args.overwrite and asked:
+        raise RecipeError("--overwrite removes the run that --resume_from_checkpoint goes on with. Give one of them.")
+    held = read_json(folder / SETTINGS_FILE)
+    held = held if "pairs_per_update" in held else {}  # another program's settings have that name too
+    differences = settings_differences(held, script_args.settings) if held else []
+    checkpoint = training_args.resume_from_checkpoint
+    if held and checkpoint and Path(checkpoint).resolve().parent == folder.resolve():
+        refuse_strangers(folder, changed_only=True)
         if differences:
             say("The resumed run had other settings: " + "; ".join(differences))
         return
-    if differences:
+    ways_out = "Choose another --output_dir, or replace it with --overwrite true."
+    if differences and not script_args.overwrite:
         raise RecipeError(f"{folder} holds another run, which differs in {'; '.join(differences)}. {ways_out}")
-    if checkpoints and not asked_to_resume and not (folder / DONE_FILE).exists():
+    if held and (folder / DONE_FILE).exists() and not script_args.overwrite:
+        raise RecipeError(f"{folder} holds a finished run of other data, code or flags. {ways_out}")
+    if held and checkpoints_of(folder) and not (asked or script_args.overwrite):
         raise RecipeError(
             f"{folder} holds this run, unfinished. Continue it with --resume_from_checkpoint true, or start again "
             "with --overwrite true."
         )
+    refuse_strangers(folder)
+
+
+def _is_finished(script_args: RecipeArguments, training_args: TrainingArguments, *, asked: bool) -> bool:
+    """Returns True if the output folder holds this run, finished, and the run is to be kept."""
+    folder = Path(training_args.output_dir)
+    held, done = read_json(folder / SETTINGS_FILE), read_json(folder / DONE_FILE)
+    requests = {script_args.settings["request"], done.get("request")} - {None}  # None: without the launcher
+    same = bool(done and held) and not settings_differences(held, script_args.settings)
+    return same and not script_args.overwrite and (asked or len(requests) < 2)
 
 
 def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) -> PreTrainedTokenizerBase:
@@ -367,6 +407,7 @@ def run(main: Callable[[], object]) -> None:
     """
     # trl 1.16 and peft 0.21 read the old names of what transformers 5.23 calls activation checkpointing.
     warnings.filterwarnings("ignore", r"`(is_gradient_checkpointing|gradient_checkpointing_\w+)` is", FutureWarning)
+    outlive_the_terminal()
     try:
         main()
     except RecipeError as error:

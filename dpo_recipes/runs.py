@@ -4,7 +4,6 @@ import fcntl
 import logging
 import os
 import platform
-import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,60 +14,62 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from trl import RewardTrainer
 
-from dpo_recipes.checkpoints import check_saved, merge_adapter, replace_adapter, trained_weights
+from dpo_recipes.checkpoints import MERGING, check_saved, merge_adapter, replace_adapter, trained_weights
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.files import write_json, write_jsonl, write_text
 from dpo_recipes.guards import add_guards
 from dpo_recipes.health import HealthCallback
-from dpo_recipes.health.rules import HEALTH_FILE, read_findings
+from dpo_recipes.health.rules import read_findings
+from dpo_recipes.manifest import NEW_FILES, claim, clear, declare, settle
 from dpo_recipes.outcome import Outcome, Score, measure, readable, sharded
 from dpo_recipes.ppo import PPOTrainer
 from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, RecipeArguments, settings_hash
 from dpo_recipes.record import LIBRARIES, cost, data_hash, hardware, model_card, weights_hash
 from dpo_recipes.report import plot_curves, side_by_side, table
 from dpo_recipes.rewards import Text, check_reloads
-from dpo_recipes.run_page import RUN_PAGE, write_run_page
+from dpo_recipes.run_page import write_run_page
 from dpo_recipes.terminal import say
 from dpo_recipes.tracking import start_tracking
 from dpo_recipes.tryout import open_model
 
 logger = logging.getLogger(__name__)
 
-RESULTS = (
-    *(DONE_FILE, SETTINGS_FILE, "metrics.json", "samples.jsonl", "curves.png", "README.md", "environment.txt"),
-    *("eval.json", "eval.jsonl", "eval.html", HEALTH_FILE, RUN_PAGE),
-    *("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json"),
-)
-
 
 def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
     """Put the guards on a built trainer and take its output folder: call it before `trainer.train`.
 
-    A run that does not resume begins with an empty folder: what an earlier one left there is removed, `parse_recipe`
-    having made sure that it is the same run or that `overwrite` was given.
+    With `overwrite` the files that an earlier run wrote there are removed. Nothing else is, and nothing without it.
 
     Raises:
         RecipeError: If another process trains in that folder.
     """
     add_guards(trainer)
+    trainer.add_callback(NoUpdateAfterTheLast(trainer))
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ProgressLines())
     if script_args.health != "off":
         trainer.add_callback(HealthCallback(trainer, script_args.health, partial(_show_stopped, trainer, script_args)))
+    trainer.add_callback(DeclareCheckpoints())  # the last one: the others decide whether there is a checkpoint
     folder = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
         _lock(folder)
         (folder / DONE_FILE).unlink(missing_ok=True)
-        if trainer.args.resume_from_checkpoint is None:
-            for checkpoint in folder.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
-            for file in [file for pattern in RESULTS for file in folder.glob(pattern)]:
-                file.unlink()
+        if script_args.overwrite and (removed := clear(folder, but="preflight.json")):  # is new
+            say(f"Removed the earlier run in {folder}: {', '.join(removed)}.")
         write_json(folder / SETTINGS_FILE, script_args.settings)
         packages = sorted(f"{item.metadata['Name']}=={item.version}" for item in distributions())
         write_text(folder / "environment.txt", "\n".join(packages) + "\n")
@@ -96,7 +97,7 @@ def _title(folder: Path, script_args: RecipeArguments) -> str:
 
 def _lock(folder: Path) -> None:
     """Hold the folder until this process ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, ".lock", "completions")  # TRL writes the latter with --log_completions true
     lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,6 +105,41 @@ def _lock(folder: Path) -> None:
         raise RecipeError(
             f"Another run is training in {folder}. Wait for it, or choose another --output_dir."
         ) from error
+
+
+class NoUpdateAfterTheLast(TrainerCallback):
+    """Keeps a run that is resumed from its last update from making another: transformers 5.23 does within an epoch."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave out the epochs where no update is left."""
+        if state.global_step >= state.max_steps:
+            self.trainer._run_epoch = lambda **_: None
+
+
+class DeclareCheckpoints(TrainerCallback):
+    """Lists the files of each checkpoint as the run's, and declares them before they are written."""
+
+    @staticmethod
+    def _names(state: TrainerState) -> tuple[str, str]:
+        return f"checkpoint-{state.global_step}", "README.md"  # the draft of a model card that TRL writes with it
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Declare the checkpoint of this update."""
+        if control.should_save and state.is_world_process_zero:
+            declare(args.output_dir, *self._names(state))
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """List what all processes have written."""
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            settle(args.output_dir, *self._names(state))
 
 
 class ProgressLines(ProgressCallback):
@@ -185,7 +221,11 @@ def finish_run(
             "The trained weights are NaN or infinite: nothing is saved or measured. Train again with a lower learning "
             "rate and --overwrite true; with --health stop it ends before it saves such weights."
         )
+    if trainer.is_world_process_zero():
+        declare(folder, NEW_FILES)
     _save(trainer, folder)
+    if trainer.is_world_process_zero():
+        settle(folder, NEW_FILES)
     later = _Later(processes=trainer.args.world_size)
     outcome = Outcome({})
     with later.part("Measuring the model", f"dpo-recipes evaluate {folder} --dataset_name DATA"):
@@ -305,7 +345,10 @@ def _merge(trainer: Trainer, folder: Path) -> PreTrainedModel:
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     is_reward_model = isinstance(trainer, RewardTrainer)
     if getattr(model, "is_quantized", False):  # merge into the base's own weights, not the 4-bit ones
-        model, _ = open_model(str(folder), as_trained=False, reward_model=is_reward_model)
+        trusted = trainer.args.trust_remote_code
+        model, _ = open_model(str(folder), as_trained=False, reward_model=is_reward_model, trust_remote_code=trusted)
     merged = merge_adapter(model, _probe(trainer))
+    declare(folder, NEW_FILES, MERGING)
     replace_adapter(folder, merged)
+    settle(folder, NEW_FILES, MERGING)
     return merged

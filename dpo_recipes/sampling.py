@@ -45,6 +45,7 @@ def sample(
     num_samples: int,
     judge: str | None = None,
     first_words: tuple[int, int] | None = None,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Path:
     """The path of a JSON Lines file, written whole; until then a .part lies beside it: the same call goes on with it.
@@ -60,6 +61,7 @@ def sample(
             a prompt that it scores differently, and the difference as their `margin`.
         first_words: Least and most. The prompts are plain text to go on with: the first words of the dataset's, their
             number drawn by a hash of the text.
+        trust_remote_code: As in `open_model`.
         options: Those of `sample_tokens`: temperature, max_new_tokens, seed, batch_size.
 
     Raises:
@@ -81,7 +83,7 @@ def sample(
         prompts = [row["prompt"] for row in asked]
         room = dict(max_completion_length=options["max_new_tokens"], labels=(1, 2))
         check_reward_model(*read_reward_config(judge), prompts, **room)
-    loaded, tokenizer = open_model(model)
+    loaded, tokenizer = open_model(model, trust_remote_code=trust_remote_code)
     asked = _keep(asked, lambda row: check_prompt(loaded.config, tokenizer, row["prompt"]), "prompts")
     step = max(1, AT_A_TIME * options["batch_size"] // num_samples)  # prompts between two writes
 
@@ -97,7 +99,8 @@ def sample(
     settings = options | {"num_samples": num_samples}
     with in_steps(answer, asked, target, step=step, model=model, settings=settings) as done:
         lines = [{**row, **answered} for row, answered in zip(asked, done, strict=True)]
-        write_jsonl(target, _own_rejected(lines) if pairs else _ranked(lines, judge) if judge else lines)
+        made = _own_rejected(lines) if pairs else _ranked(lines, judge) if judge else lines
+        write_jsonl(target, made, listed=False)  # the user's, in a run's folder too
     cut = sum(not ended for line in lines for ended in line["ended"])
     say(f"{len(asked)} prompts, {len(asked) * num_samples} answers, {cut} of them cut short")
     say(f"{'Pairs' if pairs or judge else 'Answers':<14}{target}")
@@ -125,7 +128,7 @@ def in_steps(
     part = target.with_name(f"{target.name}.{hashlib.sha256(request.encode()).hexdigest()[:8]}.part")
     done = read_jsonl(part)
     done = done[: len(done) // step * step]  # a step that was cut short is sampled again
-    write_jsonl(part, done)
+    write_jsonl(part, done, listed=False)
     for start in trange(len(done), len(asked), step, desc=f"{step} prompts at a time"):
         # A seed for each step: an interrupted run and one in one go write the same.
         done += answer(asked[start : start + step], settings["seed"] + start)

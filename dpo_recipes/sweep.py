@@ -11,6 +11,7 @@ from typing import Any
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json, write_json, write_text
 from dpo_recipes.launch import HOW_NOT_WHAT, Launch, grouped
+from dpo_recipes.manifest import claim
 from dpo_recipes.terminal import say
 
 MEASURES = {  # column of the table: where it is in metrics.json
@@ -54,6 +55,8 @@ def sweep(launch: Launch, words: Sequence[str]) -> int:
     missing = [each for each, done in zip(launches, finished, strict=True) if not done]
     if missing and (status := missing[0].check(*missing[1:])):
         return status
+    if "output_dir" not in given:  # the folder of the recipe's own run
+        claim(root.parent, root.name)
     results: list[dict[str, Any]] = []
     for number, (point, folder, done) in enumerate(zip(points, folders, finished, strict=True), start=1):
         say(f"\nSweep, run {number} of {len(points)}: {folder}{', finished before' if done else ''}")

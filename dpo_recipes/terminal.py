@@ -2,6 +2,8 @@
 
 import os
 import sys
+from contextlib import suppress
+from typing import Any
 
 
 def say(text: str) -> None:
@@ -9,6 +11,38 @@ def say(text: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
+
+
+class Unbroken:
+    """A stream that drops what cannot be written: to a terminal that was closed, a pipe without a reader, a full disk.
+
+    Whatever else it is asked for is that of the stream that it was made from.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Returns the length of the text, written or dropped."""
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Writes what is held back, if it can be written."""
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns an attribute of the stream that this one was made from."""
+        return getattr(self._stream, name)
+
+
+def outlive_the_terminal() -> None:
+    """Lets the work of this process go on where nobody reads what it says any more."""
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is not None and not isinstance(stream, Unbroken):
+            setattr(sys, name, Unbroken(stream))
 
 
 def duration(seconds: float) -> str:

@@ -11,10 +11,12 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.manifest import claim
 from dpo_recipes.terminal import say
 
 PROJECT = "dpo-recipes"
 EXTRAS = ("wandb", "tensorboard", "trackio")
+FOLDERS = {"wandb": "wandb", "tensorboard": "runs"}  # in the output folder; trackio's is elsewhere
 
 
 def check_trackers(training_args: TrainingArguments) -> None:
@@ -42,6 +44,8 @@ def start_tracking(trainer: Trainer, settings: dict[str, Any]) -> None:
     Without a login the run is logged offline, also on a terminal, where wandb would wait for a key.
     """
     args = trainer.args
+    if trainer.is_world_process_zero():
+        claim(args.output_dir, *(FOLDERS[tracker] for tracker in args.report_to if tracker in FOLDERS))
     if "wandb" not in args.report_to or not trainer.is_world_process_zero():
         return
     import wandb

@@ -47,7 +47,12 @@ def run_settings(name: str | Path) -> dict[str, Any]:
 
 
 def open_model(
-    name: str, *, base: str | None = None, as_trained: bool = True, reward_model: bool = False
+    name: str,
+    *,
+    base: str | None = None,
+    as_trained: bool = True,
+    reward_model: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """A causal language model or a reward model, on the accelerator if there is one, and its tokenizer, which can pad.
 
@@ -57,6 +62,7 @@ def open_model(
         as_trained: Whether a LoRA adapter's base gets the dtype and the 4 bits that it was trained with, or its own
             weights.
         reward_model: Whether it is one, with a score head.
+        trust_remote_code: Whether code that comes with the model may run. No file decides that, a run's own neither.
 
     Raises:
         RecipeError: If the model or its base cannot be loaded.
@@ -68,7 +74,7 @@ def open_model(
         dtype="auto",
         device_map={"": torch.accelerator.current_accelerator() or "cpu"},
         revision=settings.get("model_revision") or "main",
-        trust_remote_code=bool(settings.get("trust_remote_code")),
+        trust_remote_code=trust_remote_code,
     )
     if lora and as_trained:
         options |= {"dtype": settings.get("dtype") or "auto", **_quantization(settings)}
@@ -86,8 +92,12 @@ def open_model(
             what = f"{name} on {start}"
             model = PeftModel.from_pretrained(model, name)
         source = name if not lora or (Path(name) / "tokenizer_config.json").exists() else start
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options["trust_remote_code"])
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # a size that does not fit, a file cut short
+        if "trust_remote_code" in str(error):
+            raise RecipeError(
+                f"{what} brings code of its own. Read it, and let it run with --trust_remote_code true."
+            ) from error
         raise RecipeError(f"Cannot load {what}: {textwrap.shorten(str(error), 300)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -104,7 +114,7 @@ def _quantization(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"quantization_config": get_quantization_config(chosen)}
 
 
-def merge(run: str, output_dir: str | None = None, *, base: str | None = None) -> Path:
+def merge(run: str, output_dir: str | None = None, *, base: str | None = None, trust_remote_code: bool = False) -> Path:
     """The folder of a full model, its base with the run's LoRA adapter merged into it, written whole.
 
     A 4-bit base is left alone: what is merged into is the model that it was made from. The dtype is the base's own.
@@ -113,6 +123,7 @@ def merge(run: str, output_dir: str | None = None, *, base: str | None = None) -
         run: The folder of a LoRA adapter.
         output_dir: By default the run's with `_merged` behind it. An earlier merge of the same run is replaced.
         base: By default the one that the LoRA adapter was trained on.
+        trust_remote_code: As in `open_model`.
 
     Raises:
         RecipeError: If the run holds no LoRA adapter, or `output_dir` holds anything else.
@@ -128,7 +139,7 @@ def merge(run: str, output_dir: str | None = None, *, base: str | None = None) -
     if target.exists() and not (held or (target.is_dir() and not any(target.iterdir()))):
         raise RecipeError(f"{target} holds something else. Name another folder with --output_dir, or remove it.")
     say(f"Merging {run} into {origin['base_model']}.")
-    model, tokenizer = open_model(run, base=base, as_trained=False)
+    model, tokenizer = open_model(run, base=base, as_trained=False, trust_remote_code=trust_remote_code)
     merged = merge_adapter(model, tokenizer(PROBE, return_tensors="pt", return_token_type_ids=False).to(model.device))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
@@ -159,7 +170,13 @@ def find_start(run: str) -> str:
 
 
 def try_run(
-    run: str, prompt: str | None = None, *, base: str | None = None, system: str | None = None, **options: Any
+    run: str,
+    prompt: str | None = None,
+    *,
+    base: str | None = None,
+    system: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
 ) -> None:
     """Streams the answers of the start and of the tuned model, one after the other, to each prompt.
 
@@ -168,6 +185,7 @@ def try_run(
         prompt: By default each line that is typed or piped in; an empty one that is typed ends it.
         base: The start; by default the one that the run names.
         system: A system message in front of each prompt.
+        trust_remote_code: As in `open_model`.
         options: Those of `sample_tokens`. Ctrl-C ends an answer too, and it alone.
 
     Raises:
@@ -176,8 +194,9 @@ def try_run(
     from dpo_recipes.evaluation import check_prompt, sample_tokens
 
     start = base or find_start(run)
-    tuned, tokenizer = open_model(run, base=base if lora_config(run) else None)
-    begun = tuned if isinstance(tuned, PeftModel) else open_model(start, as_trained=False)[0]
+    trust: dict[str, Any] = dict(trust_remote_code=trust_remote_code)
+    tuned, tokenizer = open_model(run, base=base if lora_config(run) else None, **trust)
+    begun = tuned if isinstance(tuned, PeftModel) else open_model(start, as_trained=False, **trust)[0]
     switch = tuned.disable_adapter if isinstance(tuned, PeftModel) else nullcontext
     for question in _typed() if prompt is None else [prompt]:
         messages = [{"role": "system", "content": system}] if system else []

@@ -103,6 +103,24 @@ def ran(folder, monkeypatch):
     return call
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_model_that_a_flag_names_is_no_stage_of_a_comparison(folder, is_there):
+    shutil.copy("recipes/mine_lora.py", "recipes/mine_sft.py")
+    if is_there:
+        Path("outputs/mine_sft").mkdir(parents=True)
+        Path("outputs/mine_sft/config.json").write_text("{}")
+    kinds = [stage.kind for stage in planned(dpo={"model_name_or_path": "outputs/mine_sft"})]
+    assert ("sft" in kinds) != is_there
+
+
+def test_a_run_that_is_no_comparisons_is_never_replaced(ran, folder):
+    stage = planned()[0]
+    stage.folder.mkdir(parents=True)
+    (stage.folder / "settings.json").write_text(json.dumps({"request": "of somebody's own training"}))
+    assert ran([stage]) == ({stage.name: 0}, [f"{stage.name} begun"])  # where the run itself refuses
+    assert not (stage.folder / "stage.json").exists()
+
+
 def test_every_algorithm_is_trained_with_every_beta_and_seed_on_the_same_data(folder):
     grid = planned(betas=("0.1", "0.3"), seeds=(0, 1), rloo={})
     names = [stage.name for stage in grid]

@@ -376,6 +376,14 @@ def test_a_finished_model_named_by_a_flag_is_taken_as_it_stands(stages: Callable
     assert stages(*model) == ["second --model_name_or_path outputs/first"]
 
 
+def test_an_unfinished_model_named_by_a_flag_is_never_replaced(stages: Callable) -> None:
+    Path("fail").touch()
+    stages("--max_steps", "3", name="first", status=7)
+    Path("fail").unlink()
+    model = ("--model_name_or_path", "outputs/first")
+    assert stages(*model) == ["first", "second --model_name_or_path outputs/first"]  # the stage itself refuses
+
+
 def test_an_unreadable_record_counts_as_missing(stages: Callable) -> None:
     stages()
     Path("outputs/first/done.json").write_text("[half")

@@ -1,13 +1,18 @@
 import errno
 import json
+import shutil
 import sys
 
 import pytest
+import torch
 from conftest import CHAT_TEMPLATE
+from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 from trl import DPOConfig, ModelConfig, RewardConfig, RLOOConfig, ScriptArguments, SFTConfig
 
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.files import write_json
+from dpo_recipes.manifest import claim, declare, settle
 from dpo_recipes.ppo import PPOConfig
 from dpo_recipes.presets import LORA, QLORA
 from dpo_recipes.recipe import (
@@ -214,40 +219,165 @@ def test_the_settings_hash_ignores_bookkeeping_and_sees_the_rest(parse):
     assert settings_hash(parse("--seed", "1")[0].settings) != base
 
 
-def test_an_output_folder_that_holds_another_run_is_refused(parse, tmp_path):
+@pytest.fixture
+def held_run(parse, tmp_path):
+    """The output folder with a run that was begun there with the settings of `parse`."""
     folder = tmp_path / "outputs" / "x"
-    folder.mkdir(parents=True)
-    (folder / "settings.json").write_text(json.dumps(parse()[0].settings))
-    (folder / "done.json").write_text("{}")
-    parse()  # the same run again
+    settings = parse()[0].settings
+    claim(folder)
+    write_json(folder / "settings.json", settings)
+    return folder
+
+
+def checkpoint_in(folder, step, *, without=()):
+    """A checkpoint with the files that transformers writes, listed as the run's."""
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir()
+    save_file({"weight": torch.arange(100.0)}, checkpoint / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        if name not in without:
+            torch.save({"step": step}, checkpoint / name)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    settle(folder, checkpoint.name)
+    return checkpoint
+
+
+def contents(folder):
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_output_folder_that_holds_another_run_is_refused(parse, held_run):
+    write_json(held_run / "done.json", {"updates": 3})
     with pytest.raises(RecipeError, match=r"another run, which differs in beta: 0\.1 -> 0\.3.*--overwrite true"):
         parse("--beta", "0.3")
     parse("--beta", "0.3", "--overwrite", "true")
 
 
-def test_an_unfinished_run_is_continued_or_replaced_never_mixed(parse, tmp_path):
-    folder = tmp_path / "outputs" / "x"
-    (folder / "checkpoint-10").mkdir(parents=True)
-    (folder / "settings.json").write_text(json.dumps(parse("--overwrite", "true")[0].settings))
+@pytest.mark.parametrize("flags", [[], ["--resume_from_checkpoint", "true"], ["--logging_steps", "3"]], ids=" ".join)
+def test_a_finished_run_says_so_and_is_left_as_it_is(parse, held_run, flags, capsys):
+    write_json(held_run / "done.json", {"updates": 3, "request": None})
+    write_json(held_run / "eval.json", {"win_rate": 0.7})
+    before = contents(held_run)
+    with pytest.raises(SystemExit) as caught:
+        parse(*flags)
+    assert caught.value.code == 0
+    assert "outputs/x holds this run, finished: nothing to do." in capsys.readouterr().out
+    assert contents(held_run) == before
+
+
+def test_a_finished_run_of_other_data_is_not_taken_for_the_one_that_is_asked_for(parse, held_run, monkeypatch):
+    write_json(held_run / "done.json", {"request": "of the rows as they were"})
+    monkeypatch.setenv("DPO_RECIPES_REQUEST", "of other rows")
+    with pytest.raises(RecipeError, match="a finished run of other data, code or flags"):
+        parse()
+
+
+def test_a_finished_run_can_be_trained_for_longer(parse, held_run):
+    checkpoint_in(held_run, 10)
+    write_json(held_run / "done.json", {"updates": 10})
+    _, args, _ = parse("--resume_from_checkpoint", "true", "--max_steps", "20")
+    assert args.resume_from_checkpoint == "outputs/x/checkpoint-10"
+
+
+def test_an_unfinished_run_is_continued_or_replaced_never_mixed(parse, held_run):
+    checkpoint_in(held_run, 10)
     with pytest.raises(RecipeError, match=r"unfinished.*--resume_from_checkpoint true"):
         parse()
     parse("--overwrite", "true")
+    with pytest.raises(RecipeError, match="Give one of them"):
+        parse("--overwrite", "true", "--resume_from_checkpoint", "true")
 
 
-def test_a_run_that_was_killed_in_its_first_checkpoint_starts_again(parse, tmp_path, capsys):
-    folder = tmp_path / "outputs" / "x"
-    (folder / "checkpoint-10").mkdir(parents=True)  # half-written
-    (folder / "settings.json").write_text(json.dumps(parse("--overwrite", "true")[0].settings))
+def test_a_run_that_was_killed_in_its_first_checkpoint_starts_again(parse, held_run, capsys):
+    declare(held_run, "checkpoint-10")
+    (held_run / "checkpoint-10").mkdir()
+    (held_run / "checkpoint-10" / "model.safetensors").write_bytes(b"half")
     assert parse("--resume_from_checkpoint", "true")[1].resume_from_checkpoint is None
-    assert "no complete checkpoint to go on from" in capsys.readouterr().out
+    assert "no checkpoint to go on from" in capsys.readouterr().out
     with pytest.raises(RecipeError, match=r"another run, which differs in beta"):
         parse("--resume_from_checkpoint", "true", "--beta", "0.3")
+    parse("--overwrite", "true")
 
 
-def test_checkpoints_of_an_unknown_run_are_refused(parse, tmp_path):
-    (tmp_path / "outputs" / "x" / "checkpoint-10").mkdir(parents=True)
-    with pytest.raises(RecipeError, match="holds weights of a run that is not known here"):
-        parse()
+UNUSABLE = {
+    "weights alone": (["optimizer.pt", "scheduler.pt", "rng_state.pth"], "saved without its optimizer"),
+    "no random state": (["rng_state.pth"], r"half-written \(rng_state\*.pth is missing\)"),
+    "damaged": ([], r"half-written \(model.safetensors is cut short\)"),
+}
+
+
+@pytest.mark.parametrize("name", ["true", "outputs/x/checkpoint-20"])
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_a_resume_without_a_usable_checkpoint_is_refused_and_changes_nothing(parse, held_run, kind, name):
+    without, words = UNUSABLE[kind]
+    for step in (10, 20):
+        checkpoint = checkpoint_in(held_run, step, without=without)
+        if kind == "damaged":
+            (checkpoint / "model.safetensors").write_bytes(b"half")
+    before = contents(held_run)
+    with pytest.raises(RecipeError, match=f"checkpoint-20 is {words}.*Start again with --overwrite true, or"):
+        parse("--resume_from_checkpoint", name)
+    assert contents(held_run) == before
+    parse("--overwrite", "true")
+
+
+def test_weights_alone_are_trained_on_from_by_their_name(parse, held_run):
+    checkpoint = checkpoint_in(held_run, 20, without=UNUSABLE["weights alone"][0])
+    with pytest.raises(RecipeError, match="--model_name_or_path outputs/x/checkpoint-20"):
+        parse("--resume_from_checkpoint", "true")
+    (checkpoint / "adapter_config.json").write_text("{}")
+    with pytest.raises(RecipeError, match="dpo-recipes merge outputs/x/checkpoint-20 --output_dir outputs/x_checkpo"):
+        parse("--resume_from_checkpoint", "true")
+
+
+def of_a_project(folder):
+    for name in ("README.md", "config.json", "settings.json", "report.html"):
+        (folder / name).write_text("{}")
+
+
+def of_a_dataset(folder):
+    (folder / "rows.jsonl").write_text("{}\n")
+
+
+def of_a_checkout(folder):
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("ref: main")
+
+
+def of_a_model(folder):
+    (folder / "model.safetensors").write_bytes(b"weights")
+
+
+def of_another_run(folder):
+    (folder / "checkpoint-10").mkdir()
+
+
+def of_a_link(folder):
+    (folder / "README.md").symlink_to(folder.parent / "notes.md")
+
+
+@pytest.mark.parametrize("fill", [of_a_project, of_a_dataset, of_a_checkout, of_a_model, of_another_run, of_a_link])
+@pytest.mark.parametrize("flags", [[], ["--overwrite", "true"]], ids=["", "overwrite"])
+@pytest.mark.parametrize("place", ["mine", "."])
+def test_a_folder_that_holds_what_no_run_wrote_is_refused(parse, fill, flags, place, tmp_path):
+    folder = tmp_path / place
+    folder.mkdir(exist_ok=True)
+    fill(folder)
+    before = contents(folder)
+    with pytest.raises(RecipeError, match=r"holds .*which no run wrote.*Choose another --output_dir"):
+        parse(*flags, "--output_dir", place)
+    assert {name: text for name, text in contents(folder).items() if "profile" not in name} == before
+
+
+def test_a_resume_elsewhere_never_takes_a_folder_of_the_user(parse, held_run, tmp_path):
+    checkpoint_in(held_run, 10)
+    (tmp_path / "mine").mkdir()
+    of_a_project(tmp_path / "mine")
+    with pytest.raises(RecipeError, match=r"mine holds .*which no run wrote"):
+        parse("--output_dir", "mine", "--resume_from_checkpoint", "outputs/x/checkpoint-10")
+    shutil.copytree(held_run / "checkpoint-10", tmp_path / "mine" / "checkpoint-10")
+    with pytest.raises(RecipeError, match=r"mine holds .*which no run wrote"):
+        parse("--output_dir", "mine", "--resume_from_checkpoint", "true")
 
 
 def test_an_output_path_that_is_a_file_is_refused(parse, tmp_path):

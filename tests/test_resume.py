@@ -110,6 +110,51 @@ def test_a_killed_run_resumes_bit_identically(name, flags, tmp_path):
     assert history(tmp_path / "killed") == history(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("epochs", "updates"), [("0.6", 5), pytest.param("1.5", 12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("phase", ["\n      4  loss", "Log-probs before"], ids=["training", "report"])
+def test_a_run_of_a_part_of_an_epoch_resumes_to_the_same_weights(epochs, updates, phase, flags, tmp_path):
+    """Eight updates are an epoch; the only checkpoint before the end is the third update's."""
+    own = [*flags("hh_rlhf_lora"), "--num_train_epochs", epochs, "--max_steps", "-1", "--pairs_per_update", "16"]
+    own += ["--eval_strategy", "no"]
+    whole = run_train("hh_rlhf_lora", "--profile", "cpu", *own, "--output_dir", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    log = tmp_path / "log"
+    recipe = [sys.executable, str(RECIPES / "hh_rlhf_lora.py"), "--config", str(RECIPES / "profiles" / "cpu.yaml")]
+    process = start([*recipe, *own, "--output_dir", "killed"], tmp_path, log)
+    wait_for(process, log, phase, seconds=300)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    for _ in range(2):
+        resume = ["--output_dir", "killed", "--resume_from_checkpoint", "true"]
+        again = run_train("hh_rlhf_lora", "--profile", "cpu", *own, *resume, cwd=tmp_path)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert json.loads((tmp_path / "killed" / "done.json").read_text())["updates"] == updates
+        assert same_weights(tmp_path / "killed", tmp_path / "whole")
+        (tmp_path / "killed" / "done.json").unlink()  # as if killed again while the report was written
+
+
+def test_a_finished_run_is_neither_trained_again_nor_changed(tmp_path, tiny_model, hh_rows):
+    call = ["hh_rlhf_lora", "--profile", "cpu", "--dataset_name", hh_rows, "--model_name_or_path", tiny_model]
+    call += ["--output_dir", "run", "--pairs_per_update", "4", "--eval_pairs", "2", "--max_steps", "1"]
+    first = run_train(*call, cwd=tmp_path)
+    assert first.returncode == 0, first.stdout + first.stderr
+    (tmp_path / "run" / "eval.json").write_text("{}")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert len(before) > 15
+    for more in ([], ["--resume_from_checkpoint", "true"]):
+        again = run_train(*call, *more, cwd=tmp_path)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert "run holds this run, finished" in again.stdout
+        assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    refused = run_train(*call, "--overwrite", "true", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "run holds eval.json, which no run wrote" in refused.stderr
+    (tmp_path / "run" / "eval.json").unlink()
+    replaced = run_train(*call, "--overwrite", "true", cwd=tmp_path)
+    assert replaced.returncode == 0, replaced.stdout + replaced.stderr
+    assert "Removed the earlier run in run: " in replaced.stdout
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_interrupt_saves_and_exits_with_its_status(number, status, tmp_path, tiny_model, hh_rows, dpo_recipes):
     command = [dpo_recipes, "train", "hh-rlhf-lora", "--profile", "cpu", "--dataset_name", hh_rows]

@@ -326,3 +326,69 @@ def test_an_empty_line_ends_the_session(terminal):
     terminal.wait_for("\n> ")
     terminal.type("\n")
     assert terminal.process.wait(timeout=60) == 0
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path({marker!r}).touch()
+
+
+class Own(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = Own
+"""
+
+
+@pytest.fixture
+def with_code(tiny_model, tmp_path, monkeypatch):
+    """A model that brings code of its own, and the file that the code leaves where it is run."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "theirs" / "model"
+    shutil.copytree(tiny_model, folder)
+    marker = tmp_path / "it ran"
+    (folder / "own.py").write_text(CODE.format(marker=str(marker)))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, marker
+
+
+@pytest.mark.parametrize("where", ["model", "parent folder"])
+@pytest.mark.parametrize("verb", ["try", "sample", "answer", "evaluate", "merge"])
+def test_code_of_a_model_runs_by_a_flag_alone(verb, where, with_code, tiny_model, tmp_path, monkeypatch, capsys):
+    folder, marker = with_code
+    monkeypatch.chdir(tmp_path)
+    settings = {"trust_remote_code": True, "model_name_or_path": str(folder)}
+    ((folder if where == "model" else folder.parent) / "settings.json").write_text(json.dumps(settings))
+    if verb == "merge":  # a LoRA adapter on that model
+        lora = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(task_type="CAUSAL_LM"))
+        lora.save_pretrained(folder.parent / "lora")
+        lora_config = folder.parent / "lora" / "adapter_config.json"
+        lora_config.write_text(lora_config.read_text().replace(str(tiny_model), str(folder)))
+        (folder.parent / "lora" / "settings.json").write_text(json.dumps(settings))
+    rows = [{"prompt": f"Question {n}?", "chosen": "Yes.", "rejected": "No.", "instruction": "Hm?"} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["--dataset_name", "rows.jsonl", "--max_new_tokens", "4"]
+    call = {
+        "try": ["try", str(folder), "Hello?", "--base", str(tiny_model), "--max_new_tokens", "4"],
+        "sample": ["sample", str(folder), *data],
+        "answer": ["answer", str(folder), "--benchmark", "alpaca_eval", *data],
+        "evaluate": ["evaluate", str(folder), "--profile", "cpu", "--base", str(tiny_model), "--prompts", "2", *data],
+        "merge": ["merge", str(folder.parent / "lora")],
+    }[verb]
+    if verb == "evaluate":
+        with pytest.raises(SystemExit) as caught:
+            main(call)
+        assert caught.value.code == 2
+    else:
+        assert main(call) == 2
+    assert "code of its own. Read it, and let it run with --trust_remote_code true." in capsys.readouterr().err
+    assert not marker.exists()
+    assert main([*call, "--trust_remote_code", "true"]) == 0
+    assert marker.exists()

@@ -21,6 +21,7 @@ from dpo_recipes.files import read_json, write_json, write_jsonl
 from dpo_recipes.intervals import Estimate
 from dpo_recipes.launch import prepare
 from dpo_recipes.loading import digest, prompt_hashes
+from dpo_recipes.manifest import claim, refuse_strangers
 from dpo_recipes.measures import columns
 from dpo_recipes.preflight import measure_pairs
 from dpo_recipes.recipe import load_tokenizer
@@ -115,7 +116,9 @@ def compare(
     clock, root = Clock(), comparison.root
     stages_with = partial(plan_stages, recipes, betas=comparison.betas, seeds=comparison.seeds, root=root)
     planned = stages_with(updates=dict.fromkeys(ONLINE, 0))  # the budget needs the tokenizer that SFT leaves
+    refuse_strangers(root)
     say("\n".join([f"{len(planned)} stages:", *(f"  {stage.name:<16} {stage.folder}" for stage in planned)]))
+    claim(root, "answers", *(stage.name for stage in planned))
     before = run_stages([stage for stage in planned if stage.kind == "sft"], clock, total=len(planned))
     if status := next(iter(before.values()), 0):
         return status if status in STOPPED else 1
@@ -178,6 +181,7 @@ def _report(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[s
         pairs=parts["test"],
         sampling=comparison.sampling,
         folder=root / "answers",
+        trust_remote_code=comparison.recipes["dpo"].training_args.trust_remote_code,
     )
     judge = comparison.judge or root / "judge"
     optimised = {stage.seed: model_judge(stage.folder) for stage in finished if stage.kind == "reward"}

@@ -184,8 +184,9 @@ def plan_stages(
 
 
 def start_stage(recipe: Recipe) -> Iterator[Stage]:
-    """The SFT stage, where the recipe's model is one that a recipe makes."""
-    if before := recipe.launch.stages_before().get("model_name_or_path"):
+    """The SFT stage, where the recipe's model is one that a recipe makes, and not one that a flag names."""
+    before = recipe.launch.stages_before().get("model_name_or_path")
+    if before and not recipe.launch.is_given("model_name_or_path"):
         yield Stage("sft", before.recipe.stem, before, Path("outputs") / before.recipe.stem)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from dpo_recipes.compare.plan import Stage, is_done
 from dpo_recipes.files import read_json, write_json
+from dpo_recipes.manifest import claim
 from dpo_recipes.sweep import STOPPED
 from dpo_recipes.terminal import say
 
@@ -61,9 +62,11 @@ def _run(stage: Stage, clock: Clock) -> int:
         return 0
     begun, launch = time.monotonic(), stage.launch
     if stage.kind != "sft":  # the launcher knows how to go on with that one
-        key = stage.key()
-        launch = launch.going_on(anew=read_json(stage.folder / "stage.json").get("key") != key)
-        write_json(stage.folder / "stage.json", {"key": key})
+        key, held = stage.key(), read_json(stage.folder / "stage.json").get("key")
+        launch = launch.going_on(anew=held != key, keep=held is None)  # None: no run of a comparison
+        if held or not stage.folder.exists():
+            claim(stage.folder)
+            write_json(stage.folder / "stage.json", {"key": key})
     status = launch.run()
     if not status:
         clock.took.setdefault(stage.kind, []).append(time.monotonic() - begun)

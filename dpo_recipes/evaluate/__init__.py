@@ -23,8 +23,9 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluate.general import find_tasks, general_tasks
 from dpo_recipes.evaluate.report import write_report
 from dpo_recipes.evaluate.results import SIDES, answer_pairs, judging, measures, preference
-from dpo_recipes.files import read_json
+from dpo_recipes.files import MANIFEST, read_json
 from dpo_recipes.judges import Judged, expected_cost, open_judge
+from dpo_recipes.manifest import claim
 from dpo_recipes.preflight import measure_pairs
 from dpo_recipes.preflight.inspect import dataset_recipe, parse_namespace
 from dpo_recipes.recipe import DONE_FILE, load_tokenizer
@@ -48,6 +49,7 @@ class Subject:
     pairs: Dataset  # held-out ones
     rule: Any  # the recipe's exact judge, where it has one
     folder: Path  # of the results
+    trust_remote_code: bool  # whether code that comes with a model may run
 
 
 def evaluate(
@@ -98,6 +100,8 @@ def evaluate(
     manager = find_tasks(tasks, tasks_path) if tasks else None
     subject = _open_subject(name, recipe, profile=profile, flags=flags, base=base, output_dir=output_dir)
     kept = subject.folder / "eval"
+    if (subject.folder / MANIFEST).exists():
+        claim(subject.folder, kept.name)  # a run that is trained again keeps replies that were paid for
     asked = draw_prompts(subject.pairs, start=subject.start, most=prompts)
     if len(asked) < 2:
         raise RecipeError(
@@ -112,12 +116,19 @@ def evaluate(
     entries = [Entry(side, model, seed, f"{begun}-{hashes[side] or model}") for side, model in models.items()]
     sampling = Sampling(temperature, max_new_tokens)
     found = answer_all(
-        entries, subject.start, prompts=asked, pairs=subject.pairs, sampling=sampling, folder=kept / "answers"
+        entries,
+        subject.start,
+        prompts=asked,
+        pairs=subject.pairs,
+        sampling=sampling,
+        folder=kept / "answers",
+        trust_remote_code=subject.trust_remote_code,
     )
     texts = [[answer["text"] for answer in found[side]["answers"]] for side in SIDES]
     judged = referee.compare(asked, *texts) if referee else None
     answers = answer_pairs(found, asked, judged)
-    general = general_tasks(tasks, manager, models=models, hashes=hashes, folder=kept / "tasks") if tasks else None
+    at: dict[str, Any] = dict(hashes=hashes, folder=kept / "tasks", trust_remote_code=subject.trust_remote_code)
+    general = general_tasks(tasks, manager, models=models, **at) if tasks else None
     results = {
         **{key: getattr(subject, key) for key in ("name", "model", "start", "dataset", "beta")},
         "made": datetime.now(UTC).isoformat(timespec="minutes"),
@@ -181,6 +192,7 @@ def _open_subject(
         pairs=measured.pairs["test"],
         rule=namespace.get("judge"),
         folder=folder,
+        trust_remote_code=training_args.trust_remote_code,
     )
 
 

@@ -45,7 +45,13 @@ def find_tasks(names: Sequence[str], folder: str | None) -> Any:
 
 
 def general_tasks(
-    names: Sequence[str], manager: Any, *, models: Mapping[str, str], hashes: Mapping[str, str | None], folder: Path
+    names: Sequence[str],
+    manager: Any,
+    *,
+    models: Mapping[str, str],
+    hashes: Mapping[str, str | None],
+    folder: Path,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """`rows`, a metric each, with both sides and their difference, and `words`.
 
@@ -58,6 +64,7 @@ def general_tasks(
         models: By side. Of a LoRA adapter the base is in memory once.
         hashes: Of their weights.
         folder: Of the replies.
+        trust_remote_code: Whether code that comes with a model may run.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -69,7 +76,8 @@ def general_tasks(
     for side in SIDES:
         say(f"Tasks, {side}: {', '.join(names)}.")
         if not isinstance(model, PeftModel):
-            model, tokenizer = open_model(tuned, base=start) if lora_config(tuned) else open_model(models[side])
+            name, base = (tuned, start) if lora_config(tuned) else (models[side], None)
+            model, tokenizer = open_model(name, base=base, trust_remote_code=trust_remote_code)
         is_base = side == SIDES[0] and isinstance(model, PeftModel)
         made_by = hashlib.sha256(f"{models[side]} {hashes[side]} {start} {hashes[SIDES[0]]}".encode()).hexdigest()[:16]
         with model.disable_adapter() if is_base else nullcontext():

@@ -199,4 +199,7 @@ class HealthCallback(TrainerCallback):
             blind = [name for name in self.rules if name not in self.watching]
             data |= {"rules": self.watching, "nothing_to_look_at": blind}
             data |= {"probes": [entry for entry in state.log_history if "probe/ended" in entry]}
-            write_json(Path(self.trainer.args.output_dir) / HEALTH_FILE, data)
+            try:
+                write_json(Path(self.trainer.args.output_dir) / HEALTH_FILE, data)
+            except OSError as error:  # a full disk: training goes on
+                tqdm.write(f"{HEALTH_FILE} could not be written: {error}")

@@ -16,6 +16,7 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import write_json
 from dpo_recipes.ledger import Ledger, current_ledger
 from dpo_recipes.loading import digest, drop_prompts_in_test, keep_part
+from dpo_recipes.manifest import claim
 from dpo_recipes.plan import plan_lines
 from dpo_recipes.preflight.account import (
     account_data,
@@ -122,6 +123,7 @@ def _account_for(measure: Callable[..., Measured], load_pairs: Any, script_args:
         say("\n".join([*lines, *plan_lines(script_args, training_args, tokenizer, pairs)]))
         raise SystemExit(0)
     if state.is_main_process:
+        claim(training_args.output_dir)
         path = write_json(Path(training_args.output_dir) / "preflight.json", measured.data)
         say("\n".join([*measured.lines, *finding_lines(measured.findings), f"The first rows of each kind: {path}"]))
     refuse_failures(measured.findings)

@@ -105,7 +105,7 @@ def parse_namespace(
     words = ["--output_dir", f"outputs/inspect/{script.stem}"]
     words += [] if torch.cuda.is_available() else ["--use_cpu", "true"]
     sys.argv = [str(script), "--config", str(profile), *words, *flags]  # a flag of the user's comes later, and wins
-    parsed = parse_recipe(namespace["RECIPE"], argument_classes(namespace))
+    parsed = parse_recipe(namespace["RECIPE"], argument_classes(namespace), to_train=False)
     kinds = (RecipeArguments, TrainingArguments, ModelConfig)
     script_args, training_args, model_args = (next(args for args in parsed if isinstance(args, kind)) for kind in kinds)
     return script_args, training_args, model_args

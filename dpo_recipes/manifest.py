@@ -1,0 +1,106 @@
+"""The list of the files that runs of ours wrote into a folder: nothing else in it is ever replaced or removed."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from dpo_recipes.errors import RecipeError
+from dpo_recipes.files import MANIFEST, TEMPORARY, fingerprint, read_json, write_json
+
+NEW_FILES = "*"
+"""Declares any new file that lies in the folder itself, for a writer that does not know the names of its files."""
+
+
+def claim(folder: str | Path, *kept: str) -> None:
+    """Begins the list of a folder, and adds names that runs use and never remove, such as a tracker's folder."""
+    held = _read(folder)
+    if not (Path(folder) / MANIFEST).exists() or set(kept) - set(held["kept"]):
+        write_json(Path(folder) / MANIFEST, held | {"kept": sorted({*held["kept"], *kept})})
+
+
+def declare(folder: str | Path, *names: str) -> None:
+    """Declares what is about to be written, so that it is known as the run's if the process is killed meanwhile."""
+    others = strangers(Path(folder)) if NEW_FILES in names else []
+    held = _read(folder)
+    write_json(Path(folder) / MANIFEST, held | {"open": sorted({*held["open"], *names}), "others": others})
+
+
+def settle(folder: str | Path, *names: str) -> None:
+    """Lists the files that were written under names that `declare` was given, as they are now."""
+    held, folder = _read(folder), Path(folder)
+    files = {name: known for name, known in held["files"].items() if (folder / name).exists()}
+    for top in _tops(folder, held):
+        if top.name in names or (NEW_FILES in names and top.is_file() and top.name not in held["others"]):
+            written = [path for path in (top, *top.rglob("*")) if path.is_file() and not path.is_symlink()]
+            known = {path: [] if top.is_dir() else [fingerprint(path)] for path in written}  # nobody edits a checkpoint
+            files |= {path.relative_to(folder).as_posix(): prints for path, prints in known.items()}
+    left = sorted(set(held["open"]) - set(names))
+    write_json(folder / MANIFEST, held | {"files": files, "open": left, "others": []})
+
+
+def was_cut_short(path: Path) -> bool:
+    """Returns True where the writer of a declared name was stopped before it had written all of it."""
+    return path.name in _read(path.parent)["open"]
+
+
+def strangers(folder: Path, *, changed_only: bool = False) -> list[str]:
+    """Names in a folder that are, or hold, something that no run wrote or that was changed since.
+
+    Args:
+        folder: A run's folder, or one that shall become it.
+        changed_only: Leave out what no run ever wrote.
+    """
+    held, found = _read(folder), []
+    for top in _tops(folder, held):
+        new = NEW_FILES in held["open"] and top.is_file() and top.name not in held["others"]
+        if (new or top.name in held["open"]) and not top.is_symlink():
+            continue
+        if not all(_is_own(path, folder, held["files"], changed_only) for path in (top, *top.rglob("*"))):
+            found.append(f"{top.name}/" if top.is_dir() else top.name)
+    return found
+
+
+def _is_own(path: Path, folder: Path, files: dict[str, list[str]], changed_only: bool) -> bool:
+    name = path.relative_to(folder).as_posix()
+    if name in files:
+        same = not files[name] or (path.is_file() and fingerprint(path) in files[name])
+        return same and not path.is_symlink()
+    is_folder = path.is_dir() and not path.is_symlink()
+    return changed_only or (is_folder and any(file.startswith(f"{name}/") for file in files))
+
+
+def refuse_strangers(folder: Path, *, changed_only: bool = False) -> None:
+    """Raises RecipeError if the folder holds something that no run wrote, or that was changed since."""
+    if found := strangers(folder, changed_only=changed_only):
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        is_old = (folder / "done.json").exists() and not (folder / MANIFEST).exists()
+        why = "which a version left that kept no list" if is_old else "which no run wrote or somebody changed since"
+        raise RecipeError(
+            f"{folder} holds {', '.join(found[:3])}{more}, {why}. A run replaces only files that it knows as its "
+            "own. Choose another --output_dir, or move or delete them yourself."
+        )
+
+
+def clear(folder: Path, *, but: str) -> list[str]:
+    """Names of what was removed from a folder: what runs wrote there, except `but` and the names that are kept."""
+    held, foreign = _read(folder), {name.rstrip("/") for name in strangers(folder)}
+    own = [top for top in _tops(folder, held) if top.name not in {*foreign, but}]
+    for path in sorted((path for top in own for path in (top, *top.rglob("*"))), reverse=True):
+        if path.is_dir():
+            path.rmdir()
+        else:
+            path.unlink()
+    files = {name: known for name, known in held["files"].items() if (folder / name).exists()}
+    write_json(folder / MANIFEST, held | {"files": files, "open": [], "others": []})
+    return [top.name for top in own]
+
+
+def _read(folder: str | Path) -> dict[str, Any]:
+    return {"files": {}, "open": [], "others": [], "kept": []} | read_json(Path(folder) / MANIFEST)
+
+
+def _tops(folder: Path, held: dict[str, Any]) -> list[Path]:
+    """What lies in the folder itself, without the list, what is kept, and what a killed `write_bytes` left."""
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    ours = {MANIFEST, *held["kept"]}
+    return [path for path in there if not (path.name in ours or re.fullmatch(TEMPORARY, path.name))]
