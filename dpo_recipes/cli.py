@@ -6,6 +6,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from dpo_recipes import __version__
 from dpo_recipes.catalog import as_table, find_recipe, find_settings, list_recipes
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.launch import BFLOAT16, card_memory, default_profile, gpu_cards, prepare, set_environment
+from dpo_recipes.secrecy import hide_flags
 from dpo_recipes.sweep import spelling, sweep
 from dpo_recipes.terminal import say
 
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "try" and options.prompt is None and flags and not flags[0].startswith("-"):
         options.prompt = flags.pop(0)  # argparse takes no optional word behind a flag
     if flags and options.command not in ("train", "inspect", "compare", "evaluate"):
-        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+        parser.error(f"unrecognized arguments: {' '.join(hide_flags(flags))}")
     given = {name: value for name, value in vars(options).items() if name != "command" and value is not None}
     try:
         if options.command in ("merge", "try", "sample", "answer"):  # the others first see to their words
@@ -295,9 +297,10 @@ def _listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 def _json_object(text: str) -> dict[str, Any]:
     """Reads a JSON object."""
-    if not isinstance(value := json.loads(text), dict):
-        raise ValueError
-    return value
+    with suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise argparse.ArgumentTypeError('a JSON object is needed: {"max_tokens": 300}')  # the text may hold a key
 
 
 def _at_least(least: float) -> Callable[[str], float]:
