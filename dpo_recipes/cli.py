@@ -17,7 +17,7 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.launch import BFLOAT16, card_memory, default_profile, gpu_cards, prepare, set_environment
 from dpo_recipes.secrecy import hide_flags
 from dpo_recipes.sweep import spelling, sweep
-from dpo_recipes.terminal import say
+from dpo_recipes.terminal import say, shown
 
 DATASET_FLAGS = ("dataset_name", "dataset_config", "dataset_train_split", "columns")
 
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case _:
                 parser.print_help()
     except RecipeError as error:
-        sys.stderr.write(f"dpo-recipes: {error}\n")
+        sys.stderr.write(f"dpo-recipes: {shown(str(error))}\n")
         return 2
     except KeyboardInterrupt:
         return 130

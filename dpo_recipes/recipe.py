@@ -24,7 +24,7 @@ from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.files import read_json
 from dpo_recipes.secrecy import hide, hide_flags, secrets_of, take_secrets
 from dpo_recipes.settings import check_settings
-from dpo_recipes.terminal import say
+from dpo_recipes.terminal import say, shown
 from dpo_recipes.tracking import check_hub, check_trackers
 
 SETTINGS_FILE = "settings.json"
@@ -416,5 +416,5 @@ def _is_disk_full(error: Exception) -> bool:
 
 def _leave(status: int, message: str) -> NoReturn:
     if int(os.environ.get("RANK", "0")) == 0:
-        sys.stderr.write(f"{message}\n")
+        sys.stderr.write(f"{shown(message)}\n")
     raise SystemExit(status)

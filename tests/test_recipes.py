@@ -206,8 +206,10 @@ RANK = {  # imports point from high to low
     name: rank
     for rank, names in enumerate(
         [
-            {"errors", "files", "intervals", "ledger", "presets", "processes", "statistics", "terminal", "__init__"},
-            {"dataset_adapters", "tokenization", "reference_cache", "checkpoints", "report", "catalog", "measures"},
+            {"errors", "files", "intervals", "ledger", "presets", "processes", "statistics", "terminal", "__init__"}
+            | {"secrecy"},
+            {"dataset_adapters", "tokenization", "reference_cache", "checkpoints", "report", "catalog", "measures"}
+            | {"markdown", "settings"},
             {"rewards", "page", "critic"},
             {"guards"},
             {"shared_prefix", "ppo", "loading", "evaluation", "playground", "plan", "tracking"},

@@ -55,7 +55,7 @@ def test_a_number_that_is_none_infinite_or_negative_is_refused_by_name(parse, ki
 @pytest.mark.parametrize(
     ("kind", "flags"),
     [
-        *(("dpo", f"--{name} 0") for name in ("beta", "learning_rate", "max_steps", "num_train_epochs", "max_length")),
+        *(("dpo", f"--{name} 0") for name in ("beta", "max_steps", "num_train_epochs", "max_length")),
         *(("dpo", f"--per_device_{split}_batch_size 0") for split in ("train", "eval")),
         *(("dpo", flags) for flags in ("--max_steps -5", "--seed -1", "--seed 4294967296", "--max_grad_norm nan")),
         *(("dpo", flags) for flags in ("--lora_r 0", "--lora_alpha 0", "--lora_dropout 1.5", "--adam_beta2 1")),
@@ -169,7 +169,7 @@ def test_a_flag_without_effect_is_refused_with_the_reason(parse, kind, flags, re
         ("dpo", "--label_smoothing 0 --label_smoothing_factor 0 --use_weighting true", {}),
         ("dpo", "--sync_ref_model true --ref_model_mixup_alpha 0.6 --ref_model_sync_steps 512", {}),
         ("dpo", "--precompute_ref_log_probs true --precompute_ref_batch_size 8", {}),
-        ("dpo", "--max_grad_norm inf --learning_rate 1e18 --num_train_epochs 0.5 --adam_beta1 0", {}),
+        ("dpo", "--max_grad_norm inf --learning_rate 0 --num_train_epochs 0.5 --adam_beta1 0", {}),
         ("dpo", "--logging_steps 0.1 --save_steps 0.2 --save_total_limit 1 --seed 0", {}),
         ("dpo", "--dataloader_num_workers 2 --dataloader_prefetch_factor 4", {}),
         ("sft", "--packing true --packing_strategy wrapped", {}),
