@@ -303,11 +303,6 @@ def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) ->
         what = "a LoRA adapter alone" if is_adapter else "no config.json"
         way_out = f"Make one: dpo-recipes merge {name} --output_dir {name}_merged" if is_adapter else "Name its folder"
         raise RecipeError(f"{name} holds {what}; a full model is needed. {way_out}.")
-    if folder.is_dir() and not any(folder.glob(pattern) for pattern in ("*token*", "vocab*", "*.model", "*.tiktoken")):
-        raise RecipeError(
-            f"{name} holds a model without its tokenizer. Save that beside it: AutoTokenizer.from_pretrained(BASE)"
-            f".save_pretrained('{name}')."
-        )
     if not folder.exists() and (folder.is_absolute() or folder.parts[0] in (".", "..", "outputs")):
         raise RecipeError(
             f"There is no model in {name}. If a recipe makes it, train that one first: make train "
@@ -335,10 +330,14 @@ def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) ->
             )
     except (OSError, ValueError) as error:
         raise RecipeError(_unreachable(name, error)) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one where there is none
+        raise RecipeError(f"{_NO_TOKENIZER} ({name})")
     return tokenizer
 
 
 def _unreachable(name: str, error: Exception) -> str:
+    if blamed := _blame(str(error)):
+        return blamed
     told = f"Cannot load {name}: {str(error).splitlines()[0]}"
     if Path(name).is_dir():
         return f"{told} It is a local folder, whose files are damaged or of another library. Save the model again."
@@ -367,9 +366,8 @@ def run(main: Callable[[], object]) -> None:
         text = str(error)
         if _is_disk_full(error):
             _leave(1, f"A disk is full. {_about_the_disk(error)}")
-        for sign, blamed in _BLAME.items():
-            if re.search(sign, text):
-                _leave(2, f"{blamed} ({' '.join(text.split())[:300]})")
+        if blamed := _blame(text):
+            _leave(2, blamed)
         if isinstance(error, OSError) and "huggingface.co" in text:
             _leave(2, _unreachable("the model or dataset", error))
         if type(error).__name__ == "OutOfMemoryError":
@@ -381,7 +379,12 @@ def run(main: Callable[[], object]) -> None:
         raise
 
 
+_NO_TOKENIZER = (
+    "There is no tokenizer beside the model. Save it into the model's folder: "
+    "AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)."
+)
 _BLAME = {
+    r"Couldn't instantiate the backend tokenizer": _NO_TOKENIZER,
     r"trust_remote_code=True": "The model has code of its own, which runs only if you say so: read it, then give "
     "--trust_remote_code true.",
     r"api/repos/create|api/models/.*/(preupload|commit)": "The Hub refused push_to_hub. Log in with `hf auth login`, "
@@ -390,6 +393,11 @@ _BLAME = {
     "all-linear; a single name is a regular expression of the whole path: '.*q_proj'.",
 }
 """What the errors of libraries mean, by what they say."""
+
+
+def _blame(text: str) -> str | None:
+    """What an error of a library means for the user, if it is known."""
+    return next((f"{meant} ({text.splitlines()[0]})" for sign, meant in _BLAME.items() if re.search(sign, text)), None)
 
 
 def _about_the_disk(error: Exception) -> str:

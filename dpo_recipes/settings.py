@@ -13,7 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from dpo_recipes.errors import RecipeError
 
 TABLE: dict[str, list[dict[str, Any]]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-OFF = (None, False, 0, "", [], "no", "none")
+OFF: tuple[Any, ...] = (None, False, 0, "", [], "no", "none")
 """Values that ask for nothing: a setting that has one of them is never refused as one without effect."""
 FINITE = {"is": "(-inf, inf)", "say": "Give a finite number, or leave the setting out."}
 
@@ -119,7 +119,7 @@ def _check_type(name: str, value: Any, hint: Any, choices: Sequence[Any] | None)
         raise RecipeError(f"Got {name}={value!r}, where {what} is needed.")
 
 
-def _losses_that_count(losses: Any, weights: Any) -> list[str]:
+def _losses_that_count(losses: Any, weights: Any) -> list[Any]:
     """The losses of a mixture whose weight is not 0."""
     losses, weights = _as_list(losses), _as_list(weights)
     if weights == [None] or len(weights) != len(losses):  # TRL refuses another number of weights
