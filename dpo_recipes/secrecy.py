@@ -54,8 +54,8 @@ def secrets_in(value: Any) -> list[str]:
 def take_secrets(training_args: Any) -> None:
     """Moves the Hub's token from the settings, which every checkpoint keeps, to where the Hub's client looks for it."""
     options = training_args.model_init_kwargs or {}
-    tokens = [training_args.hub_token, options.pop("token", None), options.pop("use_auth_token", None)]
+    tokens = [options.pop("use_auth_token", None), options.pop("token", None), training_args.hub_token]  # it wins
     training_args.hub_token = None
     for token in tokens:
-        if isinstance(token, str):
+        if isinstance(token, str) and token != HIDDEN:  # as a second call finds it on the command line
             os.environ["HF_TOKEN"] = token

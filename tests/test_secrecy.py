@@ -38,13 +38,20 @@ def test_a_secret_is_hidden_in_a_url_and_in_json_too():
 
 
 @pytest.mark.parametrize(
-    "flags", [["--hub_token", SECRET], [f"--hub_token={SECRET}"], ["--model_init_kwargs", f'{{"token": "{SECRET}"}}']]
+    "flags",
+    [
+        ["--hub_token", SECRET],
+        [f"--hub_token={SECRET}"],
+        ["--model_init_kwargs", f'{{"token": "{SECRET}"}}'],
+        ["--model_init_kwargs", '{"token": "of-the-model"}', "--hub_token", SECRET],
+    ],
 )
 def test_the_token_of_the_hub_reaches_its_client_and_no_file(flags, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "another")
     monkeypatch.setattr(sys, "argv", ["recipe.py", *flags])
     recipe = CPU | {"model_name_or_path": "some/model", "output_dir": str(tmp_path)}
-    script_args, training_args, _ = parse_recipe(recipe, (RecipeArguments, DPOConfig, ModelConfig))
+    for _ in range(2):  # as in a notebook
+        script_args, training_args, _ = parse_recipe(recipe, (RecipeArguments, DPOConfig, ModelConfig))
     assert os.environ["HF_TOKEN"] == SECRET
     torch.save([training_args, script_args], tmp_path / "training_args.bin")  # as the trainer does in a checkpoint
     assert SECRET.encode() not in (tmp_path / "training_args.bin").read_bytes()
