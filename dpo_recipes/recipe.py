@@ -338,12 +338,12 @@ def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) ->
 def _unreachable(name: str, error: Exception) -> str:
     if blamed := _blame(str(error)):
         return blamed
-    told = f"Cannot load {name}: {str(error).splitlines()[0]}"
+    said = str(error).splitlines()[0]
     if Path(name).is_dir():
-        return f"{told} It is a local folder, whose files are damaged or of another library. Save the model again."
+        return f"Cannot load {name}: {said} Its files are damaged or of another library: save the model again."
     return (
-        f"{told} Without the Hub, give a local folder with "
-        "--model_name_or_path, or run the quickstart, which needs no network: make train."
+        f"Cannot load {name}: {said} Without the Hub, give a local folder with --model_name_or_path, or run the "
+        "quickstart, which needs no network: make train."
     )
 
 
