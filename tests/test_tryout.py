@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from dpo_recipes.cli import main
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluation import generate
+from dpo_recipes.terminal import shown
 from dpo_recipes.tryout import merge, open_model
 
 INPUTS = torch.arange(40).reshape(2, 20) + 5
@@ -131,10 +132,10 @@ ASKED = ["--max_new_tokens", "12", "--temperature", "0"]
 
 
 def said(model, tokenizer, question, *, system=None, **options):
-    """What `generate` has a model say."""
+    """What `generate` has a model say, as a terminal shows it."""
     messages = [{"role": "system", "content": system}] if system else []
     options = dict(max_new_tokens=12, temperature=0.0) | options
-    return generate(model, tokenizer, [[*messages, {"role": "user", "content": question}]], **options)[0]["text"]
+    return shown(generate(model, tokenizer, [[*messages, {"role": "user", "content": question}]], **options)[0]["text"])
 
 
 def answers(output):
