@@ -121,12 +121,12 @@ def _check_type(name: str, value: Any, hint: Any, choices: Sequence[Any] | None)
 
 def _losses_that_count(losses: Any, weights: Any) -> list[Any]:
     """The losses of a mixture whose weight is not 0."""
-    losses, weights = _as_list(losses), _as_list(weights)
-    if weights == [None] or len(weights) != len(losses):  # TRL refuses another number of weights
-        return losses
-    if not any(weights):
-        raise RecipeError(f"All loss_weights of {' '.join(losses)} are 0: nothing would be learned. Raise one of them.")
-    return [loss for loss, weight in zip(losses, weights, strict=True) if weight]
+    names, factors = _as_list(losses), _as_list(weights)
+    if factors == [None] or len(factors) != len(names):  # TRL refuses another number of weights
+        return names
+    if not any(factors):
+        raise RecipeError(f"All loss_weights of {' '.join(names)} are 0: nothing would be learned. Raise one of them.")
+    return [loss for loss, weight in zip(names, factors, strict=True) if weight]
 
 
 def _as_list(value: Any) -> list[Any]:
