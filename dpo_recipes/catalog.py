@@ -74,10 +74,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The settings of a profile or an accelerate file.
 
     Raises:
-        RecipeError: If the file is not a YAML mapping.
+        RecipeError: If the file is not a YAML mapping, or a key stands in it twice.
     """
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if settings is None:
@@ -85,6 +85,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise RecipeError(f"{path} holds a {type(settings).__name__}, where `name: value` lines are needed.")
     return settings
+
+
+class _Loader(yaml.SafeLoader):
+    """yaml's safe loader, which refuses a key that stands twice instead of taking the later value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping, whose keys differ."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(
+                "in a mapping", node.start_mark, f"{twice[0]} stands twice: remove one of the lines", node.start_mark
+            )
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
 
 
 def as_table(rows: dict[str, str]) -> str:

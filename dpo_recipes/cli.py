@@ -6,6 +6,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from dpo_recipes import __version__
 from dpo_recipes.catalog import as_table, find_recipe, find_settings, list_recipes
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.launch import BFLOAT16, card_memory, default_profile, gpu_cards, prepare, set_environment
+from dpo_recipes.secrecy import hide_flags
 from dpo_recipes.sweep import spelling, sweep
-from dpo_recipes.terminal import outlive_the_terminal, say
+from dpo_recipes.terminal import outlive_the_terminal, say, shown
 
 DATASET_FLAGS = ("dataset_name", "dataset_config", "dataset_train_split", "columns")
 
@@ -30,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "try" and options.prompt is None and flags and not flags[0].startswith("-"):
         options.prompt = flags.pop(0)  # argparse takes no optional word behind a flag
     if flags and options.command not in ("train", "inspect", "compare", "evaluate"):
-        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+        parser.error(f"unrecognized arguments: {' '.join(hide_flags(flags))}")
     given = {name: value for name, value in vars(options).items() if name != "command" and value is not None}
     if "trust_remote_code" in given:
         given["trust_remote_code"] = given["trust_remote_code"] == "true"
@@ -76,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case _:
                 parser.print_help()
     except RecipeError as error:
-        sys.stderr.write(f"dpo-recipes: {error}\n")
+        sys.stderr.write(f"dpo-recipes: {shown(str(error))}\n")
         return 2
     except KeyboardInterrupt:
         return 130
@@ -313,9 +315,10 @@ def _listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 def _json_object(text: str) -> dict[str, Any]:
     """Reads a JSON object."""
-    if not isinstance(value := json.loads(text), dict):
-        raise ValueError
-    return value
+    with suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise argparse.ArgumentTypeError('a JSON object is needed: {"max_tokens": 300}')  # the text may hold a key
 
 
 def _at_least(least: float) -> Callable[[str], float]:

@@ -8,13 +8,15 @@ import random
 import re
 import runpy
 import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,19 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_jsonl, write_jsonl
 from dpo_recipes.intervals import wilson
 from dpo_recipes.rewards import Text, check_reward_model, model_judge, read_reward_config
+from dpo_recipes.secrecy import hide, secrets_in
 from dpo_recipes.statistics import wins
 from dpo_recipes.terminal import say
 
 Array = NDArray[np.float64]
 KEY = "OPENAI_API_KEY"
+ADDRESS = re.compile("https?://", re.IGNORECASE)
 TRIES = 6  # of a request
 LARGEST = 10_000_000  # bytes of a reply that are read
 USAGE = ("prompt_tokens", "completion_tokens")
-LONGEST_WAIT = 120.0  # seconds between two tries, whatever the endpoint asks for
+LONGEST_WAIT = 120.0  # seconds between two tries; an endpoint that asks for more is not waited for
+GRACE = 3.0  # seconds for the replies under way, after Ctrl-C or a refusal
+PATIENCE = 15.0  # seconds without a reply, after which the user is told
 REPLY_TOKENS = 512
 CHARACTERS = 4  # of a token, about
 QUESTION = """\
@@ -91,7 +97,8 @@ class Endpoint:
     price: tuple[float, float] | None = None  # of a million tokens, read and written
     options: Mapping[str, Any] = field(default_factory=dict)  # further fields of a request; None takes one away
     pause: float = 1.0  # seconds before the second try; each later one waits twice as long
-    timeout: float = 120.0  # seconds without a word
+    timeout: float = 120.0  # seconds of a try, from the request to the last byte of the reply
+    deadline: float = 300.0  # seconds of a question, over all its tries
 
 
 def open_judge(
@@ -114,15 +121,15 @@ def open_judge(
     Raises:
         RecipeError: If there is no such judge, or it cannot judge that.
     """
-    if endpoint and not re.match("https?://", name or str(rule)):
+    if endpoint and not ADDRESS.match(name or str(rule)):
         raise RecipeError(f"--judge_{next(iter(endpoint))} is for an endpoint: --judge https://HOST/v1.")
     if name is None and not isinstance(rule, str):
         return rule and _by_score("the recipe's exact rule", exact_judge(rule))
     name = name or str(rule)
-    if re.match("https?://", name):
+    if ADDRESS.match(name):
+        _check_address(name)
         if not endpoint.get("model"):
             raise RecipeError(f"{name} is an endpoint, which may have many models. Name one with --judge_model.")
-        _check_address(name)
         asked = Endpoint(name.rstrip("/"), **endpoint)
         return Judge(f"{asked.model} at {asked.url}", lambda *answers: ask_all(asked, *answers, cache=cache))
     if ".py:" in name or name.endswith(".py"):
@@ -144,8 +151,9 @@ def _check_address(url: str) -> None:
     except ValueError:
         bad = True
     if bad:
-        raise RecipeError(f"{url} is no address of an endpoint. It looks like https://HOST/v1.")
-    if "@" in parts.netloc or parts.query:
+        shown = re.sub("//[^/]*@", "//***@", re.split("[?#;]", url)[0])
+        raise RecipeError(f"{shown} is no address of an endpoint. It looks like https://HOST/v1.")
+    if "@" in parts.netloc or parts.query or parts.fragment or ";" in parts.path:
         raise RecipeError(f"The address of an endpoint is kept with the results: put its key into ${KEY}, not there.")
     if not re.fullmatch(r"[!-~]*", _key()):
         raise RecipeError(f"${KEY} holds a character that no key has.")
@@ -292,23 +300,40 @@ def _ask_missing(
 
         try:
             asked |= {pool.submit(ask, endpoint, body, stopped): key for key, body in missing.items()}
-            for done in tqdm(as_completed(asked), total=len(asked), desc="Judging"):
+            for done in tqdm(_as_they_come(asked, endpoint), total=len(asked), desc="Judging"):
                 try:
                     keep(done)
-                    begun = True
+                    begun, silent = True, 0
                 except OSError as error:
                     failures[asked[done]] = str(error)
                     silent += isinstance(error, _NoReply)
-                if silent >= min(endpoint.workers, len(asked)) and not begun:
+                if silent >= min(endpoint.workers, len(asked)):  # one after the other
                     told = f"{endpoint.url} answered nothing: {failures[asked[done]]}"
-                    raise RecipeError(f"{told}. Call it again: the answers are kept.")
+                    if not begun:
+                        raise RecipeError(f"{told}. Call it again: the answers are kept.")
+                    say(f"{told}. It is asked no more; the same call asks again for what is missing.")
+                    break
         finally:  # Ctrl-C, or a key that is refused: nobody waits for another try, and what is paid for is kept
             stopped.set()
             pool.shutdown(cancel_futures=True)
             for late in asked:
                 if asked[late] not in replies and not late.cancelled() and late.exception() is None:
                     keep(late)
-    return failures
+    return dict.fromkeys(missing.keys() - replies.keys(), "not asked, as nothing was answered any more") | failures
+
+
+def _as_they_come(asked: Mapping[Future[dict[str, Any]], str], endpoint: Endpoint) -> Iterator[Future[dict[str, Any]]]:
+    """Yields the questions that have ended, and says so where none does."""
+    pending, since = set(asked), time.monotonic()
+    while pending:
+        done, pending = wait(pending, timeout=PATIENCE, return_when=FIRST_COMPLETED)
+        since = time.monotonic() if done else since
+        if not done:
+            say(
+                f"{endpoint.model} has not answered for {time.monotonic() - since:.0f} s. A question is given up after "
+                f"{endpoint.deadline:.0f} s. Ctrl-C ends the judging and keeps the replies."
+            )
+        yield from done
 
 
 def ask(endpoint: Endpoint, body: str, stopped: threading.Event) -> dict[str, Any]:
@@ -320,36 +345,83 @@ def ask(endpoint: Endpoint, body: str, stopped: threading.Event) -> dict[str, An
     """
     request = urllib.request.Request(f"{endpoint.url}/chat/completions", data=body.encode())
     request.add_header("Content-Type", "application/json")
-    key = _key()
-    if key:
-        request.add_unredirected_header("Authorization", f"Bearer {key}")  # for this host and no other
+    if _key():
+        request.add_unredirected_header("Authorization", f"Bearer {_key()}")  # for this host and no other
+    secrets = [_key(), *secrets_in(dict(endpoint.options))]
+    end = time.monotonic() + endpoint.deadline
     problem = ""
     for attempt in range(TRIES):
-        wait = endpoint.pause * 2**attempt * random.uniform(1, 1.5)  # not all at once
+        pause = endpoint.pause * 2**attempt * random.uniform(1, 1.5)  # not all at once
         try:
-            with _OPENER.open(request, timeout=endpoint.timeout) as response:
-                return _read_reply(response.read(LARGEST))
-        except urllib.error.HTTPError as error:
-            detail = ""
-            with error, suppress(OSError, http.client.HTTPException):
-                detail = error.read(300).decode(errors="replace").replace(key or "\0", "***")
-            problem = f"HTTP {error.code} {error.reason}"
-            if error.code in (401, 403, 404) or error.code < 400:
+            seconds = min(endpoint.timeout, end - time.monotonic())
+            status, reason, headers, data = _within(seconds, stopped, lambda: _exchange(request, endpoint.timeout))
+            if status < 300:
+                return _read_reply(data, secrets)
+            problem = hide(f"HTTP {status} {reason}", secrets)
+            if status in (401, 403, 404) or status < 400:
                 raise RecipeError(
                     f"{endpoint.url} refuses: {problem}. Check the URL, --judge_model {endpoint.model} and ${KEY}, "
                     "and call it again: the answers are kept."
-                ) from error
-            if error.code < 500 and error.code not in (408, 409, 429):
-                raise OSError(f"{problem}: {detail}") from error
-            after = error.headers.get("Retry-After", "")
-            wait = max(wait, float(after)) if re.fullmatch(r"\d+(\.\d+)?", after) else wait
+                )
+            if status < 500 and status not in (408, 409, 429):
+                raise _RefusedQuestionError(f"{problem}: {hide(data.decode(errors='replace'), secrets)[:300]}")
+            after = headers.get("Retry-After", "")
+            if re.fullmatch(r"\d+(\.\d+)?", after):
+                pause = max(pause, float(after))
+                problem += f", wait {after} s" if pause > LONGEST_WAIT else ""
+        except _RefusedQuestionError:
+            raise
         except (OSError, http.client.HTTPException) as error:
-            problem = f"no reply ({getattr(error, 'reason', None) or error or type(error).__name__})"
+            problem = hide(f"no reply ({getattr(error, 'reason', None) or error or type(error).__name__})", secrets)
         except (ValueError, LookupError, TypeError, RecursionError):
             problem = "a reply that is no chat completion"
-        if attempt == TRIES - 1 or stopped.wait(min(wait, LONGEST_WAIT)):
+        too_late = pause > min(LONGEST_WAIT, end - time.monotonic())
+        if attempt == TRIES - 1 or too_late or stopped.wait(pause):
             break
     raise _NoReply(f"{problem}, in {attempt + 1} tries")
+
+
+def _exchange(request: urllib.request.Request, timeout: float) -> tuple[int, str, Message, bytes]:
+    """Status, reason, headers and body of the reply, whatever the status."""
+    try:
+        response = _OPENER.open(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        response = error
+    data = b""
+    with response, suppress(*(() if response.status < 300 else (OSError, http.client.HTTPException))):
+        data = response.read(LARGEST)
+    return response.status, response.reason, response.headers, data
+
+
+def _within(seconds: float, stopped: threading.Event, call: Callable[[], Any]) -> Any:
+    """Returns what the call returns, from a thread that is left behind once its time is over.
+
+    A socket's timeout is no deadline: a byte a second, or a name that is not resolved, goes on for ever.
+
+    Raises:
+        TimeoutError: If it takes longer, or after a stop longer than `GRACE`.
+    """
+    future: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    end = time.monotonic() + seconds
+    while not future.done() and not stopped.is_set() and time.monotonic() < end:
+        wait([future], timeout=min(0.2, max(0.0, end - time.monotonic())))
+    if stopped.is_set():
+        wait([future], timeout=min(GRACE, max(0.0, end - time.monotonic())))
+    if not future.done():
+        raise TimeoutError(f"nothing whole in {seconds:.0f} s")
+    return future.result()
+
+
+class _RefusedQuestionError(OSError):
+    """The endpoint refuses this question, however often it is asked."""
 
 
 class _NoReply(OSError):
@@ -366,15 +438,18 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
-def _read_reply(data: bytes) -> dict[str, Any]:
-    """The text of a chat completion, and its usage in tokens; raises ValueError and its like where it is none."""
+def _read_reply(data: bytes, secrets: Sequence[str]) -> dict[str, Any]:
+    """The text of a chat completion without secrets, and its usage; raises ValueError and its like where it is none."""
     reply = json.loads(data)
     text, usage = reply["choices"][0]["message"]["content"], reply.get("usage")
     if not isinstance(text, str | None):
         raise TypeError
     counts = {name: usage.get(name) for name in USAGE} if isinstance(usage, dict) else {}
     whole = (text or "").encode(errors="replace").decode()  # half a surrogate pair cannot be written
-    return {"text": whole, "usage": {name: count for name, count in counts.items() if type(count) is int}}
+    return {
+        "text": hide(whole, secrets),
+        "usage": {name: count for name, count in counts.items() if type(count) is int},
+    }
 
 
 def agreement(judged: Sequence[float], annotators: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:

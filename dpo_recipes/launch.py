@@ -18,10 +18,11 @@ from dpo_recipes.catalog import find_recipe, find_settings, read_yaml, recipe_se
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json
 from dpo_recipes.processes import supervise
+from dpo_recipes.secrecy import hide_flags
 from dpo_recipes.terminal import say
 
 # Flags that change the way to a result, not the result.
-HOW_NOT_WHAT = ("overwrite", "resume_from_checkpoint", "dry_run", "threshold")
+HOW_NOT_WHAT = ("overwrite", "resume_from_checkpoint", "dry_run", "threshold", "hub_token")
 STARTS = ("model_name_or_path", "reward_model_name_or_path")  # each may name the output of another recipe
 BFLOAT16 = 8.0  # compute capability; a card below it computes in float16
 LOCAL_CARD = 30_000  # MiB; below it the profile for one 24 GB card, above it the one for 80 GB
@@ -82,7 +83,7 @@ class Launch:
             if status := stage.run():
                 return status
         command = self._arguments()
-        say(shlex.join(["accelerate", "launch", *command]))
+        say(shlex.join(["accelerate", "launch", *hide_flags(command)]))
         return supervise(command, self._environment())
 
     def _dry_run(self, needed: dict[str, tuple["Launch", str]]) -> int:

@@ -8,12 +8,14 @@ import json
 import logging
 import random
 import re
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets.config import HF_DATASETS_CACHE as HF_CACHE
 from datasets.exceptions import DatasetsError
 
 from dpo_recipes.dataset_adapters import map_rows, recognise, rename_columns
@@ -254,6 +256,7 @@ def _load_from_hub(name: str, config: str | None, *, streaming: bool) -> Mapping
             loaded = load_dataset(name, data_dir=config, streaming=streaming)  # hh-rlhf keeps its parts in folders
     except _UNREADABLE as error:
         _reraise_full_disk(error)
+        _blame_cache(error)
         of = f" (configuration {config})" if config else ""
         raise RecipeError(
             f"Cannot load {name}{of} from the hub, and there is no such file here: {_first_line(error)}. Check the "
@@ -316,6 +319,7 @@ def _load_files(files: list[Path], *, streaming: bool) -> Any:
             rows.data.validate(full=True)  # datasets lets invalid UTF-8 pass, to fail at some later access
     except _UNREADABLE as error:
         _reraise_full_disk(error)
+        _blame_cache(error)
         raise RecipeError(f"Cannot read {_culprit(files)}: {_first_line(error)}. Mend it or name another.") from error
     return rows
 
@@ -345,6 +349,16 @@ def _first_line(error: BaseException) -> str:
         return "it holds no rows"
     cause = error.__cause__ or error  # datasets wraps what went wrong in "An error occurred while generating ..."
     return (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
+
+
+def _blame_cache(error: BaseException) -> None:
+    """Raises RecipeError if what cannot be read is not the data but what datasets keeps of it."""
+    reading_cache = {"_memory_mapped_record_batch_reader_from_file", "from_directory"}
+    if reading_cache & {frame.name for frame in traceback.extract_tb(error.__traceback__)}:
+        raise RecipeError(
+            f"The cache of datasets is damaged ({_first_line(error)}); the data is not. Remove the folder {HF_CACHE}, "
+            "which is made again from the data."
+        ) from error
 
 
 def _reraise_full_disk(error: BaseException) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from dpo_recipes.files import write_text
-from dpo_recipes.terminal import duration
+from dpo_recipes.terminal import duration, shown
 
 NOTHING = "\N{EN DASH}"
 
@@ -18,6 +18,7 @@ def write_page(
     """The path, holding the template filled with the data, all of it escaped where the template is of a page."""
     environment = Environment(
         loader=FileSystemLoader([template.parent, Path(__file__).parent]),
+        finalize=lambda value: shown(value) if type(value) is str else value,
         autoescape=template.name.endswith(".html.jinja"),
         trim_blocks=True,
         lstrip_blocks=True,

@@ -14,18 +14,24 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_recipes.terminal import outlive_the_terminal
 
+if TYPE_CHECKING:
+    import psutil
+
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STANDSTILL = 30.0  # seconds without work, after a signal, that show a process to be frozen
+LITTLE = 0.01  # of a processor and megabytes a second: what processes use that wait for one another
 
 
 def supervise(arguments: Sequence[str], environment: dict[str, str]) -> int:
     """Runs `accelerate launch` with the arguments; returns the training's exit status, 128 + n if signal n ended it.
 
-    Ctrl-C, SIGTERM and a closed terminal reach every training process once; the third Ctrl-C kills them. No process of
-    the run outlives this call, nor this process by more than a few seconds if it is killed itself.
+    Ctrl-C, SIGTERM and a closed terminal reach every training process once; the third Ctrl-C kills them, and so does a
+    standstill after a signal, where a process is frozen and the others wait for it. No process of the run outlives this
+    call, nor this process by more than a few seconds if it is killed itself.
     """
     received: list[int] = []
     heeded = [number for number in FORWARDED if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
@@ -39,13 +45,21 @@ def supervise(arguments: Sequence[str], environment: dict[str, str]) -> int:
     for relay in relays:
         relay.start()
     try:
-        handled = 0
+        handled, frozen, work, since = 0, False, 0.0, time.monotonic()
         while process.poll() is None:
+            if handled and time.monotonic() - since > STANDSTILL and not frozen:
+                done, states = _work(process.pid)
+                frozen, work, since = _is_frozen(work, done, states), done, time.monotonic()
+                if frozen:
+                    sys.stderr.write(f"{_FROZEN}\n")
+                    _kill(process.pid)
             for number in received[handled:]:
+                if not handled:
+                    work, since = _work(process.pid)[0], time.monotonic()
                 handled += 1
                 third = number == signal.SIGINT and received[:handled].count(signal.SIGINT) >= 3
                 if third:
-                    os.killpg(process.pid, signal.SIGKILL)
+                    _kill(process.pid)
                 else:
                     process.send_signal(number)
             time.sleep(0.05)
@@ -57,7 +71,47 @@ def supervise(arguments: Sequence[str], environment: dict[str, str]) -> int:
         os.close(held)
         for number, handler in before.items():
             signal.signal(number, handler)
-    return _status(process.returncode)
+    return 128 + received[0] if frozen else _status(process.returncode)
+
+
+_FROZEN = (
+    "A process of the run is frozen: the run ended without a checkpoint of this step. Complete checkpoints are kept: "
+    "continue with --resume_from_checkpoint true."
+)
+
+
+def _descendants(leader: int) -> "list[psutil.Process]":
+    """The training processes and their helpers; torch's launcher starts each in a session of its own."""
+    import psutil
+
+    with suppress(psutil.Error):
+        found: list[psutil.Process] = psutil.Process(leader).children(recursive=True)
+        return found
+    return []
+
+
+def _kill(leader: int) -> None:
+    for number in [leader, *(process.pid for process in _descendants(leader))]:
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+
+
+def _work(leader: int) -> tuple[float, set[str]]:
+    """Seconds of processor time and megabytes written by the processes below the leader, and the states of these."""
+    import psutil
+
+    work, states = 0.0, set()
+    for process in _descendants(leader):
+        with suppress(psutil.Error):
+            times = process.cpu_times()
+            work += times.user + times.system + (process.io_counters().write_bytes / 1e6 if psutil.LINUX else 0)
+            states.add(process.status())
+    return work, states
+
+
+def _is_frozen(before: float, now: float, states: set[str]) -> bool:
+    """Returns True if a process is stopped, or all together did next to nothing and wait for no disk."""
+    return "stopped" in states or (now - before < LITTLE * STANDSTILL and "disk-sleep" not in states)
 
 
 def _relayed_streams() -> dict[str, Any]:

@@ -4,7 +4,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -13,15 +15,18 @@ from typing import Any, NoReturn
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 from transformers.hf_argparser import HfArg
-from trl import DPOConfig, ModelConfig, RewardConfig, ScriptArguments, TrlParser
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from trl import ModelConfig, RewardConfig, ScriptArguments, TrlParser
 
 from dpo_recipes.catalog import read_yaml
 from dpo_recipes.checkpoints import WEIGHTS_ALONE, checkpoints_of, incomplete_reason, latest_checkpoint
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.files import read_json
 from dpo_recipes.manifest import refuse_strangers, was_cut_short
-from dpo_recipes.terminal import outlive_the_terminal, say
-from dpo_recipes.tracking import check_trackers
+from dpo_recipes.secrecy import hide, hide_flags, secrets_of, take_secrets
+from dpo_recipes.settings import check_settings
+from dpo_recipes.terminal import outlive_the_terminal, say, shown
+from dpo_recipes.tracking import check_hub, check_trackers
 
 SETTINGS_FILE = "settings.json"
 DONE_FILE = "done.json"
@@ -118,36 +123,45 @@ def parse_recipe(
             folder holds anything but this run, or no checkpoint there can be resumed from.
         SystemExit: With status 0 if the output folder holds this run, finished.
     """
-    flags = {word[2:].partition("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
-    given = flags | set(recipe)
+    profile: dict[str, Any] = {}
     if "--config" in sys.argv[1:-1]:
-        profile = Path(sys.argv[sys.argv.index("--config") + 1])
-        given |= set(read_yaml(profile)) if profile.is_file() else set()
-    for old in given & {"gradient_checkpointing", "gradient_checkpointing_kwargs"}:
+        file = Path(sys.argv[sys.argv.index("--config") + 1])
+        profile = read_yaml(file) if file.is_file() else {}
+    flags = [word.partition("=")[0][2:].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")]
+    given = {name: place for place, names in enumerate((recipe, profile, flags)) for name in names}
+    for old in given.keys() & {"gradient_checkpointing", "gradient_checkpointing_kwargs"}:
         # Accepted by transformers, and without effect beside a profile's newer name.
         raise RecipeError(f"{old} is called {old.replace('gradient', 'activation')} today. Use that name.")
     loads_by_name = any(issubclass(part, ModelConfig) for part in dataclass_types)
-    parser = TrlParser([*dataclass_types, *([] if loads_by_name else [_LoadedByName])], allow_abbrev=False)
+    parts = [*dataclass_types, *([] if loads_by_name else [_LoadedByName])]
+    usage = "%(prog)s [--config PROFILE.yaml] [--SETTING VALUE ...]"  # not all of them, above a message of one line
+    parser = TrlParser(parts, allow_abbrev=False, usage=usage)
     if unknown := parser.set_defaults_with_config(**recipe):
         raise RecipeError(f"RECIPE has keys that TRL does not know: {' '.join(unknown)}. Correct or remove them.")
+    parser.set_defaults_with_config(**profile)
+    check_settings(vars(parser.parse_known_args()[0]), dataclass_types, given)
     try:
         parsed: tuple[Any, ...] = parser.parse_args_and_config()[: len(dataclass_types)]
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:
         hint = " Use the profile cpu without a GPU, turing on a card without bfloat16." if "bf16" in str(error) else ""
-        raise RecipeError(f"{error}{hint} `python {sys.argv[0]} --help` lists the settings.") from error
+        told = hide(f"{error}{hint}", secrets_of(sys.argv))
+        raise RecipeError(f"{told} `python {sys.argv[0]} --help` lists the settings.") from error
+    sys.argv[1:] = hide_flags(sys.argv[1:])  # which trackers keep
     script_args = next(args for args in parsed if isinstance(args, RecipeArguments))
     training_args = next(args for args in parsed if isinstance(args, TrainingArguments))
     model_args = next((args for args in parsed if isinstance(args, ModelConfig)), None)
 
+    take_secrets(training_args)
     check_trackers(training_args)
-    if not loads_by_name and (unused := (flags | set(recipe)) & {entry.name for entry in fields(_LoadedByName)}):
+    if not loads_by_name and (unused := {*flags, *recipe} & {entry.name for entry in fields(_LoadedByName)}):
         raise RecipeError(f"{unused.pop()} has no effect here: this recipe makes its own model. Leave it out.")
-    _refuse_ignored(script_args, training_args, given)
+    check_hub(training_args)
     _set_accumulation(script_args, training_args)
     if isinstance(script_args, OnlineArguments):
         _set_rollout(script_args, training_args, given)
     if model_args is not None:
         _check_task_type(training_args, model_args)
+        _check_attention(model_args.attn_implementation)
         if model_args.model_name_or_path is None:
             raise RecipeError("No model is named. Give a folder or a Hub name with --model_name_or_path.")
         if "dtype" not in flags:
@@ -195,17 +209,7 @@ def _set_accumulation(script_args: RecipeArguments, training_args: TrainingArgum
     training_args.gradient_accumulation_steps = steps
 
 
-def _refuse_ignored(script_args: RecipeArguments, training_args: TrainingArguments, given: set[str]) -> None:
-    """A flag that is accepted and then ignored would be a bug."""
-    ignored = {} if isinstance(training_args, DPOConfig) else {"shared_prefix": "only DPO has two answers to a prompt"}
-    if isinstance(script_args, OnlineArguments):
-        ignored["steps_per_generation"] = "it follows from generation_batch_size, the answers of a rollout"
-        ignored["train_sampling_strategy"] = "TRL draws the prompts of a rollout itself"
-    for name in given & set(ignored):
-        raise RecipeError(f"{name} has no effect here: {ignored[name]}. Leave it out.")
-
-
-def _set_rollout(script_args: OnlineArguments, training_args: Any, given: set[str]) -> None:
+def _set_rollout(script_args: OnlineArguments, training_args: Any, given: Mapping[str, int]) -> None:
     """Answers a rollout, by default those of one update, and the batches that they are learned from in."""
     if "generation_batch_size" not in given:
         training_args.generation_batch_size = script_args.pairs_per_update
@@ -243,6 +247,12 @@ def _check_task_type(training_args: TrainingArguments, model_args: ModelConfig) 
             f"lora_task_type is {model_args.lora_task_type}, and {type(training_args).__name__} needs {needed}: a "
             "score head is trained and saved with SEQ_CLS alone. Set it in RECIPE or with --lora_task_type."
         )
+
+
+def _check_attention(name: str | None) -> None:
+    known = {"eager", *ALL_ATTENTION_FUNCTIONS.keys()}  # with those that a recipe has registered
+    if name and "/" not in name and name.rpartition("|")[2] not in known:
+        raise RecipeError(f"There is no attn_implementation {name}. There are: {', '.join(sorted(known))}.")
 
 
 def _effective_settings(parsed: Sequence[Any]) -> dict[str, Any]:
@@ -390,13 +400,20 @@ def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) ->
             )
     except (OSError, ValueError) as error:
         raise RecipeError(_unreachable(name, error)) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one where there is none
+        raise RecipeError(f"{_NO_TOKENIZER} ({name})")
     return tokenizer
 
 
 def _unreachable(name: str, error: Exception) -> str:
+    if blamed := _blame(str(error)):
+        return blamed
+    said = str(error).splitlines()[0]
+    if Path(name).is_dir():
+        return f"Cannot load {name}: {said} Its files are damaged or of another library: save the model again."
     return (
-        f"Cannot load {name}: {str(error).splitlines()[0]} Without the Hub, give a local folder with "
-        "--model_name_or_path, or run the quickstart, which needs no network: make train."
+        f"Cannot load {name}: {said} Without the Hub, give a local folder with --model_name_or_path, or run the "
+        "quickstart, which needs no network: make train."
     )
 
 
@@ -419,11 +436,9 @@ def run(main: Callable[[], object]) -> None:
     except Exception as error:
         text = str(error)
         if _is_disk_full(error):
-            _leave(
-                1,
-                "A disk is full. Complete checkpoints are kept: free some space and continue with "
-                "--resume_from_checkpoint true, or keep fewer with --save_total_limit.",
-            )
+            _leave(1, f"A disk is full. {_about_the_disk(error)}")
+        if blamed := _blame(text):
+            _leave(2, blamed)
         if isinstance(error, OSError) and "huggingface.co" in text:
             _leave(2, _unreachable("the model or dataset", error))
         if type(error).__name__ == "OutOfMemoryError":
@@ -433,6 +448,41 @@ def run(main: Callable[[], object]) -> None:
                 "the same), lower --max_length, or use a 4-bit recipe.",
             )
         raise
+
+
+_NO_TOKENIZER = (
+    "There is no tokenizer beside the model. Save it into the model's folder: "
+    "AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)."
+)
+_BLAME = {
+    r"Couldn't instantiate the backend tokenizer": _NO_TOKENIZER,
+    r"trust_remote_code=True": "The model has code of its own, which runs only if you say so: read it, then give "
+    "--trust_remote_code true.",
+    r"api/repos/create|api/models/.*/(preupload|commit)": "The Hub refused push_to_hub. Log in with `hf auth login`, "
+    "name a repository of yours with --hub_model_id, or leave --push_to_hub out.",
+    r"Target modules .* not found|No modules were targeted": "lora_target_modules names no module of this model. Take "
+    "all-linear; a single name is a regular expression of the whole path: '.*q_proj'.",
+}
+"""What the errors of libraries mean, by what they say."""
+
+
+def _blame(text: str) -> str | None:
+    """What an error of a library means for the user, if it is known."""
+    return next((f"{meant} ({text.splitlines()[0]})" for sign, meant in _BLAME.items() if re.search(sign, text)), None)
+
+
+def _about_the_disk(error: Exception) -> str:
+    """What to do where a disk is full: the cache of datasets and models is not the run's folder."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if any(re.search(r"/(datasets|huggingface_hub)/", frame.filename) for frame in frames):
+        return (
+            "It is the one that holds the cache of datasets and models. Free some space there, or name a folder on "
+            "another disk with the variable HF_HOME."
+        )
+    return (
+        "Complete checkpoints are kept: free some space and continue with --resume_from_checkpoint true, or keep fewer "
+        "with --save_total_limit."
+    )
 
 
 def _is_disk_full(error: Exception) -> bool:
@@ -445,5 +495,5 @@ def _is_disk_full(error: Exception) -> bool:
 
 def _leave(status: int, message: str) -> NoReturn:
     if int(os.environ.get("RANK", "0")) == 0:
-        sys.stderr.write(f"{message}\n")
+        sys.stderr.write(f"{shown(message)}\n")
     raise SystemExit(status)

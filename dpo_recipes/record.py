@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import Trainer
 
+from dpo_recipes.markdown import code, fence, inline, one_line, yaml_text
 from dpo_recipes.recipe import RecipeArguments
 
 LIBRARIES = ("dpo-recipes", "trl", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "torch")
@@ -113,24 +114,26 @@ def model_card(
     is_adapter = (Path(trainer.args.output_dir) / "adapter_config.json").exists()
     header = [
         "---",
-        *([] if base is None or Path(base).exists() else [f"base_model: {base}"]),
+        *([] if base is None or Path(base).exists() else [f"base_model: {yaml_text(base)}"]),
         f"library_name: {'peft' if is_adapter else 'transformers'}",
         "tags:\n- trl\n- " + method.lower(),
         "---",
     ]
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    shown = [name for name in SHOWN_SETTINGS if settings.get(name) not in (None, -1)]
+    results = f"{fence(report)}\n\n{one_line(note)}"
     return "\n".join(
         [
             *header,
-            f"# {Path(trainer.args.output_dir).name}",
-            f"\n{method} of `{base}` on `{script_args.dataset_name}` ({len(trainer.train_dataset):,} training rows; "
-            "every row is accounted for in `preflight.json`).",
-            *(f"\n**Warning.** {warning}" for warning in warnings),
-            *(["\n## Results on held-out pairs (95 % intervals)", f"\n```\n{report}\n```\n\n{note}"] if report else []),
+            f"# {inline(Path(trainer.args.output_dir).name)}",
+            f"\n{method} of {code(base)} on {code(script_args.dataset_name)} ({len(trainer.train_dataset):,} training "
+            "rows; every row is accounted for in `preflight.json`).",
+            *(f"\n**Warning.** {one_line(warning)}" for warning in warnings),
+            *(["\n## Results on held-out pairs (95 % intervals)", f"\n{results}"] if report else []),
             "\n![curves](curves.png)",
             "\nAll of it on one page: `report.html`.",
             "\n## Settings\n",
-            *(f"- {name}: {settings[name]}" for name in SHOWN_SETTINGS if settings.get(name) not in (None, -1)),
+            *(f"- {name}: {inline(_words(settings[name]))}" for name in shown),
             "\nAll of them are in `settings.json`, the installed packages in `environment.txt`.",
             "\n## Made with\n",
             f"- {versions}",
@@ -140,3 +143,7 @@ def model_card(
             "",
         ]
     )
+
+
+def _words(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, list) else value

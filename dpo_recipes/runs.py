@@ -54,8 +54,9 @@ def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
     With `overwrite` the files that an earlier run wrote there are removed. Nothing else is, and nothing without it.
 
     Raises:
-        RecipeError: If another process trains in that folder.
+        RecipeError: If another process trains in that folder, or the model to start from has weights that are NaN.
     """
+    _refuse_broken_start(trainer)
     add_guards(trainer)
     trainer.add_callback(NoUpdateAfterTheLast(trainer))
     if not trainer.args.disable_tqdm:
@@ -82,6 +83,16 @@ def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
         f"{script_args.pairs_per_update} {unit} = {trainer.args.per_device_train_batch_size} a device x "
         f"{trainer.args.world_size} process(es) x {trainer.args.gradient_accumulation_steps} accumulated."
     )
+
+
+def _refuse_broken_start(trainer: Trainer) -> None:
+    plain = (torch.float32, torch.bfloat16, torch.float16)
+    weights = [(name, each) for name, each in trainer.model.named_parameters() if each.dtype in plain]
+    if broken := [name for name, each in weights if not (each.is_meta or each.isfinite().all())]:
+        raise RecipeError(
+            f"{len(broken)} weights of the model to start from are NaN or infinite ({broken[0]}, ...). "
+            "Its files are damaged, or it was trained until it broke: name another with --model_name_or_path."
+        )
 
 
 def _show_stopped(trainer: Trainer, script_args: RecipeArguments) -> None:

@@ -1,15 +1,24 @@
 """What a run says."""
 
 import os
+import re
 import sys
 from contextlib import suppress
 from typing import Any
 
+# What moves the cursor, changes colours, turns the writing direction or cannot be encoded; not tabs and line breaks.
+_CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+
+
+def shown(text: str) -> str:
+    """The text with its control characters spelt out: a terminal or a page shows them and does not obey them."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
 
 def say(text: str) -> None:
-    """Write to standard output at once, from the main process only."""
+    """Write to standard output at once, from the main process only; control characters are spelt out."""
     if int(os.environ.get("RANK", "0")) == 0:
-        sys.stdout.write(f"{text}\n")
+        sys.stdout.write(f"{shown(text)}\n")
         sys.stdout.flush()
 
 

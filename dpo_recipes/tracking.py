@@ -1,14 +1,16 @@
 """Experiment trackers: nothing is sent that was not asked for, and nobody is asked to log in."""
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
+from huggingface_hub import constants, get_token, is_offline_mode
 from transformers import Trainer, TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.manifest import claim
@@ -30,12 +32,24 @@ def check_trackers(training_args: TrainingArguments) -> None:
     for tracker in training_args.report_to:
         if tracker not in INTEGRATION_TO_CALLBACK:
             raise RecipeError(f"There is no tracker {tracker}. Set --report_to to none, {', '.join(EXTRAS)}.")
-        if tracker in EXTRAS and importlib.util.find_spec(tracker) is None:
-            raise RecipeError(f"The tracker {tracker} is not installed: pip install 'dpo-recipes[{tracker}]'.")
+        if tracker not in get_available_reporting_integrations():
+            package = f"'dpo-recipes[{tracker}]'" if tracker in EXTRAS else tracker.replace("_", "-")
+            raise RecipeError(f"The tracker {tracker} is not installed: pip install {package}.")
     if training_args.run_name is None:
         training_args.run_name = Path(training_args.output_dir).name
     if training_args.project == "huggingface":  # transformers' default, for trackio
         training_args.project = PROJECT
+
+
+def check_hub(training_args: TrainingArguments) -> None:
+    """Raises RecipeError if the run is to be uploaded, and the Hub cannot be reached or knows nobody here."""
+    if not training_args.push_to_hub:
+        return
+    later = "leave --push_to_hub out and upload the finished run later: hf upload REPOSITORY FOLDER"
+    if is_offline_mode():
+        raise RecipeError(f"push_to_hub needs the Hub, and HF_HUB_OFFLINE is set. Unset it, or {later}.")
+    if get_token() is None:
+        raise RecipeError(f"push_to_hub needs a login at the Hub. Call `hf auth login`, or {later}.")
 
 
 def start_tracking(trainer: Trainer, settings: dict[str, Any]) -> None:

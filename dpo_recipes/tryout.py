@@ -28,7 +28,7 @@ from dpo_recipes.checkpoints import check_saved, merge_adapter
 from dpo_recipes.dataset_adapters import DROP_REASONS, Drop
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json, write_json
-from dpo_recipes.terminal import say
+from dpo_recipes.terminal import say, shown
 
 MERGE_FILE = "merge.json"
 PROBE = "What the model says of this must stay the same."
@@ -211,12 +211,18 @@ def try_run(
         for title, model, context in ((f"base: {start}", begun, switch), (f"tuned: {run}", tuned, nullcontext)):
             say(f"\n--- {title}")
             # A new one each time: after Ctrl-C it still holds what it was about to write.
-            streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            streamer = _Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
             try:
                 with context():
                     sample_tokens(model, tokenizer, [messages], streamer=streamer, **options)
             except KeyboardInterrupt:
                 say("\n(stopped)")
+
+
+class _Streamer(TextStreamer):
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print a piece of the answer, its control characters spelt out."""
+        super().on_finalized_text(shown(text), stream_end=stream_end)
 
 
 def _typed() -> Iterator[str]:

@@ -187,3 +187,11 @@ def test_an_installed_wheel_lists_copies_and_trains_in_an_empty_folder(
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert str(installed.parent.parent) in trained.stdout.splitlines()[0], "the profile comes from the wheel"
     assert (empty_folder / "outputs" / "hh_rlhf_lora" / "done.json").is_file()
+
+
+def test_options_of_a_judge_that_cannot_be_read_are_not_shown(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "some/model", "--judge_options", '{"api_key": "a-secret", }'])
+    told = capsys.readouterr().err
+    assert "a JSON object is needed" in told
+    assert "a-secret" not in told

@@ -3,9 +3,13 @@
 import gzip
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -28,8 +32,9 @@ class Server(ThreadingHTTPServer):
     def __init__(self, faults=(), verdict=None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.faults, self.verdict, self.refused, self.status, self.more = list(faults), verdict, None, 403, {}
+        self.retry_after = "0.6"
         self.seen, self.times, self.keys, self.busy, self.most = Counter(), {}, set(), 0, 0
-        self.lock = threading.Lock()
+        self.lock, self.closed = threading.Lock(), threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -57,10 +62,20 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.refused and self.server.refused in question:
             time.sleep(0.2)  # the others are under way
             fault = self.server.status
+        if fault == "hang":
+            self.server.closed.wait(60)
+            return
+        if fault == "drip":
+            self.send_response(200)
+            self.end_headers()
+            while not self.server.closed.wait(0.2):
+                with suppress(OSError):
+                    self.wfile.write(b" ")
+            return
         if isinstance(fault, int):
             self.send_response(fault)
             if fault == 429:
-                self.send_header("Retry-After", "0.6")
+                self.send_header("Retry-After", self.server.retry_after)
             if fault == 302:
                 self.send_header("Location", f"{self.server.url}/elsewhere")
             self.end_headers()
@@ -97,6 +112,7 @@ def serve(monkeypatch):
 
     yield server
     for each in started:
+        each.closed.set()
         each.shutdown()
         each.server_close()
 
@@ -163,6 +179,66 @@ def test_the_key_goes_to_the_server_and_nowhere_else(serve, tmp_path, capsys):
         ask_all(endpoint(server), PROMPTS, FIRST, SECOND, cache=tmp_path / "other.jsonl")
 
 
+@pytest.mark.parametrize("given", ["environment", "options"])
+@pytest.mark.parametrize("shown", [KEY, f"https://host/?key={KEY}", f'{{"Authorization": "Bearer {KEY}"}}'])
+def test_a_key_that_is_sent_back_in_a_reply_is_not_kept(serve, given, shown, tmp_path, monkeypatch):
+    options = {"api_key": KEY} if given == "options" else {}
+    if options:
+        monkeypatch.delenv("OPENAI_API_KEY")
+    cache = tmp_path / "cache.jsonl"
+    ask_all(endpoint(serve(verdict=f"{shown} [[A]]"), options=options), PROMPTS, FIRST, SECOND, cache=cache)
+    assert KEY not in cache.read_text()
+    assert "*** [[A]]" in cache.read_text() or "***\\" in cache.read_text()
+
+
+@pytest.mark.parametrize("fault", ["hang", "drip"])
+def test_an_endpoint_that_never_ends_its_reply_is_given_up(serve, fault, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(judges, "PATIENCE", 0.5)
+    asked = endpoint(serve([fault] * 9), workers=2, timeout=0.6, deadline=1.5)
+    with pytest.raises(RecipeError, match=r"answered nothing: no reply \(.*in \d tries"):
+        ask_all(asked, PROMPTS, FIRST, SECOND, cache=tmp_path / "cache.jsonl")
+    assert "a-judge has not answered for" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seconds", ["99999999", "121.5"])
+def test_an_endpoint_that_asks_for_a_longer_wait_than_there_is_is_given_up(serve, seconds, tmp_path):
+    server = serve([429] * 9)
+    server.retry_after = seconds
+    with pytest.raises(RecipeError, match=f"answered nothing: HTTP 429 .*, wait {seconds} s, in 1 tries"):
+        ask_all(endpoint(server, workers=2), PROMPTS, FIRST, SECOND, cache=tmp_path / "cache.jsonl")
+
+
+def test_an_endpoint_that_falls_silent_is_asked_no_more_and_its_replies_count(serve, tmp_path, capsys):
+    server = serve()
+    ask_all(endpoint(server), PROMPTS[:2], FIRST[:2], SECOND[:2], cache=tmp_path / "cache.jsonl")
+    server.faults, server.seen = ["hang"] * 9, Counter()
+    asked = endpoint(server, workers=1, timeout=0.4, deadline=0.5)
+    judged = ask_all(asked, PROMPTS, FIRST, SECOND, cache=tmp_path / "cache.jsonl")
+    assert np.isnan(judged.won).tolist() == [False, False, True, False, True, True]
+    assert judged.facts["failed"] == 6
+    assert "It is asked no more" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", ["hang", "drip"])
+def test_ctrl_c_ends_the_judging_and_keeps_the_replies(serve, fault, tmp_path):
+    server, cache = serve(), tmp_path / "cache.jsonl"
+    ask_all(endpoint(server), PROMPTS[:2], FIRST[:2], SECOND[:2], cache=cache)
+    server.faults, server.seen = [fault] * 9, Counter()
+    code = (
+        "import sys; from pathlib import Path; from dpo_recipes.judges import Endpoint, ask_all; "
+        "ask_all(Endpoint(sys.argv[1], 'a-judge'), ['p', 'q'], ['a', 'b'], ['c', 'd'], cache=Path(sys.argv[2]))"
+    )
+    judging = subprocess.Popen([sys.executable, "-c", code, server.url, cache], stderr=subprocess.DEVNULL)
+    try:
+        while len(server.seen) < 4:
+            time.sleep(0.1)
+        judging.send_signal(signal.SIGINT)
+        assert judging.wait(timeout=30) != 0, "whose requests may take 120 s"
+    finally:
+        judging.kill()
+    assert len(cache.read_text().splitlines()) == 4
+
+
 @pytest.mark.parametrize("more", [{"usage": ["x"]}, {"usage": {"prompt_tokens": "many", "completion_tokens": 1e999}}])
 def test_an_odd_count_of_tokens_spoils_no_reply(serve, more, tmp_path):
     server, cache = serve(verdict="\ud800 [[A]]"), tmp_path / "cache.jsonl"
@@ -213,6 +289,8 @@ def test_what_was_asked_is_sent_nowhere_else(serve, tmp_path):
         ("http://h:80 80/v1", "is no address"),
         ("https://me:word@host/v1", "put its key into"),
         ("https://host/v1?api-key=1", "put its key into"),
+        ("https://host/v1#a-key", "put its key into"),
+        ("HTTPS://host/v1;key=1", "put its key into"),
         ("mine.py", "FILE.py:FUNCTION"),
         ("some/folder", "--judge_model is for an endpoint"),
     ],
@@ -221,6 +299,13 @@ def test_a_judge_that_cannot_be_asked_is_refused_before_anything_is_sampled(name
     fields = {} if name == "mine.py" else {"model": "m"}
     with pytest.raises(RecipeError, match=told):
         open_judge(name, rule=None, endpoint=fields, cache=tmp_path / "none")
+
+
+@pytest.mark.parametrize("address", ["http://me:{}@[::1/v1", "http://h:80 80/v1#{}", "https://h/v1?key={}"])
+def test_an_address_that_is_refused_shows_no_secret(address, tmp_path):
+    with pytest.raises(RecipeError, match=r"is no address|put its key into") as refused:
+        open_judge(address.format(KEY), rule=None, endpoint={}, cache=tmp_path / "none")
+    assert KEY not in str(refused.value)
 
 
 def test_a_key_that_no_header_can_hold_and_a_broken_file_are_named(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -242,6 +243,36 @@ def test_what_ignores_sigterm_is_killed_after_the_grace() -> None:
     processes.end_session(process.pid, grace=0.2)
     assert process.wait(timeout=5) == -signal.SIGKILL
     process.stdout.close()
+
+
+@pytest.mark.parametrize("frozen", ["stopped", "asleep"])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_frozen_process_of_two_ends_the_run_soon_after_a_signal(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, frozen: str, number: int, status: int
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(processes, "STANDSTILL", 3.0)
+    flags = ["--sleep", *(["--ignore"] if frozen == "asleep" else [])]
+
+    def freeze_and_stop() -> None:
+        pids = [json.loads(_wait_for(folder / f"started{rank}"))["pid"] for rank in (0, 1)]
+        if frozen == "stopped":
+            os.kill(pids[1], signal.SIGSTOP)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=freeze_and_stop, daemon=True).start()
+    supervised = [str(REPOSITORY / "recipes" / "accelerate" / "cpu2.yaml"), str(folder / "recipes" / "stand_in.py")]
+    assert processes.supervise(["--config_file", *supervised, *flags], dict(os.environ)) == status
+    assert "A process of the run is frozen" in capsys.readouterr().err, "else it took 60 s"
+    assert all(_gone(json.loads((folder / f"started{rank}").read_text())["pid"]) for rank in (0, 1))
+
+
+def test_a_process_that_works_or_waits_for_a_disk_is_not_frozen() -> None:
+    busy, idle = processes.STANDSTILL / 2, 0.1
+    assert not processes._is_frozen(100.0, 100.0 + busy, {"running", "sleeping"})
+    assert not processes._is_frozen(100.0, 100.0 + idle, {"disk-sleep", "sleeping"})
+    assert processes._is_frozen(100.0, 100.0 + idle, {"sleeping"})
+    assert processes._is_frozen(100.0, 100.0 + busy, {"running", "stopped"}), "a process that spins while it waits"
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import errno
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -387,3 +388,15 @@ def test_real_hh_rlhf_rows_are_split_without_a_shared_prompt():
         split: len(part) for split, part in pairs.items()
     }
     assert not set(loading.prompt_hashes(pairs["train"])) & set(loading.prompt_hashes(pairs["test"]))
+
+
+@pytest.mark.parametrize("damage", [b"", b"cut", b"garbage" * 100], ids=["empty", "cut", "garbage"])
+def test_a_damaged_cache_is_blamed_and_the_data_is_not(damage, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 5)
+    [kept] = datasets.load_dataset("json", data_files=[str(file)], split="train").cache_files
+    Path(kept["filename"]).write_bytes(damage)
+    with pytest.raises(RecipeError, match=r"The cache of datasets is damaged .*Remove the folder"):
+        load_rows(RecipeArguments(dataset_name=str(file)))
+    shutil.rmtree(Path(kept["filename"]).parent)
+    assert len(load_rows(RecipeArguments(dataset_name=str(file)))["train"]) == 5

@@ -3,11 +3,14 @@ import json
 import shutil
 import sys
 
+import pyarrow as pa
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE
+from datasets import Features, Value
+from datasets.arrow_writer import ArrowWriter
 from safetensors.torch import save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, LlamaConfig, TrainingArguments
 from trl import DPOConfig, ModelConfig, RewardConfig, RLOOConfig, ScriptArguments, SFTConfig
 
 from dpo_recipes.errors import RecipeError
@@ -441,6 +444,10 @@ def test_sft_takes_its_chat_template_from_a_file(tiny_model, tmp_path):
         (RuntimeError("PytorchStreamWriter failed writing file data/0"), 1, "A disk is full"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), 1, "A disk is full"),
         (KeyboardInterrupt(), 130, "Interrupted"),
+        (ValueError("Please pass the argument `trust_remote_code=True` to allow it"), 2, "--trust_remote_code true"),
+        (ValueError("Target modules {'nose'} not found in the base model."), 2, "lora_target_modules names no module"),
+        (OSError("403 for https://huggingface.co/api/repos/create"), 2, "The Hub refused push_to_hub"),
+        (OSError("We couldn't connect to 'https://huggingface.co' to load the files"), 2, "Cannot load"),
     ],
 )
 def test_a_run_ends_with_one_message_and_its_status(error, status, message, capsys):
@@ -459,3 +466,33 @@ def test_any_other_error_keeps_its_traceback():
 
     with pytest.raises(ZeroDivisionError):
         run(main)
+
+
+def test_a_full_disk_of_the_cache_asks_for_no_fewer_checkpoints(capsys):
+    def main():
+        writer = ArrowWriter(path="/dev/full", features=Features({"text": Value("string")}))
+        writer.write_table(pa.table({"text": ["x" * 1000] * 10_000}))
+        writer.finalize()
+
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    told = capsys.readouterr().err
+    assert caught.value.code == 1
+    assert "HF_HOME" in told
+    assert "save_total_limit" not in told
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, GPT2Config], ids=["refused", "made of nothing"])
+def test_a_model_without_its_tokenizer_is_refused_by_name(config, tmp_path):
+    config(vocab_size=99).save_pretrained(tmp_path)  # transformers has an empty tokenizer for one of them
+    with pytest.raises(RecipeError, match=r"There is no tokenizer beside the model.*save_pretrained"):
+        load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path)), SFTConfig(use_cpu=True, bf16=False, **NO_WARNING))
+
+
+def test_a_tokenizer_with_code_of_its_own_runs_only_if_the_user_says_so(tiny_model, tmp_path):
+    (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
+    own = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(own))
+    (tmp_path / "mine.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(RecipeError, match=r"has code of its own.*--trust_remote_code true"):
+        load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path)), SFTConfig(use_cpu=True, bf16=False, **NO_WARNING))

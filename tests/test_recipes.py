@@ -206,13 +206,14 @@ RANK = {  # imports point from high to low
     name: rank
     for rank, names in enumerate(
         [
-            {"errors", "files", "intervals", "ledger", "presets", "statistics", "terminal", "__init__"},
+            {"errors", "files", "intervals", "ledger", "presets", "statistics", "terminal", "__init__"}
+            | {"precision", "secrecy"},
             {"dataset_adapters", "tokenization", "reference_cache", "checkpoints", "report", "catalog", "measures"}
-            | {"manifest", "processes"},
+            | {"manifest", "markdown", "processes", "settings"},
             {"rewards", "page", "critic"},
+            {"shared_prefix", "loading", "evaluation", "playground", "plan", "tracking"},
             {"guards"},
-            {"shared_prefix", "ppo", "loading", "evaluation", "playground", "plan", "tracking"},
-            {"recipe", "tryout"},
+            {"ppo", "recipe", "tryout"},
             {"preflight", "sampling", "record", "outcome"},
             {"health"},
             {"run_page"},

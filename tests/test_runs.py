@@ -1,10 +1,12 @@
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 from conftest import run_train
 from datasets import Dataset, concatenate_datasets
+from safetensors.torch import load_file, save_file
 
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.record import data_hash, peak_memory
@@ -56,3 +58,30 @@ def test_peak_memory_is_that_of_the_process_itself():
     )
     assert 2**26 < peak < 1.9e9
     assert peak_memory() > len(held)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "weight", "value"),
+    [
+        ("hh-rlhf-lora", "model.embed_tokens.weight", float("nan")),
+        ("hh-rlhf-sft", "model.layers.1.mlp.up_proj.weight", float("nan")),
+        ("hh-rlhf-reward", "model.norm.weight", float("inf")),
+    ],
+)
+def test_a_start_with_broken_weights_is_blamed_and_not_the_learning_rate(
+    recipe, weight, value, tmp_path, tiny_model, hh_rows
+):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights[weight].view(-1)[3] = value
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    result = run_train(
+        *(recipe, "--profile", "cpu", "--dataset_name", hh_rows, "--model_name_or_path", "model"),
+        *("--max_steps", "1", "--pairs_per_update", "4", "--eval_pairs", "4", "--output_dir", "run"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 2, result.stderr
+    assert f"1 weights of the model to start from are NaN or infinite ({weight}" in result.stderr.replace(
+        "base_model.model.", ""
+    ).replace(".base_layer", "")
+    assert not (tmp_path / "run" / "settings.json").exists()

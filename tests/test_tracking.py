@@ -120,10 +120,14 @@ def test_without_a_terminal_and_with_WANDB_MODE_it_is_logged_offline_too(tmp_pat
 
 @pytest.mark.parametrize(
     ("tracker", "message"),
-    [("trackio", r"pip install 'dpo-recipes\[trackio\]'"), ("wandbb", "There is no tracker wandbb")],
+    [
+        ("trackio", r"pip install 'dpo-recipes\[trackio\]'"),
+        ("mlflow", "The tracker mlflow is not installed: pip install mlflow"),
+        ("wandbb", "There is no tracker wandbb"),
+    ],
 )
 def test_a_tracker_that_cannot_be_used_is_refused(tracker, message, monkeypatch, tmp_path):
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tracking, "get_available_reporting_integrations", lambda: [])
     args = DPOConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, activation_checkpointing=False, report_to=tracker
     )

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from dpo_recipes.cli import main
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluation import generate
+from dpo_recipes.terminal import shown
 from dpo_recipes.tryout import merge, open_model
 
 INPUTS = torch.arange(40).reshape(2, 20) + 5
@@ -131,10 +132,10 @@ ASKED = ["--max_new_tokens", "12", "--temperature", "0"]
 
 
 def said(model, tokenizer, question, *, system=None, **options):
-    """What `generate` has a model say."""
+    """What `generate` has a model say, as a terminal shows it."""
     messages = [{"role": "system", "content": system}] if system else []
     options = dict(max_new_tokens=12, temperature=0.0) | options
-    return generate(model, tokenizer, [[*messages, {"role": "user", "content": question}]], **options)[0]["text"]
+    return shown(generate(model, tokenizer, [[*messages, {"role": "user", "content": question}]], **options)[0]["text"])
 
 
 def answers(output):
@@ -169,9 +170,8 @@ def test_each_line_that_is_piped_in_is_a_prompt(run, monkeypatch, capsys):
     output = capsys.readouterr().out
     tuned, tokenizer = open_model(str(run))
     assert output.index("> One?") < output.index("> Two?")
-    assert [text.partition("\n\n> ")[0] for text in answers(output)[1::2]] == [
-        said(tuned, tokenizer, question) for question in ("One?", "Two?")
-    ]
+    for text, question in zip(answers(output)[1::2], ("One?", "Two?"), strict=True):  # white space in front is shown
+        assert text.partition("\n\n> ")[0].endswith(said(tuned, tokenizer, question))
 
 
 def test_a_full_model_stands_beside_the_start_that_its_settings_or_the_call_name(run, start, capsys):

@@ -9,6 +9,7 @@ from typing import Any
 from dpo_recipes import page
 from dpo_recipes.evaluate.results import SIDES
 from dpo_recipes.files import write_json, write_jsonl, write_text
+from dpo_recipes.markdown import fence, inline
 from dpo_recipes.measures import MEASURES
 from dpo_recipes.recipe import DONE_FILE
 from dpo_recipes.report import table
@@ -31,8 +32,8 @@ def write_report(folder: Path, results: Mapping[str, Any], answers: Sequence[Map
         text = card.read_text(encoding="utf-8")
         before, _, rest = text.partition(BEGIN)
         before, after = (before, rest.partition(END)[2]) if END in rest else (text, "")  # what others wrote stays
-        about = f"{results['pairs']} held-out pairs of {results['dataset']}, {results['prompts']} prompts"
-        section = f"## Evaluation\n\n{words}\n\n```\n{shown}\n```\n\n({about}; judge: {results['judge']})"
+        about = f"{results['pairs']} held-out pairs of {inline(results['dataset'])}, {results['prompts']} prompts"
+        section = f"## Evaluation\n\n{words}\n\n{fence(shown)}\n\n({about}; judge: {inline(results['judge'])})"
         write_text(card, f"{before.rstrip()}\n\n{BEGIN}\n{section}\n{END}\n{after.rstrip()}\n")
         write_run_page(folder)
     warnings = [f"WARNING: {warning}" for warning in results["warnings"]]

@@ -30,6 +30,7 @@ from dpo_recipes.health import rules
 from dpo_recipes.health.reading import probe, read_facts
 from dpo_recipes.health.rules import HEALTH_FILE, RULES, Facts, Finding, read_findings, read_logs
 from dpo_recipes.outcome import sharded
+from dpo_recipes.terminal import shown
 
 _PROBED = 4  # held-out prompts
 _LONGEST_PROBE = 256  # tokens; a probe goes up to twice the chosen answers
@@ -184,7 +185,7 @@ class HealthCallback(TrainerCallback):
         self.findings.append(finding)
         self._write()
         if self.trainer.is_world_process_zero():
-            tqdm.write(str(finding))
+            tqdm.write(shown(str(finding)))
             if "wandb" in self.trainer.args.report_to:
                 import wandb
 

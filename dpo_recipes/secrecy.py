@@ -1,0 +1,61 @@
+"""Keeps keys, tokens and passwords that are given as flags out of every file and every printed line."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+from urllib.parse import quote
+
+HIDDEN = "***"
+NAMES = re.compile(
+    r"(?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)(?<!mask_)token$|key$|passwo?r?d$|secret$|authorization$|credentials?$", re.I
+)
+"""Names of settings, and of fields within one, whose value is a secret."""
+
+
+def hide(text: str, secrets: Iterable[str]) -> str:
+    """The text with stars where a secret stands, also as a URL or JSON writes it."""
+    forms = {
+        form for secret in secrets if secret for form in (secret, quote(secret, safe=""), json.dumps(secret)[1:-1])
+    }
+    for form in sorted(forms, key=len, reverse=True):
+        text = text.replace(form, HIDDEN)
+    return text
+
+
+def hide_flags(words: Sequence[str]) -> list[str]:
+    """The words of a command line with stars where a secret stands."""
+    secrets = secrets_of(words)
+    return [hide(word, secrets) for word in words]
+
+
+def secrets_of(words: Sequence[str]) -> list[str]:
+    """The secrets among the words of a command line: `--hub_token X`, `--x '{"token": "X"}'`, `http://me:X@host`."""
+    found = []
+    for word, after in zip(words, [*words[1:], "--"], strict=False):
+        name, joined, value = word.partition("=")
+        if name.startswith("--") and NAMES.search(name):
+            found += [value] if joined else [] if after.startswith("--") else [after]
+        found += re.findall(r"\w://([^/\s@]+)@", word)
+        pairs = re.findall(r'"([\w-]+)"\s*:\s*"([^"]+)"', word) + re.findall(r"[?&#;]([\w-]+)=([^&#;\s]+)", word)
+        found += [secret for key, secret in pairs if NAMES.search(key)]
+    return found
+
+
+def secrets_in(value: Any) -> list[str]:
+    """The texts of the fields with a secret's name, however deep they are in dicts and lists."""
+    if isinstance(value, dict):
+        own = [text for name, text in value.items() if isinstance(text, str) and NAMES.search(str(name))]
+        return own + [secret for inner in value.values() for secret in secrets_in(inner)]
+    return [secret for inner in value for secret in secrets_in(inner)] if isinstance(value, list) else []
+
+
+def take_secrets(training_args: Any) -> None:
+    """Moves the Hub's token from the settings, which every checkpoint keeps, to where the Hub's client looks for it."""
+    options = training_args.model_init_kwargs or {}
+    tokens = [options.pop("use_auth_token", None), options.pop("token", None), training_args.hub_token]  # it wins
+    training_args.hub_token = None
+    for token in tokens:
+        if isinstance(token, str) and token != HIDDEN:  # as a second call finds it on the command line
+            os.environ["HF_TOKEN"] = token

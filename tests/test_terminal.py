@@ -1,0 +1,94 @@
+"""Control characters of data are shown and not obeyed, on a terminal, on pages and in the model card."""
+
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from dpo_recipes import page
+from dpo_recipes.cli import main
+from dpo_recipes.errors import RecipeError
+from dpo_recipes.markdown import code, fence, inline, one_line
+from dpo_recipes.recipe import run
+from dpo_recipes.record import model_card
+from dpo_recipes.terminal import say, shown
+
+HOSTILE = {
+    "clears the screen": "a\x1b[2Jb",
+    "overwrites the line": "all is lost\rall is well",
+    "C1": "a\x9b31mb",
+    "turns the writing": "abc\u202egnp.exe",
+    "rings, and goes back": "a\x07\x08b",
+    "half a pair": "a\ud83db",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_control_characters_are_spelt_out_wherever_text_is_printed(text, capsys, tmp_path):
+    say(text)
+
+    def refuse():
+        raise RecipeError(text)
+
+    with pytest.raises(SystemExit):
+        run(refuse)
+    told = "".join(capsys.readouterr())
+    template = tmp_path / "x.html.jinja"
+    template.write_text("<p>{{ text }}</p>")
+    told += page.write_page(tmp_path / "x.html", template, {"text": text}).read_text()
+    assert told.count(shown(text)) == 3
+    assert told.replace("\n", "").isprintable()
+
+
+def test_line_breaks_tabs_and_other_writing_stay(capsys):
+    say("a\tb\n\N{HEBREW LETTER ALEF}\N{FAMILY}\N{ZERO WIDTH JOINER}\N{RIGHT-TO-LEFT MARK}é")
+    assert (
+        capsys.readouterr().out
+        == "a\tb\n\N{HEBREW LETTER ALEF}\N{FAMILY}\N{ZERO WIDTH JOINER}\N{RIGHT-TO-LEFT MARK}é\n"
+    )
+
+
+def test_a_command_that_is_wrong_is_not_obeyed_either(capsys):
+    assert main(["copy", "a\x1b[2Jb"]) == 2
+    assert "\\x1b[2J" in capsys.readouterr().err
+
+
+NAMES = [
+    "x\n# A heading\n<script>alert(1)</script>",
+    "x`` ` <img src=x onerror=alert(1)> ![a](http://b) [c](d)",
+    "x\r\n---\nlicense: mit\n---\n```\n**bold** _it_ | a | \x1b[2J",
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=["lines", "one line", "yaml"])
+def test_names_cannot_write_into_the_model_card(name, tmp_path):
+    args = SimpleNamespace(output_dir=str(tmp_path / name.replace("/", "_")), world_size=1)
+    trainer = SimpleNamespace(
+        args=args, _name="DPO", train_dataset=[1], accelerator=SimpleNamespace(device=SimpleNamespace(type="cpu"))
+    )
+    settings = {"model_name_or_path": name, "reward_model_name_or_path": name, "loss_type": ["sigmoid", "sft"]}
+    script_args = SimpleNamespace(settings=settings, dataset_name=name)
+    spent = {"updates": 1, "train_seconds": 1, "resumed_from_update": 0, "peak_memory_mib": 1}
+    card = model_card(trainer, script_args, spent, f"accuracy {name}", "a note", [f"A warning of {name}."])
+    _, header, text = card.split("---\n", 2)
+    assert yaml.safe_load(header)["base_model"] == name
+    assert set(yaml.safe_load(header)) == {"base_model", "library_name", "tags"}
+    block = fence(f"accuracy {name}")
+    assert block in text
+    outside = text.replace(block, "")
+    headings = [line for line in outside.splitlines() if line.startswith("# ")]
+    assert headings == [f"# {inline(name.replace('/', '_'))}"]
+    for line in outside.splitlines():
+        bare = line.replace(code(name), "")
+        assert "<" not in bare, "HTML stands in code alone"
+    assert "- loss_type: sigmoid sft" in outside
+    assert text.replace("\n", "").isprintable()
+
+
+def test_a_plain_name_is_written_as_it_is():
+    assert (
+        inline("hh_rlhf_lora-2.5 (beta 0.1)")
+        == one_line("hh_rlhf_lora-2.5 (beta 0.1)")
+        == "hh_rlhf_lora-2.5 (beta 0.1)"
+    )
+    assert fence("a table") == "```\na table\n```"
