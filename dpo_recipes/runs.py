@@ -22,6 +22,7 @@ from dpo_recipes.files import write_json, write_jsonl, write_text
 from dpo_recipes.guards import add_guards
 from dpo_recipes.health import HealthCallback
 from dpo_recipes.health.rules import HEALTH_FILE, read_findings
+from dpo_recipes.models import open_model
 from dpo_recipes.outcome import Score, measure, readable, sharded
 from dpo_recipes.ppo import PPOTrainer
 from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, RecipeArguments, settings_hash
@@ -31,7 +32,6 @@ from dpo_recipes.rewards import Text, check_reloads
 from dpo_recipes.run_page import RUN_PAGE, write_run_page
 from dpo_recipes.terminal import say
 from dpo_recipes.tracking import start_tracking
-from dpo_recipes.tryout import open_model
 
 RESULTS = (
     *(DONE_FILE, SETTINGS_FILE, "metrics.json", "samples.jsonl", "curves.png", "README.md", "environment.txt"),

@@ -207,7 +207,16 @@ RANK = {  # imports point from high to low
     for rank, names in enumerate(
         [
             {"errors", "files", "intervals", "ledger", "presets", "processes", "statistics", "terminal", "__init__"},
-            {"dataset_adapters", "tokenization", "reference_cache", "checkpoints", "report", "catalog", "measures"},
+            {
+                "dataset_adapters",
+                "tokenization",
+                "reference_cache",
+                "checkpoints",
+                "report",
+                "catalog",
+                "measures",
+                "models",
+            },
             {"rewards", "page", "critic"},
             {"guards"},
             {"shared_prefix", "ppo", "loading", "evaluation", "playground", "plan", "tracking"},
