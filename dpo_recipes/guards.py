@@ -48,6 +48,7 @@ def add_guards(trainer: Trainer, *, reference_is_start: bool = True) -> None:
             replaced nor checked.
     """
     if isinstance(trainer, DPOTrainer) and reference_is_start:
+        _refuse_prompt_learning(trainer)
         start_reference_at_policy(trainer)
         trainer.add_callback(FirstLossGuard(trainer))
     reference = getattr(trainer, "ref_model", None)
@@ -63,6 +64,15 @@ def add_guards(trainer: Trainer, *, reference_is_start: bool = True) -> None:
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
     trainer.add_callback(InterruptCallback())
+
+
+def _refuse_prompt_learning(trainer: DPOTrainer) -> None:
+    adapters = trainer.model.peft_config.values() if isinstance(trainer.model, PeftModel) else ()
+    if kinds := [config.peft_type.value for config in adapters if config.is_prompt_learning]:
+        raise RecipeError(
+            f"{kinds[0]} puts trained vectors before the prompt, so that the policy does not start at the reference "
+            "model, which is the base without them. Give a LoraConfig as peft_config, or none to train all weights."
+        )
 
 
 def start_reference_at_policy(trainer: DPOTrainer) -> bool:
