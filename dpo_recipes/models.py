@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -195,14 +196,15 @@ def check_weights(artifact: Artifact, **options: Any) -> None:
     """Raises RecipeError unless the weights in a local folder are whole and fit their configuration.
 
     The model is built without memory for its weights, a full one by the class that TRL picks; an adapter must fit its
-    base. At the Hub, or in 4 bits, nothing is looked at.
+    base. At the Hub, in 4 bits, or where ZeRO-3 or FSDP load, nothing is looked at.
 
     Args:
         artifact: Of a full model or an adapter.
         options: Of `from_pretrained`.
     """
     config = artifact.config
-    if not Path(artifact.start).is_dir() or getattr(config, "quantization_config", None):
+    sharded = is_deepspeed_zero3_enabled() or is_fsdp_enabled()  # which place weights in their own way
+    if sharded or not Path(artifact.start).is_dir() or getattr(config, "quantization_config", None):
         return
     if not (artifact.adapter or config.architectures):
         kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "LlamaForCausalLM")
