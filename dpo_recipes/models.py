@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
-from transformers.utils import find_adapter_config_file
+from transformers.utils import find_adapter_config_file, logging
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.utils import create_model_from_path
 
@@ -213,10 +213,16 @@ def check_weights(artifact: Artifact, **options: Any) -> None:
             f'"architectures": ["{kind}"].'
         )
     options["device_map"] = {"": "meta"}
-    if artifact.adapter:
-        _assemble(artifact, **options)
-    else:
-        load_full(artifact, AutoModelForSequenceClassification if artifact.is_reward_model else None, **options)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # of weights that are not kept
+    try:
+        if artifact.adapter:
+            _assemble(artifact, **options)
+        else:
+            load_full(artifact, AutoModelForSequenceClassification if artifact.is_reward_model else None, **options)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def open_model(
