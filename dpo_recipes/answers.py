@@ -22,12 +22,12 @@ from dpo_recipes.dataset_adapters import Drop
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluation import check_prompt, read_answer, sample_tokens
 from dpo_recipes.files import read_json, write_json
+from dpo_recipes.models import open_model, put_adapter, read_adapter
 from dpo_recipes.preflight.tokens import render
 from dpo_recipes.rewards import Text
 from dpo_recipes.statistics import repetition
 from dpo_recipes.terminal import say
 from dpo_recipes.tokenization import encode_pairs
-from dpo_recipes.tryout import lora_config, open_model
 
 SIDES = ("chosen", "rejected")
 BATCH = 16  # answers, or completions of pairs, at a time
@@ -87,10 +87,9 @@ def answer_all(
     missing = [entry for entry in entries if found[entry.name].get("key") != keys[entry.name]]
     if not missing:
         return found
-    trained = next((entry.model for entry in entries if lora_config(entry.model)), None)
-    base, tokenizer = open_model(
-        trained or start, base=start, trust_remote_code=trust_remote_code
-    )  # as it was trained on: its dtype, its 4 bits
+    trained = next((entry.model for entry in entries if read_adapter(entry.model)), None)
+    # As it was trained on: its dtype, its 4 bits.
+    base, tokenizer = open_model(trained or start, base=start, trust_remote_code=trust_remote_code)
     base = base.unload() if isinstance(base, PeftModel) else base
     texts = [render(row["prompt"], *(row[side] for side in SIDES), tokenizer=tokenizer) for row in pairs]
     ids = encode_pairs(texts, tokenizer, is_chat=not isinstance(pairs[0]["prompt"], str))
@@ -99,8 +98,8 @@ def answer_all(
         say(f"Answers of {entry.name}, {number} of {len(missing)}.")
         if entry.model == start:
             model = base
-        elif lora_config(entry.model):
-            model = PeftModel.from_pretrained(base, entry.model).eval()
+        elif read_adapter(entry.model):
+            model = put_adapter(base, entry.model)
         else:
             model = open_model(entry.model, trust_remote_code=trust_remote_code)[0]
         sides = {side: logps(model, [(row.prompt, getattr(row, side)) for row in ids]).tolist() for side in SIDES}

@@ -10,10 +10,11 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluation import generate
 from dpo_recipes.files import write_json, write_jsonl
 from dpo_recipes.loading import load_rows
+from dpo_recipes.models import open_model
 from dpo_recipes.recipe import RecipeArguments
 from dpo_recipes.sampling import Rows, in_steps
 from dpo_recipes.terminal import say
-from dpo_recipes.tryout import open_model
+from dpo_recipes.tryout import check_writable
 
 COLUMNS = {"alpaca_eval": ["instruction"], "mt_bench": ["question_id", "category", "turns"]}
 # FastChat's: temperature_config in fastchat/llm_judge/common.py, and 0.7 for any other category (gen_model_answer.py).
@@ -60,6 +61,7 @@ def answer(
     target = folder / (f"{name}/model_outputs.json" if is_alpaca else f"model_answer/{name}.jsonl")
     if target.exists():
         raise RecipeError(f"{target} exists already. Name the model otherwise with --name, or use --output_dir.")
+    check_writable(target.parent)
     rows = load_rows(dataset)["train"]
     require_columns(rows, COLUMNS[benchmark], name=benchmark)
     asked = []

@@ -60,6 +60,7 @@ def add_guards(trainer: Trainer, *, reference_is_start: bool = True) -> None:
             serves as the reference model.
     """
     if isinstance(trainer, DPOTrainer) and reference_is_start:
+        _refuse_prompt_learning(trainer)
         _refuse_weights_beside_the_adapter(trainer)
         start_reference_at_policy(trainer)
         trainer.add_callback(ReferenceGuard(trainer))
@@ -82,13 +83,22 @@ def _refuse_weights_beside_the_adapter(trainer: DPOTrainer) -> None:
     model = trainer.model
     if trainer.ref_model is not None or not isinstance(model, PeftModel) or trainer.precompute_ref_logps:
         return
-    adapter_parts = (model.base_model.prefix, "modules_to_save.", "trainable_tokens_", "prompt_encoder.")
+    adapter_parts = (model.base_model.prefix, "modules_to_save.", "trainable_tokens_")
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
     if beside := [name for name in trained if not any(part in name for part in adapter_parts)]:
         raise RecipeError(
             f"{len(beside)} weights are trained beside the adapter ({beside[0]}, ...). They stay when the adapter is "
             "switched off, so the reference model would move with the policy. Train the adapter alone (bias='none' in "
             "LoraConfig), or pass DPOTrainer a ref_model of its own."
+        )
+
+
+def _refuse_prompt_learning(trainer: DPOTrainer) -> None:
+    adapters = trainer.model.peft_config.values() if isinstance(trainer.model, PeftModel) else ()
+    if kinds := [config.peft_type.value for config in adapters if config.is_prompt_learning]:
+        raise RecipeError(
+            f"{kinds[0]} puts trained vectors before the prompt, so that the policy does not start at the reference "
+            "model, which is the base without them. Give a LoraConfig as peft_config, or none to train all weights."
         )
 
 

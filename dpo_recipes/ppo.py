@@ -29,9 +29,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import disable_dropout_in_model
+from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
-from dpo_recipes.critic import CRITIC, CRITIC_FILE, attach_critic, load_critic
+from dpo_recipes.critic import CRITIC, CRITIC_FILE, attach_critic, load_critic, without_critic
 from dpo_recipes.guards import RolloutCheck, check_online
 
 logger = logging.getLogger(__name__)
@@ -167,8 +167,9 @@ class PPOTrainer(GRPOTrainer):
 
     Args:
         model: The policy: a folder or Hub name, a causal language model, or a PeftModel of one.
-        reward_funcs: Functions, reward models, folders or Hub names of reward models; one or a list.
-        args: Settings.
+        reward_funcs: Functions, reward models, folders or Hub names of reward models; one or a list. GRPOTrainer can do
+            without where an environment scores, which PPO has no use for.
+        args: Settings; by default those of PPOConfig, in a folder named after the model, as TRL has it.
         critic: What the critic starts from: a model or a name, of a reward model say, with the policy's vocabulary. By
             default what the policy started from, with the value 0 for every state. It is trained as the policy is: with
             LoRA where that is, else in full. A reward model of this trainer is copied first.
@@ -198,7 +199,7 @@ class PPOTrainer(GRPOTrainer):
         self,
         model: Any,
         reward_funcs: Any,
-        args: PPOConfig,
+        args: PPOConfig | None = None,
         *,
         critic: str | PreTrainedModel | None = None,
         quantization_config: Any = None,
@@ -211,6 +212,9 @@ class PPOTrainer(GRPOTrainer):
             raise ValueError(
                 "An optimizer made beforehand lacks the critic's weights. Choose one by PPOConfig's optim."
             )
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = PPOConfig(f"{name.split('/')[-1]}-PPO")
         own = dict(quantization_config=quantization_config, peft_config=peft_config)
         super().__init__(model, reward_funcs, args=args, **own, **kwargs)
         if self._is_vlm:
@@ -279,12 +283,8 @@ class PPOTrainer(GRPOTrainer):
     @contextmanager
     def without_critic(self) -> Iterator[Any]:
         """The critic, which the policy is without while the block lasts."""
-        policy = self.accelerator.unwrap_model(self.model)
-        critic = policy._modules.pop(CRITIC)
-        try:
+        with without_critic(self.accelerator.unwrap_model(self.model)) as critic:
             yield critic
-        finally:
-            policy.add_module(CRITIC, critic)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The policy as TRL saves it, and what of the critic is trained in a file beside it."""

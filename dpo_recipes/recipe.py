@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +23,7 @@ from dpo_recipes.checkpoints import WEIGHTS_ALONE, checkpoints_of, incomplete_re
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.files import read_json
 from dpo_recipes.manifest import refuse_strangers, was_cut_short
+from dpo_recipes.models import check_weights, full_model
 from dpo_recipes.secrecy import hide, hide_flags, secrets_of, take_secrets
 from dpo_recipes.settings import check_settings
 from dpo_recipes.terminal import outlive_the_terminal, say, shown
@@ -355,41 +356,49 @@ def _is_finished(script_args: RecipeArguments, training_args: TrainingArguments,
     return same and not script_args.overwrite and (asked or len(requests) < 2)
 
 
-def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model_args: ModelConfig, training_args: TrainingArguments, *, weights: bool = True
+) -> PreTrainedTokenizerBase:
     """The tokenizer of the model that a recipe starts from, with SFTConfig's `chat_template_path` put in.
 
     Args:
         model_args: Names the model: a folder or a Hub name.
         training_args: A TRL config.
+        weights: Whether those of a folder are compared with its configuration, as training needs it.
 
     Raises:
-        RecipeError: If there is no such model, the Hub cannot be reached, or the folder holds a LoRA adapter alone or a
-            reward model (which RewardConfig may go on with).
+        RecipeError: If there is no such model, the Hub cannot be reached, the folder holds an adapter alone or a reward
+            model (which RewardConfig may go on with), or weights that are missing, broken or do not fit.
     """
     name = str(model_args.model_name_or_path)
     folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").exists():
-        is_adapter = (folder / "adapter_config.json").exists()
-        what = "a LoRA adapter alone" if is_adapter else "no config.json"
-        way_out = f"Make one: dpo-recipes merge {name} --output_dir {name}_merged" if is_adapter else "Name its folder"
-        raise RecipeError(f"{name} holds {what}; a full model is needed. {way_out}.")
+    if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
+        raise RecipeError(f"{name} holds no config.json; a full model is needed. Name its folder.")
     if not folder.exists() and (folder.is_absolute() or folder.parts[0] in (".", "..", "outputs")):
         raise RecipeError(
             f"There is no model in {name}. If a recipe makes it, train that one first: make train "
             f"RECIPE={folder.name.replace('_', '-')}."
         )
-    kinds = read_json(folder / "config.json").get("architectures") or []
-    if not isinstance(training_args, RewardConfig) and any(
-        kind.endswith("ForSequenceClassification") for kind in kinds
-    ):
+    options: dict[str, Any] = dict(
+        revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+    )
+    wanted = None if isinstance(training_args, RewardConfig) else False
+    try:
+        artifact = full_model(name, reward_model=wanted, **options)
+    except RecipeError as error:
+        if folder.is_dir():
+            raise
+        raise RecipeError(_unreachable(name, error.__cause__ or error)) from error
+    if artifact.is_reward_model and wanted is False:
         raise RecipeError(
             f"{name} holds a reward model, whose score head is no language model's. Name the model to train with "
             "--model_name_or_path, and the one that scores with --reward_model_name_or_path."
         )
+    if weights:
+        is_reward_model = isinstance(training_args, RewardConfig)
+        check_weights(replace(artifact, is_reward_model=is_reward_model), **options)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
         chat_template_path = getattr(training_args, "chat_template_path", None)  # DPOConfig has none
         if chat_template_path is not None:
             source = Path(chat_template_path)
@@ -405,7 +414,7 @@ def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) ->
     return tokenizer
 
 
-def _unreachable(name: str, error: Exception) -> str:
+def _unreachable(name: str, error: BaseException) -> str:
     if blamed := _blame(str(error)):
         return blamed
     said = str(error).splitlines()[0]

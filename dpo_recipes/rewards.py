@@ -1,34 +1,24 @@
 """Scores completions with a reward model, and refuses one that cannot before anything is generated."""
 
 import sys
-import textwrap
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template
 
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.models import check_weights, full_model, open_model, refusing
 from dpo_recipes.terminal import say
 
 Text = str | list[dict[str, str]]
 """Plain text, or the messages of a conversation."""
-
-_LOADING = (OSError, ValueError, RuntimeError, SafetensorError)  # no such name, a size that does not fit, a cut file
 
 
 def load_reward_model(
@@ -51,35 +41,39 @@ def load_reward_model(
     Raises:
         RecipeError: If it cannot be loaded, or is no reward model.
     """
-    config, tokenizer = read_reward_config(name, revision=revision, trust_remote_code=trust_remote_code)
-    check_reward_model(config, tokenizer, [], labels=labels)
-    options = dict(revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-    options["device_map"] = {"": torch.accelerator.current_accelerator() or "cpu"}
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(name, **options)
-    except _LOADING as error:
-        raise RecipeError(f"Cannot load the reward model {name}: {textwrap.shorten(str(error), 300)}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # the score is read before the padding
-    return model.eval(), tokenizer
+    options: dict[str, Any] = dict(revision=revision, trust_remote_code=trust_remote_code)
+    check_reward_model(*read_reward_config(name, **options), [], labels=labels)
+    model, tokenizer = open_model(name, reward_model=True, dtype=dtype, **options)
+    return cast(PreTrainedModel, model), tokenizer
 
 
 def read_reward_config(
-    name: str, *, revision: str = "main", trust_remote_code: bool = False
+    name: str, *, revision: str = "main", trust_remote_code: bool = False, weights: bool = True
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """The configuration and the tokenizer of a reward model, no weights.
+    """The configuration and the tokenizer of a reward model.
+
+    Args:
+        name: A folder or Hub name.
+        revision: On the Hub.
+        trust_remote_code: Whether code that comes with the model may run.
+        weights: Whether those of a folder are compared with its configuration; they are not kept.
 
     Raises:
-        RecipeError: If there are none.
+        RecipeError: If there are none, they do not fit, or the name is that of an adapter.
     """
-    options = dict(revision=revision, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = dict(revision=revision, trust_remote_code=trust_remote_code)
     try:
-        return AutoConfig.from_pretrained(name, **options), AutoTokenizer.from_pretrained(name, **options)
-    except _LOADING as error:
+        artifact = full_model(name, reward_model=True, noun="the reward model ", **options)
+        if weights and artifact.is_reward_model:
+            check_weights(artifact, **options)
+        with refusing(f"the tokenizer of {name}"):
+            return artifact.config, AutoTokenizer.from_pretrained(name, **options)
+    except RecipeError as error:
+        if Path(name).is_dir():
+            raise
         raise RecipeError(
-            f"Cannot load the reward model {name}: {textwrap.shorten(str(error), 300)} Train one (make train "
-            "RECIPE=hh-rlhf-reward), or name a folder or a Hub name with --reward_model_name_or_path."
+            f"{error} Train one (make train RECIPE=hh-rlhf-reward), or name a folder or a Hub name with "
+            "--reward_model_name_or_path."
         ) from error
 
 
@@ -235,7 +229,7 @@ def check_reloads(folder: str, model: PreTrainedModel, probe: Mapping[str, torch
     Raises:
         RuntimeError: If a score differs.
     """
-    reloaded, _ = load_reward_model(folder)
+    reloaded, _ = load_reward_model(folder, labels=(model.config.num_labels,))
     scores = model.eval()(**probe).logits.float()
     again = reloaded.to(model.device)(**probe).logits.float()
     error = (again - scores).abs().max().item()

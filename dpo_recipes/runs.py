@@ -34,6 +34,7 @@ from dpo_recipes.guards import add_guards
 from dpo_recipes.health import HealthCallback
 from dpo_recipes.health.rules import read_findings
 from dpo_recipes.manifest import NEW_FILES, claim, clear, declare, settle
+from dpo_recipes.models import open_model
 from dpo_recipes.outcome import Outcome, Score, measure, readable, sharded
 from dpo_recipes.ppo import PPOTrainer
 from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, RecipeArguments, settings_hash
@@ -43,7 +44,6 @@ from dpo_recipes.rewards import Text, check_reloads
 from dpo_recipes.run_page import write_run_page
 from dpo_recipes.terminal import say
 from dpo_recipes.tracking import start_tracking
-from dpo_recipes.tryout import open_model
 
 logger = logging.getLogger(__name__)
 

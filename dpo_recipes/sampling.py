@@ -27,10 +27,11 @@ from dpo_recipes.evaluation import check_prompt, generate
 from dpo_recipes.files import read_jsonl, write_jsonl
 from dpo_recipes.ledger import Ledger
 from dpo_recipes.loading import load_rows
+from dpo_recipes.models import open_model
 from dpo_recipes.recipe import RecipeArguments
 from dpo_recipes.rewards import check_reward_model, model_judge, read_reward_config
 from dpo_recipes.terminal import say
-from dpo_recipes.tryout import open_model
+from dpo_recipes.tryout import check_writable
 
 AT_A_TIME = 8  # batches between two writes
 Rows = list[dict[str, Any]]
@@ -78,6 +79,7 @@ def sample(
         )
     if judge and num_samples < 2:
         raise RecipeError("--judge ranks the answers to a prompt, which needs two or more: --num_samples 4.")
+    check_writable(target.parent)
     asked = _read_prompts(dataset, pairs=pairs, first_words=first_words)
     if judge:
         prompts = [row["prompt"] for row in asked]

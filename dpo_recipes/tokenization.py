@@ -14,6 +14,7 @@ from trl.trainer.dpo_trainer import logger
 from trl.trainer.utils import global_then_local_main_first
 
 _COLUMNS = ["prompt", "chosen", "rejected"]
+_OF_RUST = ("__call__", "_encode_plus", "apply_chat_template")  # a subclass with one of its own is left to TRL
 
 
 class PairIds(NamedTuple):
@@ -66,8 +67,8 @@ def _kinds(dataset: Any) -> set[bool]:
 
 def _is_plain(tokenizer: Any) -> bool:
     """Whether the tokenizer does nothing to a text but call the one written in Rust, special tokens included."""
-    of_class = getattr(type(tokenizer), "_encode_plus", None)
-    return of_class is PreTrainedTokenizerFast._encode_plus and not tokenizer.split_special_tokens
+    own = [getattr(type(tokenizer), name, None) for name in _OF_RUST]
+    return own == [getattr(PreTrainedTokenizerFast, name) for name in _OF_RUST] and not tokenizer.split_special_tokens
 
 
 def split_tokens(tokenizer: Any, text: str) -> list[str]:

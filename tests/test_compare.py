@@ -30,9 +30,9 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.launch import Launch
 from dpo_recipes.ledger import Ledger
 from dpo_recipes.loading import keep_part, prompt_hashes
+from dpo_recipes.models import open_model
 from dpo_recipes.ppo import PPOConfig
 from dpo_recipes.recipe import RecipeArguments
-from dpo_recipes.tryout import open_model
 
 STAND_IN = '''"""A stand-in that trains nothing, and leaves what a run leaves."""
 import json, os, sys

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
 from test_judges import Server
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from dpo_recipes.cli import main
 from dpo_recipes.evaluate import general
@@ -246,6 +246,35 @@ def test_a_model_of_another_kind_or_start_is_refused_before_it_answers(call, run
     assert call("other", "--base", str(tiny_model)) == 2
     said = capsys.readouterr()
     assert "has other tokens" in said.err
+    assert "Answers of" not in said.out
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("reward model", "Merge it (dpo-recipes merge adapter --output_dir DIR), and DIR may judge: --judge DIR."),
+        ("prompt", "adapter is an adapter of the kind PROMPT_TUNING, which adds to the prompt"),
+        ("another base", "it has no place for model.layers.2."),
+    ],
+)
+def test_an_adapter_that_cannot_be_compared_is_refused_before_pairs_are_read(kind, message, call, tiny_model, capsys):
+    loader = AutoModelForSequenceClassification if kind == "reward model" else AutoModelForCausalLM
+    model = loader.from_config(AutoConfig.from_pretrained(tiny_model, num_hidden_layers=3, num_labels=1))
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS" if kind == "reward model" else "CAUSAL_LM")
+    if kind == "prompt":
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(model, config).save_pretrained("adapter")
+    assert call("adapter", "--base", str(tiny_model)) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "Data account" not in said.out
+
+
+def test_a_place_that_cannot_be_written_is_found_before_answers_are_made(call, run, capsys):
+    Path("file").touch()
+    assert call(run, "--output_dir", "file/below") == 2
+    said = capsys.readouterr()
+    assert "Cannot write into file/below/eval: " in said.err
     assert "Answers of" not in said.out
 
 

@@ -1,6 +1,7 @@
 """PPO: its mathematics against numbers worked by hand and an independent implementation, and what it learns."""
 
 import copy
+import functools
 import inspect
 import itertools
 import json
@@ -34,6 +35,8 @@ from ppo_tasks import (
 )
 from safetensors.torch import load_file
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     GPT2Config,
@@ -47,7 +50,7 @@ from transformers import (
 )
 from trl import GRPOTrainer
 
-from dpo_recipes.critic import CRITIC, CRITIC_FILE
+from dpo_recipes.critic import CRITIC, CRITIC_FILE, sequence_classifier
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.guards import add_guards
 from dpo_recipes.ppo import PPOConfig, PPOTrainer, clipped_value_loss, gae, without_padding
@@ -391,6 +394,74 @@ def test_a_critic_starts_at_zero_or_at_the_reward_model(build, start, tmp_path):
     assert not build(count_as).model(**inputs).any()
     values = build(count_as, critic=str(tmp_path / "reward"), peft_config=lora()).model(**inputs)
     torch.testing.assert_close(values[0, -1], reward_model(tokens).logits[0, 0])
+
+
+def config_of(kind):
+    """A tiny configuration of an architecture for which transformers has no sequence classifier."""
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    tokens = dict(vocab_size=len(WORDS), pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None)
+    more = dict(num_key_value_heads=1, max_position_embeddings=16)
+    if kind == "glm4_moe":
+        more |= dict(moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1)
+    if kind == "lfm2":
+        more |= dict(full_attn_idxs=[1])
+    return AutoConfig.for_model(kind, **sizes | tokens | more)
+
+
+@pytest.mark.parametrize("kind", ["granite", "cohere2", "glm4_moe", "lfm2"])
+@pytest.mark.parametrize("method", ["full", "LoRA"])
+def test_a_critic_is_made_for_architectures_without_a_sequence_classifier(build, start, kind, method, tmp_path):
+    config = config_of(kind)
+    assert type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(config)
+    policy.save_pretrained(tmp_path / kind)
+    PreTrainedTokenizerFast.from_pretrained(start).save_pretrained(tmp_path / kind)
+    lora_of_attention = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    arguments = {} if method == "full" else {"peft_config": lora_of_attention}
+    trainer = build(count_as, model=str(tmp_path / kind), max_steps=2, critic_learning_rate=1e-2, **arguments)
+    tokens = torch.tensor([[10, 2, 3]])
+    inputs = dict(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    assert not trainer.model(**inputs, values_only=True).any()  # its head starts at 0
+    critic = trainer.model.get_submodule(CRITIC)
+    classifier = critic.get_base_model() if method == "LoRA" else critic
+    with torch.no_grad():
+        hidden = classifier.base_model(**inputs, use_cache=False).last_hidden_state
+        torch.testing.assert_close(hidden, policy.eval().model(**inputs, use_cache=False).last_hidden_state)
+    trainer.train()
+    assert trainer.model(**inputs, values_only=True).any()
+
+
+@pytest.mark.parametrize("kind", ["whisper", "blenderbot-small", "trocr"])
+def test_an_architecture_that_takes_no_critic_is_refused_with_the_remedy(kind):
+    with pytest.raises(
+        ValueError, match=r"No critic can be made of a .*Pass a model with the same tokenizer as critic"
+    ):
+        sequence_classifier(AutoConfig.for_model(kind))
+
+
+def test_settings_may_be_left_out(start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    machine = dict(use_cpu=True, bf16=False, activation_checkpointing=False, max_completion_length=2)
+    monkeypatch.setattr("dpo_recipes.ppo.PPOConfig", functools.partial(PPOConfig, **machine))
+    prompts = Dataset.from_dict({"prompt": PROMPTS * 2})
+    trainer = PPOTrainer(str(start), count_as, train_dataset=prompts)
+    assert trainer.args.output_dir == "start-PPO"
+    assert trainer.args.num_iterations == 4
+
+
+@pytest.mark.parametrize("method", ["full", "LoRA"])
+def test_a_policy_that_is_saved_by_hand_has_no_trace_of_the_critic(build, method, tmp_path):
+    trainer = build(count_as, peft_config=lora() if method == "LoRA" else None)
+    trainer.model.save_pretrained(tmp_path / "saved")
+    weights = load_file(next((tmp_path / "saved").glob("*model.safetensors")))
+    assert weights
+    assert not any(CRITIC in name or "score" in name for name in weights)
+    assert CRITIC in dict(trainer.model.named_children())
+    loader = AutoPeftModelForCausalLM if method == "LoRA" else AutoModelForCausalLM
+    again = loader.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    tokens = torch.tensor([[10, 2, 3]])
+    torch.testing.assert_close(again(tokens).logits, trainer.model(tokens).logits)
 
 
 @pytest.mark.parametrize("method", ["full", "LoRA"])

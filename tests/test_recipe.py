@@ -414,7 +414,7 @@ NO_WARNING = {"activation_checkpointing": False}
 
 
 def test_a_lora_adapter_alone_is_no_start(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(RecipeError, match="holds a LoRA adapter alone"):
         load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path)), SFTConfig(use_cpu=True, bf16=False, **NO_WARNING))
 

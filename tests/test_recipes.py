@@ -209,7 +209,7 @@ RANK = {  # imports point from high to low
             {"errors", "files", "intervals", "ledger", "presets", "statistics", "terminal", "__init__"}
             | {"precision", "secrecy"},
             {"dataset_adapters", "tokenization", "reference_cache", "checkpoints", "report", "catalog", "measures"}
-            | {"manifest", "markdown", "processes", "settings"},
+            | {"manifest", "markdown", "models", "processes", "settings"},
             {"rewards", "page", "critic"},
             {"shared_prefix", "loading", "evaluation", "playground", "plan", "tracking"},
             {"guards"},

@@ -219,6 +219,37 @@ def test_every_kind_of_tokenizer_gives_the_same_ids(tokenizer, rows):
     assert_same([*AWKWARD, *rows[6::200]], tokenizer)
 
 
+class LowerCase(PreTrainedTokenizerFast):
+    """Changes texts in Python before the tokenizer in Rust sees them."""
+
+    def __call__(self, text=None, *args, **options):
+        """The call, on lower case."""
+        return super().__call__(text.lower() if isinstance(text, str) else [*map(str.lower, text)], *args, **options)
+
+
+class Begins(PreTrainedTokenizerFast):
+    """Puts a token before each conversation, where ids are asked for."""
+
+    def apply_chat_template(self, conversation, *args, tokenize=True, **options):
+        """The template's, with one id more."""
+        given = super().apply_chat_template(conversation, *args, tokenize=tokenize, **options)
+        if tokenize:
+            given["input_ids"] = [self.eos_token_id, *given["input_ids"]]
+        return given
+
+
+@pytest.mark.parametrize("kind", [LowerCase, Begins])
+def test_a_tokenizer_with_methods_of_its_own_gives_the_ids_of_trl(kind, texts):
+    plain = byte_tokenizer(texts[:200], ["<|im_start|>", "<|im_end|>"])
+    own = kind(tokenizer_object=plain.backend_tokenizer, eos_token=plain.eos_token, pad_token=plain.pad_token)
+    for tokenizer in (plain, own):
+        tokenizer.chat_template = CHATML
+    pairs = Dataset.from_list(AWKWARD)
+    ours, theirs = prepared(prepare_dataset, pairs, own), prepared(DPOTrainer._prepare_dataset, pairs, own)
+    assert ours[:] == theirs[:]
+    assert ours["prompt_ids"][:] != prepared(prepare_dataset, pairs, plain)["prompt_ids"][:]
+
+
 def test_a_tokenizer_that_was_saved_while_it_padded_and_cut_gives_the_same_ids(tokenizer, rows):
     pairs = Dataset.from_list(AWKWARD)
     theirs = prepared(DPOTrainer._prepare_dataset, pairs, tokenizer)

@@ -26,12 +26,13 @@ from dpo_recipes.evaluate.results import SIDES, answer_pairs, judging, measures,
 from dpo_recipes.files import MANIFEST, read_json
 from dpo_recipes.judges import Judged, expected_cost, open_judge
 from dpo_recipes.manifest import claim
+from dpo_recipes.models import changes_layers, check_weights, identify, read_adapter, run_settings
 from dpo_recipes.preflight import measure_pairs
 from dpo_recipes.preflight.inspect import dataset_recipe, parse_namespace
 from dpo_recipes.recipe import DONE_FILE, load_tokenizer
 from dpo_recipes.record import LIBRARIES, hardware, weights_hash
 from dpo_recipes.terminal import say
-from dpo_recipes.tryout import find_start, lora_config, run_settings
+from dpo_recipes.tryout import check_writable, find_start
 
 OF_DATA = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "columns", "max_length")
 SHOWN = 4  # prompts with both answers
@@ -102,6 +103,7 @@ def evaluate(
     kept = subject.folder / "eval"
     if (subject.folder / MANIFEST).exists():
         claim(subject.folder, kept.name)  # a run that is trained again keeps replies that were paid for
+    check_writable(kept)
     asked = draw_prompts(subject.pairs, start=subject.start, most=prompts)
     if len(asked) < 2:
         raise RecipeError(
@@ -156,7 +158,7 @@ def _open_subject(
     if recipe:
         namespace = runpy.run_path(str(recipe))
         model = output_dir or str(namespace["RECIPE"]["output_dir"])
-        if not (lora_config(model) or (Path(model) / "config.json").exists()):
+        if not (read_adapter(model) or (Path(model) / "config.json").exists()):
             raise RecipeError(f"There is no trained model in {model}. Train it first: dpo-recipes train {name}")
         folder, settings = Path(model), run_settings(model)
         given = [(key, str(settings[key])) for key in OF_DATA if settings.get(key) is not None]
@@ -177,7 +179,7 @@ def _open_subject(
         raise RecipeError(f"{name} makes a reward model, which its training measures: see metrics.json in {model}.")
     start = str(model_args.model_name_or_path)
     tokenizer = load_tokenizer(model_args, training_args)
-    _check_related(model, tokenizer, trust_remote_code=training_args.trust_remote_code)
+    _check_related(model, tokenizer, start, trust_remote_code=training_args.trust_remote_code)
     config = AutoConfig.from_pretrained(start, trust_remote_code=training_args.trust_remote_code).get_text_config()
     limits = getattr(training_args, "max_length", None), getattr(config, "max_position_embeddings", None)
     training_args.max_length = min(filter(None, limits), default=None)  # a profile's may be more than the model takes
@@ -210,19 +212,20 @@ def _weights(model: str) -> str | None:
     return weights_hash(SimpleNamespace(name_or_path=model))
 
 
-def _check_related(model: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
-    """Nothing, if the model writes text, in the tokens of its start's tokenizer.
-
-    Raises:
-        RecipeError: If not.
-    """
-    adapter = lora_config(model)
-    kinds: list[str] = []
-    with suppress(OSError, ValueError):  # a LoRA adapter, here or at the Hub, has no config of a model
-        kinds = AutoConfig.from_pretrained(model, **options).architectures or []
-    if adapter.get("task_type") == "SEQ_CLS" or any(kind.endswith("ForSequenceClassification") for kind in kinds):
-        raise RecipeError(f"{model} is a reward model, which writes no answers. It may judge: --judge {model}.")
-    if adapter or not (Path(model) / "tokenizer.json").exists():
+def _check_related(model: str, tokenizer: PreTrainedTokenizerBase, start: str, **options: Any) -> None:
+    """Raises RecipeError unless the model writes text, in the tokens of its start's tokenizer."""
+    artifact = identify(model, base=start, **options)
+    if artifact.is_reward_model:
+        merged = f"Merge it (dpo-recipes merge {model} --output_dir DIR), and DIR may judge: --judge DIR"
+        way_out = merged if artifact.adapter else f"It may judge: --judge {model}"
+        raise RecipeError(f"{model} is a reward model, which writes no answers. {way_out}.")
+    if artifact.adapter and not changes_layers(artifact.adapter):
+        raise RecipeError(
+            f"{model} is an adapter of the kind {artifact.adapter['peft_type']}, which adds to the prompt: its "
+            "log-probs are not compared. See its answers: dpo-recipes try, or sample."
+        )
+    check_weights(artifact, **options)
+    if artifact.adapter or not (Path(model) / "tokenizer.json").exists():
         return  # the start's tokenizer is used
     own, tokens = AutoTokenizer.from_pretrained(model, **options).get_vocab(), tokenizer.get_vocab()
     alike = sum(own.get(token) == number for token, number in tokens.items())

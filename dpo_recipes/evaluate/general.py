@@ -14,8 +14,8 @@ from peft import PeftModel
 from dpo_recipes.answers import BATCH
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluate.results import SIDES
+from dpo_recipes.models import open_model, read_adapter
 from dpo_recipes.terminal import say
-from dpo_recipes.tryout import lora_config, open_model
 
 Z = 1.959964  # standard errors of a 95 % interval
 
@@ -76,7 +76,7 @@ def general_tasks(
     for side in SIDES:
         say(f"Tasks, {side}: {', '.join(names)}.")
         if not isinstance(model, PeftModel):
-            name, base = (tuned, start) if lora_config(tuned) else (models[side], None)
+            name, base = (tuned, start) if read_adapter(tuned) else (models[side], None)
             model, tokenizer = open_model(name, base=base, trust_remote_code=trust_remote_code)
         is_base = side == SIDES[0] and isinstance(model, PeftModel)
         made_by = hashlib.sha256(f"{models[side]} {hashes[side]} {start} {hashes[SIDES[0]]}".encode()).hexdigest()[:16]

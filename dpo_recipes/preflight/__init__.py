@@ -222,7 +222,7 @@ def check_prompts(prompts: DatasetDict, script_args: Any, training_args: Any, to
             f"turns go: --{flag} {max(1, context - longest)}."
         )
     if name := script_args.reward_model_name_or_path:
-        judge = read_reward_config(name, **options)
+        judge = read_reward_config(name, weights=not script_args.dry_run, **options)
         texts = [prompt for rows in prompts.values() for prompt in rows["prompt"][:]]
         check_reward_model(*judge, texts, max_completion_length=longest)
 
