@@ -121,7 +121,7 @@ def _alike(parts: list[Dataset]) -> list[Dataset]:
 
 
 def _fill(batch: dict[str, list[Any]], *, columns: list[str]) -> dict[str, list[Any]]:
-    empty = {"chat_template_kwargs": {}}
+    empty: dict[str, Any] = {"chat_template_kwargs": {}}
     return {column: batch.get(column, [empty.get(column)] * len(batch["prompt"])) for column in columns}
 
 

@@ -31,7 +31,7 @@ from typing import Any
 from datasets import Dataset, Features, Value
 
 from dpo_recipes.dataset_adapters.adapting import DROP_REASONS as DROP_REASONS
-from dpo_recipes.dataset_adapters.adapting import PAIR_FEATURES, holds_messages, matches, note_unread, require_columns
+from dpo_recipes.dataset_adapters.adapting import PAIR_FEATURES as PAIR_FEATURES
 from dpo_recipes.dataset_adapters.adapting import Drop as Drop
 from dpo_recipes.dataset_adapters.adapting import Message as Message
 from dpo_recipes.dataset_adapters.adapting import Pair as Pair
@@ -39,6 +39,7 @@ from dpo_recipes.dataset_adapters.adapting import Row as Row
 from dpo_recipes.dataset_adapters.adapting import adapt as adapt
 from dpo_recipes.dataset_adapters.adapting import as_messages as as_messages
 from dpo_recipes.dataset_adapters.adapting import check_pair as check_pair
+from dpo_recipes.dataset_adapters.adapting import holds_messages, matches, note_unread, require_columns
 from dpo_recipes.dataset_adapters.adapting import keep_pairs as keep_pairs
 from dpo_recipes.dataset_adapters.adapting import map_rows as map_rows
 from dpo_recipes.dataset_adapters.adapting import number as number

@@ -381,8 +381,8 @@ def _refuse_media(dataset: Dataset) -> None:
     for column, feature in dataset.features.items():
         kind = getattr(feature, "feature", feature)
         if column in _MEDIA or isinstance(kind, (Audio, Image, Video)):
-            count = sum(bool(cell) for cell in dataset[column])
-            if count:
+            cells = dataset.select_columns(column).with_format("arrow")[:][column]  # not decoded
+            if count := sum(map(bool, cells.to_pylist())):
                 raise RecipeError(
                     f"The column {column} holds images, sound or videos in {count:,} of {len(dataset):,} rows, and "
                     "only text is trained here. Remove these rows, or remove the column if the texts do without it."
