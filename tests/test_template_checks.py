@@ -251,7 +251,7 @@ def test_tools_and_calls_reach_the_tokens_that_trl_makes(name, real):
         [ids] = encode_pairs([texts], tokenizer)
         theirs = tokenizer.apply_chat_template(pair["prompt"] + pair["chosen"], **options)["input_ids"]
         assert ids.prompt + ids.chosen == theirs
-    assert pairs["unrendered"][:] == ["" if name in ("qwen3", "llama3_1") else "tool_calls tools"] * 2
+    assert pairs["unrendered"][:] == ["" if name == "qwen3" else "tool_calls tools"] * 2
 
 
 # The model

@@ -423,7 +423,7 @@ def _has_generation_prompt(prompt: list[Message], ids: PairIds, tokenizer: Any, 
     without = tokenizer.apply_chat_template(prompt, return_dict=True, **options)["input_ids"]
     answers = ([{"role": "assistant", "content": text}] for text in ("Yes.", "No."))
     [probe] = encode_pairs([render(prompt, *answers, tokenizer=tokenizer, **options)], tokenizer)
-    return without != ids.prompt or tokenizer.decode(probe.chosen).strip().casefold().startswith("yes")
+    return bool(without != ids.prompt or tokenizer.decode(probe.chosen).strip().casefold().startswith("yes"))
 
 
 def _render_text(prompt: str, chosen: str, rejected: str, *, eos: str) -> tuple[str, str, str]:
