@@ -23,7 +23,7 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluation import check_prompt, read_answer, sample_tokens
 from dpo_recipes.files import read_json, write_json
 from dpo_recipes.models import open_model, put_adapter, read_adapter
-from dpo_recipes.preflight.tokens import render
+from dpo_recipes.preflight.tokens import render, template_options
 from dpo_recipes.rewards import Text
 from dpo_recipes.statistics import repetition
 from dpo_recipes.terminal import say
@@ -91,7 +91,10 @@ def answer_all(
     # As it was trained on: its dtype, its 4 bits.
     base, tokenizer = open_model(trained or start, base=start, trust_remote_code=trust_remote_code)
     base = base.unload() if isinstance(base, PeftModel) else base
-    texts = [render(row["prompt"], *(row[side] for side in SIDES), tokenizer=tokenizer) for row in pairs]
+    texts = [
+        render(row["prompt"], *(row[side] for side in SIDES), tokenizer=tokenizer, **template_options(row))
+        for row in pairs
+    ]
     ids = encode_pairs(texts, tokenizer, is_chat=not isinstance(pairs[0]["prompt"], str))
     lengths = {f"{side}_tokens": [len(getattr(row, side)) for row in ids] for side in SIDES}
     for number, entry in enumerate(missing, start=1):

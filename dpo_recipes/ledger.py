@@ -49,6 +49,8 @@ class Ledger:
 
     def __init__(self) -> None:
         self.accounts: dict[str, SplitAccount] = {}
+        self.read_by: list[str] = []  # dataset adapters
+        self.unread: dict[str, dict[str, int]] = {}  # by column: `rows` with text that nobody reads, `of` all
 
     def __enter__(self) -> "Ledger":
         """This ledger, open."""
@@ -91,6 +93,8 @@ class Ledger:
         if not change.adds_up():
             raise RuntimeError(f"{stage} lost rows of {split}: {change}")
         account = self.accounts.setdefault(split, SplitAccount())
+        if new and stage != "load_rows" and stage not in self.read_by:
+            self.read_by.append(stage)
         if not new:
             expected, account.kept = account.kept, 0
             change.rows = max(0, came - expected)
@@ -102,6 +106,16 @@ class Ledger:
         """Adds the account of other rows: those of a dataset that was accounted for by itself."""
         for split, account in other.accounts.items():
             self.accounts.setdefault(split, SplitAccount()).add(account)
+        self.read_by += [name for name in other.read_by if name not in self.read_by]
+        for column, found in other.unread.items():
+            self.note_unread(column, found["rows"], found["of"])
+
+    def note_unread(self, column: str, rows: int, of: int) -> None:
+        """Adds to the rows in which a column holds text that reaches no token."""
+        if rows:
+            found = self.unread.setdefault(column, {"rows": 0, "of": 0})
+            found["rows"] += rows
+            found["of"] += of
 
     def total(self) -> SplitAccount:
         """All splits together.

@@ -18,14 +18,19 @@ from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 from datasets.config import HF_DATASETS_CACHE as HF_CACHE
 from datasets.exceptions import DatasetsError
 
-from dpo_recipes.dataset_adapters import map_rows, recognise, rename_columns
+from dpo_recipes.dataset_adapters import PAIR_FEATURES, map_rows, recognise, rename_columns
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.ledger import Ledger, current_ledger
 
 logger = logging.getLogger(__name__)
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+_BUILDERS |= {".feather": "arrow", ".ipc": "arrow"}
+# pandas would take "None", "NA" and "null" for nulls, and answers that are all numbers for numbers.
+_TEXTS = ("prompt", "chosen", "rejected", "system", "instruction", "question", "input")
+_CSV = {"keep_default_na": False, "na_values": [""], "converters": dict.fromkeys(_TEXTS, str)}
 _SPLIT_WORDS = {"train": ("train", "training"), "test": ("test",), "validation": ("validation", "valid", "val", "dev")}
+_MIXED = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")  # columns that a mixture keeps
 _TEST_SHARE = 0.05  # of the prompts, where the dataset has no test split of its own
 _STREAMED = 5000  # rows of each split
 _WAY_OUT = "name a local file or folder (--dataset_name pairs.jsonl), or try `make train`, which needs no dataset"
@@ -35,12 +40,13 @@ _UNREADABLE = (OSError, ValueError, EOFError, StopIteration, DatasetsError)  # t
 def load_rows(script_args: Any) -> DatasetDict:
     """Raw rows as `train` and, if the dataset has one, `test`.
 
-    `dataset_name` is a hub name, a file (.jsonl, .json, .csv, also with .gz, or .parquet), a folder of such files told
-    apart by their names, or a folder written by `save_to_disk`. `NAME:50000` draws 50,000 training rows, by seed 0, in
-    their order; a path with a colon that exists wins. `dataset_config` is the configuration of a hub dataset or a
-    subfolder. `dataset_test_split` left at "test" falls back to the validation split, else there is no `test`.
+    `dataset_name` is a hub name, a file (.jsonl, .json, .csv, also with .gz, .parquet or .arrow), a folder of such
+    files told apart by their names, or a folder written by `save_to_disk`. `NAME:50000` draws 50,000 training rows, by
+    seed 0, in their order; a path with a colon that exists wins. `dataset_config` is the configuration of a hub dataset
+    or a subfolder. `dataset_test_split` left at "test" falls back to the validation split, else there is no `test`.
     `dataset_streaming` takes the first rows of each split, 5,000 or those of `NAME:N`: enough to look at.
-    `columns` ("prompt=instruction,chosen=good") renames columns. Messages of one tree are drawn together.
+    `columns` ("prompt=instruction,chosen=good") renames columns. A column `margin` that it does not name becomes
+    `preference_strength`: RewardTrainer would take it into its loss. Messages of one tree are drawn together.
 
     Raises:
         RecipeError: If the rows cannot be had, or a split is missing that was asked for.
@@ -62,16 +68,27 @@ def load_rows(script_args: Any) -> DatasetDict:
             raise RecipeError(f"The {split} split of {name} has no rows. To go on, {_WAY_OUT}.")
     if columns := _column_names(getattr(script_args, "columns", None)):
         splits = {split: rename_columns(rows, **columns) for split, rows in splits.items()}
+    if "margin" not in columns:
+        splits = {split: _without_margin(rows) for split, rows in splits.items()}
     if sample is not None:
         splits["train"] = _draw(splits["train"], sample, name=name)
     # Dataset adapters count rows under the name of their split.
     return DatasetDict({split: concatenate_datasets([rows], split=split) for split, rows in splits.items()})
 
 
+def _without_margin(rows: Dataset) -> Dataset:
+    """The rows with their margin called preference_strength, which enters no loss."""
+    if "margin" not in rows.column_names:
+        return rows
+    current_ledger().note_unread("margin (a loss reads it with --columns margin=margin)", len(rows), len(rows))
+    return rename_columns(rows, preference_strength="margin")
+
+
 def mix_pairs(script_args: Any, dataset_adapters: Mapping[str, Callable[[Dataset], Dataset]]) -> DatasetDict:
     """`train` and `test` pairs of several datasets, `NAME:20000+OTHER:10000`; no prompt is on both sides.
 
-    Each dataset is loaded, adapted and split by itself. `source` holds its name; margin and id are not kept.
+    Each dataset is loaded, adapted and split by itself. `source` holds its name; preference_strength, margin and id are
+    not kept.
 
     Args:
         script_args: As `load_rows` reads them.
@@ -89,9 +106,25 @@ def mix_pairs(script_args: Any, dataset_adapters: Mapping[str, Callable[[Dataset
             pairs = split_pairs({split: dataset_adapter(part) for split, part in rows.items()})
         current_ledger().add(ledger)
         for split, kept in pairs.items():
-            bare = kept.select_columns(["prompt", "chosen", "rejected"])
-            mixed[split].append(bare.add_column("source", [name] * len(bare)))
-    return split_pairs({split: concatenate_datasets(parts, split=split) for split, parts in mixed.items()})
+            kept = kept.select_columns([column for column in kept.column_names if column in _MIXED])
+            mixed[split].append(kept.add_column("source", [name] * len(kept)))
+    return split_pairs({split: concatenate_datasets(_alike(parts), split=split) for split, parts in mixed.items()})
+
+
+def _alike(parts: list[Dataset]) -> list[Dataset]:
+    """The parts with the columns and types of all, a missing column being null: messages with tool calls among them."""
+    features: dict[str, Any] = {}
+    for part in parts:
+        rich = {column: kind for column, kind in part.features.items() if kind != PAIR_FEATURES.get(column)}
+        features = {**part.features, **features, **rich}
+    if all(part.features == features for part in parts):
+        return parts
+    return [map_rows(part, _fill, features=Features(features), desc="mixing", columns=[*features]) for part in parts]
+
+
+def _fill(batch: dict[str, list[Any]], *, columns: list[str]) -> dict[str, list[Any]]:
+    empty: dict[str, Any] = {"chat_template_kwargs": {}}
+    return {column: batch.get(column, [empty.get(column)] * len(batch["prompt"])) for column in columns}
 
 
 def split_pairs(pairs: Mapping[str, Dataset]) -> DatasetDict:
@@ -314,7 +347,9 @@ def _load_files(files: list[Path], *, streaming: bool) -> Any:
         )
     try:
         paths = [glob.escape(str(file.resolve())) for file in files]
-        rows = load_dataset(builders.pop(), data_files=paths, split="train", streaming=streaming)
+        builder = builders.pop()
+        options: dict[str, Any] = _CSV if builder == "csv" else {}
+        rows = load_dataset(builder, data_files=paths, split="train", streaming=streaming, **options)
         if not streaming:
             rows.data.validate(full=True)  # datasets lets invalid UTF-8 pass, to fail at some later access
     except _UNREADABLE as error:

@@ -53,6 +53,9 @@ class RecipeArguments(ScriptArguments):
     columns: str | None = HfArg(
         default=None, help="The dataset's names of columns: prompt=instruction,chosen=good,rejected=bad."
     )
+    control_tokens_as_text: bool = HfArg(
+        default=False, help="Break up control tokens that messages spell, by a zero-width space, so that they are text."
+    )
     part: str | None = field(
         default=None,
         metadata={"help": "Of the training prompts: two thirds, or the others.", "choices": ["learn", "judge"]},

@@ -59,7 +59,7 @@ def sample(
             Without it `{prompt, completions, ended}`, a line for each distinct prompt.
         num_samples: Answers to each prompt.
         judge: A reward model, or a classifier with two labels as `score` reads it. Write a pair of every two answers to
-            a prompt that it scores differently, and the difference as their `margin`.
+            a prompt that it scores differently, and the difference as their `preference_strength`.
         first_words: Least and most. The prompts are plain text to go on with: the first words of the dataset's, their
             number drawn by a hash of the text.
         trust_remote_code: As in `open_model`.
@@ -177,7 +177,8 @@ def _ranked(lines: Sequence[dict[str, Any]], judge: str) -> list[Any]:
     for prompt, group in itertools.groupby(zip(own, scores, strict=True), key=lambda scored: scored[0][0]):
         best_first = sorted(group, key=lambda scored: -scored[1])
         for ((_, chosen), high), ((_, rejected), low) in itertools.combinations(best_first, 2):
-            ranked.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": high - low})
+            pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+            ranked.append(pair | {"preference_strength": high - low})
     return _keep(ranked, _check_ranked, "pairs", same_answer_again=repeated)
 
 
@@ -185,7 +186,7 @@ def _check_ranked(pair: dict[str, Any]) -> None:
     prompt = as_messages(pair["prompt"], role="user")
     chosen, rejected = (as_messages(pair[side], role="assistant") for side in ("chosen", "rejected"))
     check_pair({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    if pair["margin"] == 0:
+    if pair["preference_strength"] == 0:
         raise Drop("not_rated_higher")
 
 

@@ -15,7 +15,7 @@ from dpo_recipes.benchmarks import TEMPERATURES
 from dpo_recipes.cli import main
 from dpo_recipes.evaluation import generate
 
-INSTRUCTIONS = ["Name a tea.", "Long. " * 100, "Name a bird."]  # the second fills the model's context
+INSTRUCTIONS = ["Name a tea.", "Long. " * 400, "Name a bird."]  # the second fills the model's context
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Write.", "Write it again."]},
     {"question_id": 111, "category": "math", "turns": ["1 + 1?", "And 1 more?"], "reference": ["2", "3"]},

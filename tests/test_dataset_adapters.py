@@ -190,10 +190,10 @@ def test_files_of_trls_conversational_format_are_taken_as_they_are():
     assert outcome(preference_jsonl, implicit) == row
 
 
-def test_renamed_columns_give_way_to_nothing_and_swap():
+def test_renamed_columns_swap_and_what_they_shadow_is_kept_unused():
     rows = Dataset.from_list([{"prompt": "old", "instruction": "q", "chosen": "b", "rejected": "a", "votes": 1}])
     renamed = rename_columns(rows, prompt="instruction", chosen="rejected", rejected="chosen")
-    assert renamed[0] == {"prompt": "q", "chosen": "a", "rejected": "b", "votes": 1}
+    assert renamed[0] == {"prompt": "q", "chosen": "a", "rejected": "b", "votes": 1, "unused_prompt": "old"}
 
 
 @pytest.mark.parametrize("theirs", [{"prompt": "nope"}, {"prompt": "question", "chosen": "question"}])
@@ -218,7 +218,7 @@ def test_a_column_that_is_not_there_or_named_twice_is_refused_with_the_list(thei
         ({"prompt": [user("q"), assistant("x")], "chosen": "a", "rejected": "b"}, "prompt_not_ending_in_user"),
         ({"prompt": [{"role": "human", "content": "q"}], "chosen": "a", "rejected": "b"}, "unknown_role"),
         ({"prompt": [{"role": "user", "content": ["q"]}], "chosen": "a", "rejected": "b"}, "content_not_text"),
-        ({"prompt": [{"from": "user", "value": "q"}], "chosen": "a", "rejected": "b"}, "content_not_text"),
+        ({"prompt": [{"from": "user", "value": 1}], "chosen": "a", "rejected": "b"}, "content_not_text"),
         ({"prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": "b"}, "completion_not_assistant"),
         (
             {"prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": [user("r"), assistant("b")]},

@@ -298,7 +298,7 @@ def test_every_end_token_of_the_model_ends_an_answer(tiny_model, tokenizer):
 
 
 def test_a_prompt_that_fills_the_context_spoils_neither_its_batch_nor_the_kl(trainer, tokenizer):
-    long = [{"role": "user", "content": "long " * 200}]
+    long = [{"role": "user", "content": "long " * 500}]
     alone = generate(trainer.model, tokenizer, PROMPTS, max_new_tokens=4)
     assert generate(trainer.model, tokenizer, [long, *PROMPTS], max_new_tokens=4)[1:] == alone
     assert sampled_kl(trainer, [long, *PROMPTS], max_new_tokens=4)["n"] == len(PROMPTS)

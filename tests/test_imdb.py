@@ -50,7 +50,7 @@ def gpt2(tiny_model, tmp_path_factory):
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     ids = dict(bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id)
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=64, n_layer=2, n_head=4, **ids)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=512, n_embd=64, n_layer=2, n_head=4, **ids)
     GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
 
@@ -192,7 +192,7 @@ def test_every_two_texts_make_a_pair_ranked_by_the_classifier(pairs, classifier)
         scores = {text: positive(classifier, prompt + text) for text in texts}
         for line in own:
             difference = scores[line["chosen"]] - scores[line["rejected"]]
-            assert 0 < line["margin"] == pytest.approx(difference, abs=1e-5)
+            assert 0 < line["preference_strength"] == pytest.approx(difference, abs=1e-5)
     assert sizes.count(6) > 0.9 * len(sizes), "a blank text is left out"
 
 

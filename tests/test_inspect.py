@@ -213,7 +213,7 @@ def test_a_stop_token_in_the_middle_of_an_answer_is_found(chatml, tiny, tmp_path
     twice = bpe_tokenizer(CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}")
     assert found(ROWS, twice, tmp_path) == {}, "two at the end"
     turns = [*pair()["chosen"], {"role": "user", "content": "And?"}, {"role": "assistant", "content": "the end"}]
-    assert found([{**pair(), "chosen": turns}, *ROWS], chatml, tmp_path) == {}, "each turn has its own"
+    assert [*found([{**pair(), "chosen": turns}, *ROWS], chatml, tmp_path)] == ["other_turns"], "each turn has its own"
     # Plain text brings its own EOS token, too.
     plain = [{"prompt": f"the {n}", "chosen": " fox<eos>", "rejected": " dog" + n * "<eos> on"} for n in range(2)]
     pairs = DatasetDict(train=Dataset.from_list(plain), test=Dataset.from_list([{**plain[0], "prompt": "?"}]))

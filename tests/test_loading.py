@@ -219,7 +219,7 @@ def test_a_name_that_is_nothing_is_refused(name, part):
         ("a.json", b"[{]", "Cannot read"),
         ("a.csv", b"", "No columns to parse"),
         ("a.parquet", b"no parquet", "not a parquet file"),
-        ("a.txt", b"text", "needs files of one kind, of ['.jsonl', '.json', '.parquet', '.csv']"),
+        ("a.txt", b"text", "needs files of one kind, of ['.jsonl', '.json', '.parquet', '.csv',"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, file, content, part):

@@ -96,14 +96,14 @@ def test_shp_golden_rows():
             "prompt": [user("Why is the sky blue?")],
             "chosen": [assistant("Air.")],
             "rejected": [assistant("Paint.")],
-            "margin": 2.0,
+            "preference_strength": 2.0,
             "source": "askscience",
         },
         {
             "prompt": [user("Is bread a cake?")],
             "chosen": [assistant("Paint.")],
             "rejected": [assistant("Air.")],
-            "margin": 2.0,
+            "preference_strength": 2.0,
             "source": "askbaking",
         },
     ]
@@ -120,11 +120,11 @@ def test_shp_golden_rows():
 def test_a_post_gives_at_most_five_pairs_those_of_the_highest_ratios():
     rows = [post(2 * ratio, 2, label=1) for ratio in (2, 3, 4, 5, 6, 7, 8)] + [post(4, 2, label=1, post_id="p2")]
     pairs, dropped, _ = adapted(shp, rows, **SHP_FEATURES)
-    assert [round(2 ** pair["margin"]) for pair in pairs] == [4, 5, 6, 7, 8, 2]
+    assert [round(2 ** pair["preference_strength"]) for pair in pairs] == [4, 5, 6, 7, 8, 2]
     assert dropped == {"post_has_enough": 2}
     with Ledger() as ledger:
         few = shp(Dataset.from_list(rows), least_ratio=6.5, pairs_per_post=1)
-    assert [round(2**margin) for margin in few["margin"]] == [8]
+    assert [round(2**margin) for margin in few["preference_strength"]] == [8]
     assert {reason: drop.count for reason, drop in ledger.total().dropped.items()} == {
         "low_score_ratio": 6,
         "post_has_enough": 1,
@@ -199,7 +199,13 @@ def test_oasst1_golden_rows():
     first = [user("Name a tree.")]
     second = [*first, assistant("A tree."), user("Another?")]
     assert pairs == [
-        {"prompt": prompt, "chosen": [assistant(better)], "rejected": [assistant(worse)], "margin": margin, "id": name}
+        {
+            "prompt": prompt,
+            "chosen": [assistant(better)],
+            "rejected": [assistant(worse)],
+            "preference_strength": margin,
+            "id": name,
+        }
         for prompt, better, worse, margin, name in [
             (first, "Oak.", "A tree.", 1.0, "a b"),
             (first, "Oak.", "Moss.", 2.0, "a c"),
@@ -330,7 +336,7 @@ def test_ultrafeedback_golden_rows_of_every_schema(schema):
     pairs, dropped, _ = adapted(ultrafeedback_binarized, rows)
     source = {"source": "evol_instruct"} if schema.startswith("argilla") else {}
     texts = {"prompt": [user("Name a tree.")], "chosen": [assistant("Oak.")], "rejected": [assistant("Moss.")]}
-    assert pairs == [{**texts, **source, "margin": 3.5}]
+    assert pairs == [{**texts, **source, "preference_strength": 3.5}]
     assert dropped == {"not_rated_higher": 2}
     assert recognise(Dataset.from_list(rows)) is ultrafeedback_binarized
 
@@ -400,7 +406,7 @@ scores = st.sampled_from([None, -3, 0, 1, 2, 3, 8])
 def test_any_shp_rows_are_kept_or_counted(rows):
     pairs, dropped, account = adapted(shp, rows, **SHP_FEATURES)
     assert len(rows) == account.rows == len(pairs) + sum(dropped.values())
-    assert all(pair["margin"] >= 1 for pair in pairs)
+    assert all(pair["preference_strength"] >= 1 for pair in pairs)
 
 
 @settings(max_examples=40, deadline=None)
@@ -411,7 +417,7 @@ def test_any_ultrafeedback_rows_are_kept_or_counted(rows):
     rows = [dict(zip(names, row, strict=True)) for row in rows]
     pairs, dropped, account = adapted(ultrafeedback_binarized, rows, **dict(zip(names, kinds, strict=True)))
     assert len(rows) == account.rows == len(pairs) + sum(dropped.values())
-    assert all(pair["margin"] > 0 for pair in pairs)
+    assert all(pair["preference_strength"] > 0 for pair in pairs)
 
 
 # Recognising and mixing
@@ -423,7 +429,8 @@ def test_any_ultrafeedback_rows_are_kept_or_counted(rows):
         (post(4, 2, label=1), shp),
         (tree()[0], oasst1),
         ({"conversations": [], "chosen": {}, "rejected": {}}, sharegpt_pairs),
-        ({"chosen": "a", "rejected": "b"}, hh_rlhf),
+        ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "b"}, hh_rlhf),
+        ({"chosen": "a", "rejected": "b"}, preference_jsonl),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, preference_jsonl),
         ({"chosen": whole("q", "a"), "rejected": whole("q", "b")}, preference_jsonl),
     ],
@@ -490,7 +497,7 @@ def test_every_real_oasst_message_is_in_a_pair_or_counted():
     for pair in pairs:
         better, worse = (by_id[name] for name in pair["id"].split())
         assert better["parent_id"] == worse["parent_id"]
-        assert pair["margin"] == worse["rank"] - better["rank"] > 0
+        assert pair["preference_strength"] == worse["rank"] - better["rank"] > 0
         assert pair["prompt"][-1]["content"] == by_id[better["parent_id"]]["text"]
     trees = load_rows(RecipeArguments(dataset_name=str(Path(DATA or "", "oasst2-sample", "trees.jsonl.gz"))))["train"]
     with Ledger() as ledger:

@@ -138,7 +138,7 @@ def test_prompts_that_the_model_cannot_answer_are_left_out_and_counted(tiny_mode
     tokenizer.chat_template, tokenizer.pad_token = refuses + tokenizer.chat_template, None
     tokenizer.save_pretrained(model)
     system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
-    users = [[{"role": "user", "content": text}] for text in (QUESTIONS[0], "long " * 200, *QUESTIONS[1:])]
+    users = [[{"role": "user", "content": text}] for text in (QUESTIONS[0], "long " * 500, *QUESTIONS[1:])]
     mixed = write("mixed.jsonl", [{"prompt": prompt} for prompt in (system, *users)])
     lines = read(sample(model, dataset_name=mixed, temperature=0, max_new_tokens=8))
     assert [line["completions"][0] for line in lines] == greedy
@@ -147,7 +147,7 @@ def test_prompts_that_the_model_cannot_answer_are_left_out_and_counted(tiny_mode
     for reason in ("the chat template refuses the conversation", "the prompt fills the model's context"):
         assert re.search(rf"^  {reason} +-1$", output, re.MULTILINE)
     with pytest.raises(RecipeError, match=r"No prompts are left\. Above stands why\."):
-        sample(model, dataset_name=write("long.jsonl", [{"prompt": "long " * 200}]), output="none")
+        sample(model, dataset_name=write("long.jsonl", [{"prompt": "long " * 500}]), output="none")
 
 
 def test_the_test_split_can_be_sampled_too(tiny_model):

@@ -222,7 +222,7 @@ def test_a_prompt_that_cannot_be_answered_is_said_to_be_so_and_the_next_is_asked
         tokenizer.chat_template
     )
     tokenizer.save_pretrained(run)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'long ' * 200}\nShort?"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'long ' * 500}\nShort?"))
     assert main(["try", str(run), *ASKED]) == 0
     output = capsys.readouterr().out
     assert "(not asked: the prompt fills the model's context)" in output

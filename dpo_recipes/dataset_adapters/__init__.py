@@ -15,7 +15,10 @@ A dataset adapter of your own reads one row and says which columns it needs:
         }
 
 `adapt` then checks what every pair must be (`check_pair`), counts each drop in the open `Ledger`, and returns the pairs
-that are left. Columns named margin, source or id are kept; all others are not.
+that are left. Columns named preference_strength, margin, source or id are kept, and tools and chat_template_kwargs
+go to the chat template. Every other column that holds text, and that the function does not read, is named in the
+account. `margin` enters the loss of RewardTrainer; `load_rows` therefore calls a dataset's own margin
+preference_strength, unless `--columns margin=margin` asks for it.
 """
 
 import math
@@ -28,7 +31,7 @@ from typing import Any
 from datasets import Dataset, Features, Value
 
 from dpo_recipes.dataset_adapters.adapting import DROP_REASONS as DROP_REASONS
-from dpo_recipes.dataset_adapters.adapting import PAIR_FEATURES, require_columns
+from dpo_recipes.dataset_adapters.adapting import PAIR_FEATURES as PAIR_FEATURES
 from dpo_recipes.dataset_adapters.adapting import Drop as Drop
 from dpo_recipes.dataset_adapters.adapting import Message as Message
 from dpo_recipes.dataset_adapters.adapting import Pair as Pair
@@ -36,8 +39,10 @@ from dpo_recipes.dataset_adapters.adapting import Row as Row
 from dpo_recipes.dataset_adapters.adapting import adapt as adapt
 from dpo_recipes.dataset_adapters.adapting import as_messages as as_messages
 from dpo_recipes.dataset_adapters.adapting import check_pair as check_pair
+from dpo_recipes.dataset_adapters.adapting import holds_messages, matches, note_unread, require_columns
 from dpo_recipes.dataset_adapters.adapting import keep_pairs as keep_pairs
 from dpo_recipes.dataset_adapters.adapting import map_rows as map_rows
+from dpo_recipes.dataset_adapters.adapting import number as number
 from dpo_recipes.dataset_adapters.adapting import rename_columns as rename_columns
 from dpo_recipes.dataset_adapters.oasst import oasst1 as oasst1
 from dpo_recipes.errors import RecipeError
@@ -48,7 +53,7 @@ _ULTRAFEEDBACK_RATINGS = [  # of HuggingFaceH4 and trl-lib; argilla's -cleaned; 
     ("chosen-rating", "rejected-rating"),
     ("chosen_avg_rating", "rejected_avg_rating"),
 ]
-_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 
 
 def hh_rlhf(dataset: Dataset) -> Dataset:
@@ -66,7 +71,7 @@ def _hh_rlhf_pair(row: Row) -> Pair:
     if context != other_context:
         raise Drop("contexts_differ")
     return {
-        "prompt": _hh_rlhf_turns(context),
+        "prompt": _with_system(row, _hh_rlhf_turns(context)),
         "chosen": as_messages(chosen, role="assistant"),
         "rejected": as_messages(rejected, role="assistant"),
     }
@@ -104,13 +109,14 @@ def _hh_rlhf_turns(context: str) -> list[Message]:
 def preference_jsonl(dataset: Dataset) -> Dataset:
     """Pairs of rows with prompt, chosen and rejected, each a string or a list of messages.
 
-    A string prompt becomes one user turn, a string completion one assistant turn. Where chosen and rejected are whole
+    A string prompt becomes one user turn, a string completion one assistant turn. A column `system` becomes a system
+    turn, and `input` (Alpaca) is put below a string prompt. Where chosen and rejected are whole
     conversations (HuggingFaceH4, trl-lib), everything before the last reply is the prompt: it must be the same on both
     sides and contain the row's own prompt, if there is one. Strings that both repeat the prompt are refused, since
     nothing tells where the completion begins.
     """
-    texts = {name for name, kind in dataset.features.items() if kind == Value("string")}
-    whole = {"chosen", "rejected"} <= set(dataset.column_names) - texts  # conversations, which may hold the prompt
+    sides = [side for side in ("chosen", "rejected") if side in dataset.column_names]
+    whole = len(sides) == 2 and all(holds_messages(dataset, side) for side in sides)  # these may hold the prompt
     columns = ["chosen", "rejected"] if whole else ["prompt", "chosen", "rejected"]
     return adapt(dataset, _preference_pair, name="preference_jsonl", columns=columns)
 
@@ -119,11 +125,32 @@ def _preference_pair(row: Row) -> Pair:
     chosen = as_messages(row["chosen"], role="assistant")
     rejected = as_messages(row["rejected"], role="assistant")
     if {chosen[0]["role"], rejected[0]["role"]} <= {"system", "user"}:
-        return _pair_of_conversations(chosen, rejected, prompt=row.get("prompt"))
+        pair = _pair_of_conversations(chosen, rejected, prompt=row.get("prompt"))
+        return {**pair, "prompt": _with_system(row, pair["prompt"])}
     text = row.get("prompt")
-    if isinstance(text, str) and text and all(turns[0]["content"].startswith(text) for turns in (chosen, rejected)):
+    begins = [
+        (side[0]["content"] or "").startswith(text) for side in (chosen, rejected) if isinstance(text, str) and text
+    ]
+    if begins and all(begins):
         raise Drop("completion_repeats_prompt")
-    return {"prompt": as_messages(text, role="user"), "chosen": chosen, "rejected": rejected}
+    turns = as_messages(text, role="user")
+    more = row.get("input") if isinstance(text, str) and len(turns) == 1 else None
+    if isinstance(more, str) and more.strip() and more not in turns[0]["content"]:
+        turns[0]["content"] += "\n\n" + more
+    return {"prompt": _with_system(row, turns), "chosen": chosen, "rejected": rejected}
+
+
+def _with_system(row: Row, turns: list[Message]) -> list[Message]:
+    """The turns after the row's system prompt, if a column holds one and they do not begin with it."""
+    text = next((text for column in _SYSTEM_COLUMNS if (text := row.get(column)) and str(text).strip()), None)
+    if text is None or not turns:
+        return turns
+    [system] = as_messages(text, role="system")
+    if turns[0]["role"] != "system":
+        return [system, *turns]
+    if turns[0]["content"].strip() != system["content"].strip():
+        raise Drop("system_differs")
+    return turns
 
 
 def _pair_of_conversations(chosen: list[Message], rejected: list[Message], *, prompt: Any) -> Pair:
@@ -145,11 +172,14 @@ def plain_text(dataset: Dataset) -> Dataset:
     Raises:
         RecipeError: If a column is missing, or holds messages.
     """
-    kinds = {side: dataset.features.get(side, Value("string")) for side in PAIR_FEATURES}
-    if messages := [side for side, kind in kinds.items() if kind != Value("string")]:
+    sides = [side for side in PAIR_FEATURES if side in dataset.column_names]
+    if messages := [side for side in sides if holds_messages(dataset, side)]:
         raise RecipeError(f"plain_text reads text, and {messages} hold something else. Read it by preference_jsonl.")
-    pairs = preference_jsonl(dataset)
-    return map_rows(pairs, _contents, features=Features({**pairs.features, **kinds}), desc="plain text")
+    plain = dataset.remove_columns([*{*_SYSTEM_COLUMNS, "input", "tools"}.intersection(dataset.column_names)])
+    note_unread(dataset, used=plain.column_names)
+    pairs = preference_jsonl(plain)
+    features = Features({**pairs.features, **dict.fromkeys(PAIR_FEATURES, Value("string"))})
+    return map_rows(pairs, _contents, features=features, desc="plain text")
 
 
 def _contents(batch: Row) -> Row:
@@ -168,10 +198,10 @@ def shp(dataset: Dataset, *, least_ratio: float = 2.0, pairs_per_post: int = 5) 
 
     As the dataset's card advises, the better score is at least `least_ratio` times the worse, and a post gives at most
     `pairs_per_post` pairs: those of the highest ratios. The prompt is the post, so that `split_pairs` keeps a post on
-    one side. The margin is the ratio's logarithm to base 2, and the source is the subreddit.
+    one side. The preference strength is the ratio's logarithm to base 2, and the source is the subreddit.
     """
     require_columns(dataset, _SHP_COLUMNS, name="shp")
-    ratios = list(map(_score_ratio, dataset["labels"][:], dataset["score_A"][:], dataset["score_B"][:]))
+    ratios = list(map(_score_ratio, *(map(number, dataset[name]) for name in ("labels", "score_A", "score_B"))))
     reasons = [None if ratio >= least_ratio else "low_score_ratio" if ratio else "no_rating" for ratio in ratios]
     by_post = defaultdict(list)
     for row, post in enumerate(dataset["post_id"][:]):
@@ -181,10 +211,10 @@ def shp(dataset: Dataset, *, least_ratio: float = 2.0, pairs_per_post: int = 5) 
         for row in sorted(rows, key=lambda row: -ratios[row])[pairs_per_post:]:
             reasons[row] = "post_has_enough"
     marked = dataset.add_column("_ratio", ratios).add_column("_reason", reasons)
-    return adapt(marked, _shp_pair, name="shp", columns=_SHP_COLUMNS, adds=["margin", "source"])
+    return adapt(marked, _shp_pair, name="shp", columns=_SHP_COLUMNS, adds=["preference_strength", "source"])
 
 
-def _score_ratio(label: int | None, score_a: int | None, score_b: int | None) -> float:
+def _score_ratio(label: float | None, score_a: float | None, score_b: float | None) -> float:
     """The preferred comment's score by the other's; 0 where one is missing or not above 0."""
     if label not in (0, 1) or min(score_a or 0, score_b or 0) <= 0:
         return 0.0
@@ -194,12 +224,12 @@ def _score_ratio(label: int | None, score_a: int | None, score_b: int | None) ->
 def _shp_pair(row: Row) -> Pair:
     if row["_reason"]:
         raise Drop(row["_reason"])
-    better, worse = ("human_ref_A", "human_ref_B") if row["labels"] == 1 else ("human_ref_B", "human_ref_A")
+    better, worse = ("human_ref_A", "human_ref_B") if number(row["labels"]) == 1 else ("human_ref_B", "human_ref_A")
     return {
         "prompt": as_messages(row["history"], role="user"),
         "chosen": as_messages(row[better], role="assistant"),
         "rejected": as_messages(row[worse], role="assistant"),
-        "margin": math.log2(row["_ratio"]),
+        "preference_strength": math.log2(row["_ratio"]),
         "source": re.sub("_(train|validation|test)$", "", row["domain"] or ""),
     }
 
@@ -207,7 +237,8 @@ def _shp_pair(row: Row) -> Pair:
 def ultrafeedback_binarized(dataset: Dataset) -> Dataset:
     """Pairs of UltraFeedback as HuggingFaceH4, trl-lib and argilla have binarized it.
 
-    The margin is the difference of the ratings. Rows whose chosen answer is not rated higher are dropped.
+    The preference strength is the difference of the ratings, which may be text. Rows whose chosen answer is not rated
+    higher are dropped.
     """
     names = set(dataset.column_names)
     if {"instruction", "chosen_response", "rejected_response"} <= names:
@@ -215,16 +246,16 @@ def ultrafeedback_binarized(dataset: Dataset) -> Dataset:
     ratings = next((both for both in _ULTRAFEEDBACK_RATINGS if names.issuperset(both)), _ULTRAFEEDBACK_RATINGS[0])
     read_pair = partial(_ultrafeedback_pair, ratings=ratings)
     columns = ["chosen", "rejected", *ratings]
-    return adapt(dataset, read_pair, name="ultrafeedback_binarized", columns=columns, adds=["margin"])
+    return adapt(dataset, read_pair, name="ultrafeedback_binarized", columns=columns, adds=["preference_strength"])
 
 
 def _ultrafeedback_pair(row: Row, *, ratings: tuple[str, str]) -> Pair:
-    chosen, rejected = (row[rating] for rating in ratings)
-    if chosen is None or rejected is None:
+    chosen, rejected = (number(row[rating]) for rating in ratings)
+    if chosen is None or rejected is None or len({"/" in str(row[rating]) for rating in ratings}) == 2:
         raise Drop("no_rating")
     if not chosen > rejected:
         raise Drop("not_rated_higher")
-    return {**_preference_pair(row), "margin": chosen - rejected}
+    return {**_preference_pair(row), "preference_strength": chosen - rejected}
 
 
 def sharegpt_pairs(dataset: Dataset) -> Dataset:
@@ -234,18 +265,10 @@ def sharegpt_pairs(dataset: Dataset) -> Dataset:
 
 def _sharegpt_pair(row: Row) -> Pair:
     return {
-        "prompt": as_messages(_from_sharegpt(row["conversations"]), role="user"),
-        "chosen": as_messages(_from_sharegpt(row["chosen"]), role="assistant"),
-        "rejected": as_messages(_from_sharegpt(row["rejected"]), role="assistant"),
+        "prompt": _with_system(row, as_messages(row["conversations"], role="user")),
+        "chosen": as_messages(row["chosen"], role="assistant"),
+        "rejected": as_messages(row["rejected"], role="assistant"),
     }
-
-
-def _from_sharegpt(value: Any) -> Any:
-    """The messages with `role` and `content`; a single message as a list of one."""
-    turns = [value] if isinstance(value, dict) else value
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return turns
-    return [{"role": _SHAREGPT_ROLES.get(turn.get("from"), ""), "content": turn.get("value")} for turn in turns]
 
 
 def recognise(dataset: Dataset) -> Callable[[Dataset], Dataset]:
@@ -257,7 +280,7 @@ def recognise(dataset: Dataset) -> Callable[[Dataset], Dataset]:
         return oasst1
     if any(names.issuperset(ratings) for ratings in _ULTRAFEEDBACK_RATINGS):
         return ultrafeedback_binarized
-    if "conversations" in names:
+    if "conversations" in names and "prompt" not in names:
         return sharegpt_pairs
-    texts = dataset.features.get("chosen") == Value("string")
-    return hh_rlhf if texts and "prompt" not in names else preference_jsonl
+    dialogues = "prompt" not in names and matches(dataset, "chosen", r"\A\s*Human:(?s:.*)\n\nAssistant:")
+    return hh_rlhf if dialogues else preference_jsonl

@@ -7,12 +7,21 @@ from typing import Any
 
 from datasets import Dataset, Features
 
-from dpo_recipes.dataset_adapters.adapting import EXTRA_FEATURES, PAIR_FEATURES, Drop, Row, check_pair, require_columns
+from dpo_recipes.dataset_adapters.adapting import (
+    EXTRA_FEATURES,
+    PAIR_FEATURES,
+    Drop,
+    Row,
+    check_pair,
+    note_unread,
+    number,
+    require_columns,
+)
 from dpo_recipes.ledger import current_ledger
 
 _COLUMNS = ["message_id", "parent_id", "text", "role", "lang", "rank", "deleted", "synthetic", "review_result"]
 _ROLES = {"prompter": "user", "assistant": "assistant"}
-_FEATURES = Features({**PAIR_FEATURES, "margin": EXTRA_FEATURES["margin"], "id": EXTRA_FEATURES["id"]})
+_FEATURES = Features({**PAIR_FEATURES, **{name: EXTRA_FEATURES[name] for name in ("preference_strength", "id")}})
 
 
 def oasst1(dataset: Dataset, *, languages: Collection[str] | None = ("en",)) -> Dataset:
@@ -20,7 +29,8 @@ def oasst1(dataset: Dataset, *, languages: Collection[str] | None = ("en",)) -> 
 
     Where people ranked two or more replies to a message, every two of different rank make a pair, after the whole
     thread up to there. Messages that were deleted, written by a model or not passed by review are left out, and so is
-    what hangs below them. The margin is the difference of the ranks. The account counts messages, then pairs.
+    what hangs below them. The preference strength is the difference of the ranks. The account counts messages, then
+    pairs.
 
     Args:
         dataset: Messages, or trees.
@@ -34,6 +44,7 @@ def oasst1(dataset: Dataset, *, languages: Collection[str] | None = ("en",)) -> 
     else:
         require_columns(dataset, _COLUMNS, name="oasst1")
         messages = dataset.select_columns(_COLUMNS).to_list()
+    note_unread(dataset, used={*_COLUMNS, "message_tree_id", "prompt", "tree_state"})
     reasons, pairs, in_pairs = _read_threads(messages, languages=languages)
     kept: list[Any] = []
     dropped: dict[str, list[int]] = defaultdict(list)
@@ -75,9 +86,9 @@ def _read_threads(
         reasons[row] = "not_a_pair_of_replies"
         usable = [reply for reply in replies[messages[row]["message_id"]] if own[reply] is None]
         walk += [(reply, (*thread, reply)) for reply in usable]
-        ranked = [reply for reply in usable if messages[reply]["rank"] is not None]
-        for better, worse in combinations(sorted(ranked, key=lambda reply: int(messages[reply]["rank"])), 2):
-            if messages[better]["rank"] < messages[worse]["rank"]:
+        ranks = {reply: rank for reply in usable if (rank := number(messages[reply]["rank"])) is not None}
+        for better, worse in combinations(sorted(ranks, key=lambda reply: ranks[reply]), 2):
+            if ranks[better] < ranks[worse]:
                 pair = _pair([messages[earlier] for earlier in thread], messages[better], messages[worse])
                 pairs.append((better, pair))
                 in_pairs.update(thread, (better, worse))
@@ -102,6 +113,6 @@ def _pair(thread: list[Row], better: Row, worse: Row) -> Any:
         "prompt": turns[:-2],
         "chosen": turns[-2:-1],
         "rejected": turns[-1:],
-        "margin": float(worse["rank"] - better["rank"]),
+        "preference_strength": (number(worse["rank"]) or 0.0) - (number(better["rank"]) or 0.0),
         "id": f"{better['message_id']} {worse['message_id']}",
     }

@@ -23,10 +23,20 @@ from dpo_recipes.preflight.account import (
     account_findings,
     account_lines,
     dropped_findings,
+    reader_lines,
     token_lines,
 )
-from dpo_recipes.preflight.findings import THRESHOLDS, Finding, finding_lines, judged, set_thresholds
-from dpo_recipes.preflight.tokens import MEASURES, describe, describe_prompts, fit, fit_prompts, rendered_pairs
+from dpo_recipes.preflight.findings import THRESHOLDS, Finding, finding_lines, judge, judged, set_thresholds
+from dpo_recipes.preflight.tokens import (
+    MEASURES,
+    SPELLED,
+    as_plain_text,
+    describe,
+    describe_prompts,
+    fit,
+    fit_prompts,
+    rendered_pairs,
+)
 from dpo_recipes.rewards import check_reward_model, context_length, read_reward_config
 from dpo_recipes.terminal import say
 
@@ -35,6 +45,8 @@ _REMEDIES = {
     "other_part": "Leave out --part, or give more rows.",
     "prompt_too_long": "Raise --max_prompt_length.",
     "text_too_long": "Raise --max_length.",
+    "identical_completions": "If they differ, the chat template leaves out where. Take another template, or other rows "
+    'as in recipes/README.md, "Your own data".',
     "template_refuses": "Take a model whose chat template accepts such conversations.",
 }
 
@@ -142,6 +154,7 @@ def measure_pairs(
     with Ledger() as ledger:
         pairs = _load(load_pairs, script_args)
         tokenizer = tokenizer_to_measure(tokenizer, pairs=pairs["train"])
+        pairs = _with_controls_as_text(pairs, script_args, tokenizer)
         max_length = training_args.max_length
         fitted = {split: fit(pairs[split], tokenizer, max_length, split=split) for split in ("train", "test")}
         pairs = drop_prompts_in_test(DatasetDict(fitted), stage="preflight")  # shortened prompts may have become equal
@@ -149,12 +162,14 @@ def measure_pairs(
         for split in pairs:
             ledger.accounts[split].shortened = sum(tokens > 0 for tokens in pairs[split]["cut_tokens"][:])
     account = account_lines(ledger, limit="" if max_length is None else f"max_length {max_length}")
+    account += reader_lines(ledger)
     _refuse_empty(pairs, ledger, account)
     data = account_data(ledger, name=script_args.dataset_name, max_length=max_length)
     data |= {"model": tokenizer.name_or_path, "chat_template": tokenizer.chat_template is not None}
     data["prompts"] = {split: digest(rows) for split, rows in pairs.items()}
     data["tokens"] = {split: describe(rows, account=ledger.accounts[split]) for split, rows in pairs.items()}
     data["rendered"] = rendered_pairs(pairs["train"], tokenizer, split="train")
+    check_model(tokenizer, training_args, script_args, data["tokens"])
     findings = account_findings(ledger, data, thresholds)
     lines = [*account, *token_lines(data["tokens"])]
     return Measured(pairs, lines, data | {"thresholds": thresholds} | judged(findings), findings)
@@ -176,6 +191,7 @@ def measure_prompts(
     with Ledger() as ledger:
         pairs = _load(load_pairs, script_args)
         tokenizer = tokenizer_to_measure(tokenizer, pairs=pairs["train"])
+        pairs = _with_controls_as_text(pairs, script_args, tokenizer)
         if as_pairs:
             pairs = DatasetDict({split: fit(pairs[split], tokenizer, as_pairs, split=split) for split in pairs})
         fitted = {split: fit_prompts(pairs[split], tokenizer, room, f"{what}_too_long", split=split) for split in pairs}
@@ -183,7 +199,7 @@ def measure_prompts(
         prompts["test"] = _draw_eval_pairs(prompts["test"], script_args)
         for split in prompts:
             ledger.accounts[split].shortened = sum(tokens > 0 for tokens in prompts[split]["cut_tokens"][:])
-    account = account_lines(ledger, limit=f"{limit} {longest}", kept=f"{what}s")
+    account = [*account_lines(ledger, limit=f"{limit} {longest}", kept=f"{what}s"), *reader_lines(ledger)]
     _refuse_empty(prompts, ledger, account)
     data = account_data(ledger, name=script_args.dataset_name, max_length=None)
     data |= {limit: longest, "model": tokenizer.name_or_path}
@@ -193,12 +209,44 @@ def measure_prompts(
     data["prompts"] = {split: digest(rows) for split, rows in prompts.items()}
     data["tokens"] = {split: describe_prompts(rows) for split, rows in prompts.items()}
     findings = dropped_findings(ledger, thresholds)
+    for name in SPELLED:
+        count = sum(split[name] for split in data["tokens"].values())
+        findings += judge(name, count, ledger.total().kept, thresholds)
     tokens = [data["tokens"][split]["prompt"] for split in prompts]
     lines = [
         f"{label:<54}" + "".join(f"{split[key]:>10,.0f}" for split in tokens)
         for label, key in ((f"tokens of the longest {what}", "max"), (f"  of a {what}, on average", "mean"))
     ]
     return Measured(prompts, [*account, *lines], data | {"thresholds": thresholds} | judged(findings), findings)
+
+
+def check_model(tokenizer: Any, training_args: Any, script_args: Any, tokens: dict[str, Any]) -> None:
+    """Raises RecipeError if the model has no row for a token id, or fewer positions than `max_length`.
+
+    Of a tokenizer that was made in memory, or whose model needs code of its own, nothing is known and nothing checked.
+    """
+    settings = getattr(script_args, "settings", {})
+    options = dict(trust_remote_code=getattr(training_args, "trust_remote_code", False))
+    try:
+        config = AutoConfig.from_pretrained(
+            tokenizer.name_or_path, revision=settings.get("model_revision") or "main", **options
+        )
+    except (OSError, ValueError):
+        return
+    used = [tokenizer.pad_token_id, tokenizer.eos_token_id, *(split["largest_id"] for split in tokens.values())]
+    largest, rows = max(token for token in used if token is not None), config.get_text_config().vocab_size
+    if largest >= rows:
+        raise RecipeError(
+            f"The tokenizer of {tokenizer.name_or_path} writes token ids up to {largest}, but the model's embedding "
+            f"has {rows} rows. Remove the tokens that were added to the tokenizer (a pad token among them), or resize "
+            "the model's embedding and save it again: model.resize_token_embeddings(len(tokenizer))."
+        )
+    context, longest = context_length(config), max(split["longest_pair"] for split in tokens.values())
+    if (wanted := training_args.max_length or longest) > context:
+        raise RecipeError(
+            f"max_length is {wanted} tokens, and {tokenizer.name_or_path} has {context} positions. Set --max_length "
+            f"{context} or less."
+        )
 
 
 def check_prompts(prompts: DatasetDict, script_args: Any, training_args: Any, tokenizer: Any) -> None:
@@ -274,6 +322,12 @@ def tokenizer_to_measure(tokenizer: Any, *, pairs: Dataset) -> Any:
             "from a chat or SFT model, or train one first: an SFT recipe with --chat_template_path."
         )
     return tokenizer
+
+
+def _with_controls_as_text(pairs: DatasetDict, script_args: Any, tokenizer: Any) -> DatasetDict:
+    if not getattr(script_args, "control_tokens_as_text", False):
+        return pairs
+    return DatasetDict({split: as_plain_text(rows, tokenizer) for split, rows in pairs.items()})
 
 
 def _draw_eval_pairs(test: Dataset, script_args: Any) -> Dataset:

@@ -1,5 +1,7 @@
 """The account of rows and tokens: for the screen, for preflight.json, and what in it is worth a warning."""
 
+import textwrap
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +12,7 @@ from dpo_recipes.preflight.findings import Finding, judge
 from dpo_recipes.preflight.tokens import FAULTS
 
 _SHOWN_REASONS = 5  # on the screen; preflight.json has them all
+_SHOWN_COLUMNS = 6
 _NO_FAULT = {  # reasons by which good rows are left out: a choice of the dataset adapter, or of the settings
     *("prompt_in_test", "same_prompt", "too_long", "prompt_too_long", "text_too_long"),
     *("no_rating", "not_rated_higher", "low_score_ratio", "post_has_enough", "language"),
@@ -54,12 +57,24 @@ def account_lines(ledger: Ledger, *, limit: str, kept: str = "pairs") -> list[st
     return lines
 
 
+def reader_lines(ledger: Ledger) -> list[str]:
+    """The dataset adapters that read the rows, and the columns whose text they leave out."""
+    advice = "other layouts: --columns, recipes/README.md"
+    lines = [f"Read by {', '.join(ledger.read_by)} ({advice})."] if ledger.read_by else []
+    shares = [f"{column} ({found['rows'] / found['of']:.0%} of rows)" for column, found in ledger.unread.items()]
+    more = f" and {len(shares) - _SHOWN_COLUMNS} more" if len(shares) > _SHOWN_COLUMNS else ""
+    named = f"Columns in no token: {', '.join(shares[:_SHOWN_COLUMNS])}{more}."
+    return lines + textwrap.wrap(named, 79, subsequent_indent="  ") if shares else lines
+
+
 def account_data(ledger: Ledger, *, name: str | None, max_length: int | None) -> dict[str, Any]:
     """The account for preflight.json, with what each reason means and the first rows of each."""
     total = ledger.total()
     return {
         "dataset": name,
         "max_length": max_length,
+        "read_by": ledger.read_by,
+        "unread": ledger.unread,
         "reasons": {reason: _phrase(reason) for reason in total.dropped},
         "splits": {split: asdict(account) for split, account in ledger.accounts.items()},
         "total": asdict(total),
@@ -94,6 +109,8 @@ def account_findings(ledger: Ledger, data: Mapping[str, Any], thresholds: Mappin
     """
     total = ledger.total()
     counts = {name: sum(split[name] for split in data["tokens"].values()) for name in FAULTS}
+    fields: Counter[str] = sum((Counter(split["unrendered"]) for split in data["tokens"].values()), Counter())
+    unrendered = ", ".join(f"{field} in {count / max(total.kept, 1):.0%}" for field, count in fields.most_common())
     counts["no_generation_prompt"] = 0 if all(pair["generation_prompt"] for pair in data["rendered"]) else total.kept
     found = dropped_findings(ledger, thresholds)
     # Of the test pairs, a sample is kept of those that fit.
@@ -101,7 +118,7 @@ def account_findings(ledger: Ledger, data: Mapping[str, Any], thresholds: Mappin
     words = {"too_long": at_risk - train.shortened, "shortened": train.shortened}
     found += judge("completion_at_risk", at_risk, train.kept + words["too_long"], thresholds, **words)
     for name, count in counts.items():
-        found += judge(name, count, total.kept, thresholds)
+        found += judge(name, count, total.kept, thresholds, fields=unrendered)
     return found
 
 

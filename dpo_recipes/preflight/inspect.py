@@ -20,7 +20,7 @@ from dpo_recipes.loading import load_rows, split_pairs
 from dpo_recipes.preflight import measure_pairs, off_distribution, page, refuse_failures, signals, tokenizer_to_measure
 from dpo_recipes.preflight.cost import cost_findings, cost_lines, estimate_cost
 from dpo_recipes.preflight.findings import finding_lines, judge, judged
-from dpo_recipes.preflight.tokens import MEASURES
+from dpo_recipes.preflight.tokens import MEASURES, as_rendered
 from dpo_recipes.recipe import RecipeArguments, argument_classes, load_tokenizer, parse_recipe
 from dpo_recipes.terminal import say
 
@@ -63,12 +63,13 @@ def inspect(
     measured = measure_pairs(namespace["load_pairs"], script_args, training_args, tokenizer)
     pairs = measured.pairs.remove_columns(list(MEASURES))
     thresholds, seed = measured.data["thresholds"], training_args.seed
-    found = signals.find_signals(pairs, seed=seed)
+    read_by = tokenizer_to_measure(tokenizer, pairs=pairs["train"])
+    rendered = DatasetDict({split: as_rendered(rows, read_by) for split, rows in measured.pairs.items()})
+    found = signals.find_signals(rendered, seed=seed)
     model = str(model_args.model_name_or_path)
     off = None
     if with_model:
-        tokenizer = tokenizer_to_measure(tokenizer, pairs=pairs["train"])
-        off = off_distribution.measure(pairs, model, tokenizer, revision=model_args.model_revision, seed=seed)
+        off = off_distribution.measure(pairs, model, read_by, revision=model_args.model_revision, seed=seed)
     on_device = {"use_cpu": False} | {key: value for key, value in read_yaml(profile).items() if key in PRECISION}
     given = {flag.partition("=")[0].removeprefix("--") for flag in flags}
     settings = script_args.settings | {key: on_device[key] for key in on_device if key not in given}

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
-from dpo_recipes.preflight.tokens import SIDES, render
+from dpo_recipes.preflight.tokens import SIDES, render, template_options
 from dpo_recipes.tokenization import encode_pairs
 
 # Nats a token by which an answer surprises the model more than its own would at the same places: what it writes has a
@@ -49,8 +49,8 @@ def measure(
     """
     train = pairs["train"]
     rows = random.Random(seed).sample(range(len(train)), min(_SAMPLE, len(train)))
-    drawn = [[pair[side] for side in SIDES] for pair in train.select(rows)]
-    ids = encode_pairs([render(*pair, tokenizer=tokenizer) for pair in drawn], tokenizer)
+    drawn = [([pair[side] for side in SIDES], template_options(pair)) for pair in train.select(rows)]
+    ids = encode_pairs([render(*pair, tokenizer=tokenizer, **options) for pair, options in drawn], tokenizer)
     order = sorted(range(len(ids)), key=lambda place: sum(map(len, ids[place][:3])))  # so that little is padded
     examples = [{f"{side}_ids": getattr(ids[place], side) for side in SIDES} for place in order]
     device = PartialState().device
