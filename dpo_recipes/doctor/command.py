@@ -81,15 +81,16 @@ def _clear() -> None:
 
 
 @contextmanager
-def _quiet(folder: str) -> Iterator[None]:
-    """Keeps the libraries' caches in a folder, and their warnings and progress bars from the screen."""
+def _quiet(folder: str, *, use_cpu: bool) -> Iterator[None]:
+    """Shows one card or none, keeps the libraries' caches in a folder, and silences warnings and progress bars."""
     import datasets
     import transformers
 
-    caches = {"HF_DATASETS_CACHE": f"{folder}/datasets", "XDG_CACHE_HOME": f"{folder}/cache"}
     before, own = dict(os.environ), datasets.config.HF_DATASETS_CACHE
-    os.environ |= caches
-    datasets.config.HF_DATASETS_CACHE = Path(caches["HF_DATASETS_CACHE"])
+    cards = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = "" if use_cpu else cards[0]  # TRL would make several one DataParallel model
+    os.environ |= {"HF_DATASETS_CACHE": f"{folder}/datasets", "XDG_CACHE_HOME": f"{folder}/cache"}
+    datasets.config.HF_DATASETS_CACHE = Path(folder, "datasets")
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -115,7 +116,8 @@ def examine(launch: Launch, options: argparse.Namespace, show: Callable[[str], N
     from dpo_recipes.doctor.machine import look_at_machine, look_at_versions
 
     yield look_at_versions()
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    # By NVML torch sees the cards without starting CUDA, which neither a fork nor CUDA_VISIBLE_DEVICES survives.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     set_environment()
     show("libraries")
     import torch
@@ -130,7 +132,7 @@ def examine(launch: Launch, options: argparse.Namespace, show: Callable[[str], N
     names = options.model.split(",") if options.model else ["tiny" if quick else "qwen2.5-1.5b"]
     if unknown := [name for name in names if name not in SIZES]:
         raise RecipeError(f"--model {unknown[0]} is not known. Name one of {', '.join(SIZES)}.")
-    with tempfile.TemporaryDirectory(prefix="dpo-recipes-doctor-") as folder, _quiet(folder):
+    with tempfile.TemporaryDirectory(prefix="dpo-recipes-doctor-") as folder, _quiet(folder, use_cpu=use_cpu):
         from dpo_recipes.doctor.compute import ARCHITECTURES, check_compute
         from dpo_recipes.doctor.recipes import check_recipes
 

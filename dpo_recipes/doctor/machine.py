@@ -58,13 +58,16 @@ def look_at_machine(launch: Launch) -> Part:
     import psutil
     import torch
 
+    from dpo_recipes.record import hardware
+
     part = Part("Machine", ["", ""])
+    processor = hardware(torch.device("cpu")).partition(", ")[0]
     cards, names = gpu_cards(), _card_names()
     disk = shutil.disk_usage(Path.cwd()).free / 1e9
     threads = free_threads(1)
     memory = psutil.virtual_memory()
     part.rows += [
-        ["processor", f"{_processor()}, {os.cpu_count()} cores, {threads} free threads"],
+        ["processor", f"{processor}, {os.cpu_count()} cores, {threads} free threads"],
         ["memory", f"{memory.total / 2**30:.0f} GiB, {memory.available / 2**30:.0f} GiB free"],
         ["disk", f"{disk:.0f} GB free in this folder"],
         *(
@@ -97,9 +100,3 @@ def _card_names() -> list[tuple[str, str]]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [(name, driver) for name, driver in re.findall(r"^(.+), ([\d.]+)\s*$", answer, re.MULTILINE)]
-
-
-def _processor() -> str:
-    file = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)$", file.read_text(), re.MULTILINE) if file.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()

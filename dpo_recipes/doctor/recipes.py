@@ -30,12 +30,11 @@ def check_recipes(
         recipes: Their files.
         profile: Of the machine.
         folder: For models, rows and runs; the caller removes it.
-        use_cpu: Show no card to the runs.
+        use_cpu: The runs compute on the CPU even where there is a card.
         say: Shows progress.
     """
     part = Part("Recipes in miniature", ["recipe", "profile", "time", ""], fold=2)
     part.note = "Each recipe trains two updates on tiny models and rows and goes on to its page, by its own code."
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # the server must not start CUDA: its forks could not use it
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
 
@@ -44,7 +43,7 @@ def check_recipes(
         start, place = time.monotonic(), folder / "runs" / recipe.stem
         place.mkdir(parents=True)
         words = [str(recipe.resolve()), "--config", str(profile.resolve()), *flags]
-        process = context.Process(target=_train, args=(words, place, use_cpu))
+        process = context.Process(target=_train, args=(words, place))
         process.start()
         process.join(TIMEOUT)
         spent = duration(time.monotonic() - start)
@@ -96,14 +95,12 @@ def _workers(*, use_cpu: bool) -> int:
     return max(1, min(free_threads(1), *(int(free) // PROCESS_MEMORY for free in memory)))
 
 
-def _train(words: list[str], place: Path, use_cpu: bool) -> None:
+def _train(words: list[str], place: Path) -> None:
     """Runs a recipe as `accelerate launch` would, in this process, and exits with its status."""
     import torch
 
     for number, name in enumerate(("stdout", "stderr"), start=1):
         os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT), number)
-    cards = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
-    os.environ["CUDA_VISIBLE_DEVICES"] = "" if use_cpu else cards[0]  # several would be one DataParallel model
     os.chdir(place)
     torch.set_num_threads(1)
     sys.argv = words

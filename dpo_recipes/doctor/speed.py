@@ -45,6 +45,7 @@ LENGTHS = dict(  # tokens at QUANTILES, of 5,459 training pairs of hh-rlhf under
     rejected=(7, 16, 26, 51, 94, 159, 217, 260, 754),
 )
 MAX_LENGTH = 1024  # tokens, prompt and completion
+SILENT: dict[str, Any] = dict(disable_tqdm=True, save_strategy="no", logging_strategy="no", report_to="none")
 TRL, OURS = "plain TRL", "shared prompts"
 
 
@@ -119,10 +120,7 @@ class Stepper:
             fp16=dtype == torch.float16,
             use_cpu=use_cpu,
             dataloader_pin_memory=not use_cpu,
-            disable_tqdm=True,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
+            **SILENT,
         )
         self.trainer = SharedPrefixDPOTrainer(
             model=model,
@@ -200,14 +198,13 @@ def check_speed(
             say(f"{name}: building")
             try:
                 stepper = Stepper(name, dtype, folder, use_cpu=use_cpu, checkpointing=checkpointing)
-            except torch.OutOfMemoryError as error:
-                what = f"{name} does not fit: {str(error).splitlines()[0]}"
-                part.findings.append(Finding(what, "Name a smaller one with --model."))
-                continue
-            for count in pairs:
-                say(f"{name}: {count} pairs")
-                part.rows += _timed_rows(name, stepper, count, rounds, rate)
-            del stepper
+                for count in pairs:
+                    say(f"{name}: {count} pairs")
+                    part.rows += _timed_rows(name, stepper, count, rounds, rate)
+                del stepper
+            except Exception as error:  # out of memory, or whatever a kernel raises
+                what = f"{name} cannot be timed: {type(error).__name__}: {str(error).splitlines()[0]}"
+                part.findings.append(Finding(what, "If it does not fit, name a smaller one with --model."))
         if not use_cpu:
             torch.cuda.empty_cache()
     return part
