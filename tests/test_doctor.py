@@ -76,6 +76,24 @@ def test_the_machine_is_named_with_the_profile_that_would_be_chosen():
     assert "GiB free" in rows["memory"]
 
 
+def test_cards_are_named_and_a_torch_that_sees_none_is_found(tmp_path, monkeypatch):
+    """A script stands in for nvidia-smi of a machine with a card that this torch cannot use."""
+    script = tmp_path / "nvidia-smi"
+    script.write_text(
+        '#!/bin/sh\ncase "$*" in *compute_cap*) echo "23034, 8.9";; *) echo "NVIDIA L4, 580.65.06";; esac\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    part = look_at_machine(prepare("quickstart"))
+    rows = dict(part.rows)
+    assert rows["card 0"] == "NVIDIA L4, 23,034 MiB, compute capability 8.9, driver 580.65.06"
+    assert rows["profile"] == "local, accelerate file single_gpu"
+    if not torch.cuda.is_available():
+        assert "sees none" in part.findings[0].what
+        assert "Install a torch" in part.findings[0].remedy
+
+
 # ------------------------------------------------------------------------------------------------ privacy
 
 
