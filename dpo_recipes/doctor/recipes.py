@@ -18,7 +18,7 @@ from dpo_recipes.terminal import duration
 PRELOAD = ["trl.trainer.dpo_trainer", "trl.trainer.sft_trainer", "trl.trainer.reward_trainer"]
 PRELOAD += ["dpo_recipes.runs", "dpo_recipes.ppo", "dpo_recipes.preflight", "dpo_recipes.shared_prefix"]
 PROCESS_MEMORY = 2 * 2**30  # bytes of main memory, and of a card's, that a miniature run takes with its libraries
-TIMEOUT = 240  # seconds
+TIMEOUT = 600  # seconds; on an idle machine a run takes 5 to 30
 
 
 def check_recipes(
