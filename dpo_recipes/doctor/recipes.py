@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -38,6 +39,8 @@ def check_recipes(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
 
+    stopped = threading.Event()
+
     def train(recipe: Path, flags: list[str]) -> tuple[str, str]:
         """Time and first error, which is empty after a success."""
         start, place = time.monotonic(), folder / "runs" / recipe.stem
@@ -45,6 +48,8 @@ def check_recipes(
         words = [str(recipe.resolve()), "--config", str(profile.resolve()), *flags]
         process = context.Process(target=_train, args=(words, place))
         process.start()
+        if stopped.is_set():  # after the others were ended
+            process.kill()
         process.join(TIMEOUT)
         spent = duration(time.monotonic() - start)
         if process.exitcode is None:
@@ -64,6 +69,7 @@ def check_recipes(
             say(f"{runs[run].stem} ({number} of {len(runs)})")
             _add(part, runs[run], profile, *run.result())
     finally:
+        stopped.set()
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.kill()
