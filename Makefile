@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOG := build/install.log
-MOST_LINES := 7850
+MOST_LINES := 8742
 
 # Stale: no Python that runs, or a folder that was moved (console scripts and the editable install hold its path).
 ifneq ($(shell $(BIN)/python -S -c 0 2>/dev/null && cat $(STAMP) 2>/dev/null),$(shell pwd -P))
@@ -19,7 +19,7 @@ STALE := stale
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install train compare evaluate inspect test test-all lint typecheck bench recipes clean stale
+.PHONY: help install train compare evaluate inspect doctor test test-all test-gpu lint typecheck bench recipes clean stale
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -42,11 +42,14 @@ evaluate: $(STAMP) ## RECIPE's run beside its start, on held-out pairs and promp
 inspect: $(STAMP) ## look at RECIPE's data before training; ARGS="--gpu 24GB --max_length 512"
 	@exec $(BIN)/dpo-recipes inspect $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) $(ARGS)
 
+doctor: $(STAMP) ## is this machine ready: versions, arithmetic, speed, every recipe; ARGS="--quick --out doctor.md"
+	@exec $(BIN)/dpo-recipes doctor $(if $(PROFILE),--profile $(PROFILE)) $(ARGS)
+
 # One thread for each of the WORKERS: two that fight for a core are many times slower.
-test test-all: export OMP_NUM_THREADS = 1
-test test-all bench: export HF_HUB_OFFLINE = 1
-test test-all bench: export HF_HUB_DISABLE_TELEMETRY = 1
-test test-all bench: export WANDB_MODE = offline
+test test-all test-gpu: export OMP_NUM_THREADS = 1
+test test-all test-gpu bench: export HF_HUB_OFFLINE = 1
+test test-all test-gpu bench: export HF_HUB_DISABLE_TELEMETRY = 1
+test test-all test-gpu bench: export WANDB_MODE = offline
 
 test: $(STAMP) ## the tests that need neither GPU nor network nor minutes; ARGS="-k launch" narrows them
 	@exec $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
@@ -54,6 +57,9 @@ test: $(STAMP) ## the tests that need neither GPU nor network nor minutes; ARGS=
 test-all: $(STAMP) ## those and the slow ones, which train for minutes
 	@exec $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations 25 \
 	  -m "not gpu and not network" $(ARGS)
+
+test-gpu: $(STAMP) ## those that need a card; without one each is skipped, and says why
+	@exec $(BIN)/python -m pytest -q -rs -m gpu $(ARGS)
 
 lint: $(STAMP) ## ruff, spelling, and the package's lines of code
 	$(BIN)/ruff check .

@@ -13,6 +13,8 @@ from typing import Any
 
 from dpo_recipes import __version__
 from dpo_recipes.catalog import as_table, find_recipe, find_settings, list_recipes
+from dpo_recipes.doctor import add_parser as add_doctor
+from dpo_recipes.doctor import doctor
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.launch import BFLOAT16, card_memory, default_profile, gpu_cards, prepare, set_environment
 from dpo_recipes.secrecy import hide_flags
@@ -75,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     sample(given.pop("model"), dataset, **{"output": None} | given)
             case "inspect":
                 return inspect_data(options, flags)
+            case "doctor":
+                return doctor(options)
             case _:
                 parser.print_help()
     except RecipeError as error:
@@ -298,6 +302,7 @@ def _parser() -> argparse.ArgumentParser:
         help="load the model for off-distribution pairs",
     )
     inspecting.add_argument("--profile", metavar="P", help="as in train; by default what the machine or --gpu has")
+    add_doctor(commands)
     return parser
 
 

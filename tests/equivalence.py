@@ -5,7 +5,6 @@
 
 import copy
 import math
-import random
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -13,37 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 
-from dpo_recipes.guards import add_guards
+from dpo_recipes.doctor.compute import ARCHITECTURES, BATCH, ROWS, build, examples, in_4_bits, tiny
 from dpo_recipes.shared_prefix import PLAN, SharedPrefixDPOTrainer
+
+__all__ = ["ROWS", "examples"]  # with the others, what the tests take from here
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "shared_prefix.md"
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-WORDS = 258
-
-COMMON = dict(vocab_size=WORDS, pad_token_id=0, eos_token_id=1, bos_token_id=None)
-TINY = COMMON | dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-TINY |= dict(max_position_embeddings=128)
-GROUPED = TINY | dict(num_key_value_heads=2, head_dim=16)
-ARCHITECTURES = {  # windows are shorter than the sequences, so that they show
-    "gemma2": GROUPED | dict(sliding_window=6, final_logit_softcapping=3.0, attn_logit_softcapping=2.0),
-    "gemma3_text": GROUPED | dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
-    "gpt2": COMMON | dict(n_embd=64, n_layer=2, n_head=4, n_positions=128),
-    "gpt_neo": COMMON
-    | dict(hidden_size=64, num_layers=2, num_heads=4, max_position_embeddings=128)
-    | dict(attention_types=[[["global", "local"], 1]], window_size=6),
-    "gpt_neox": TINY | dict(tie_word_embeddings=False),
-    "llama": GROUPED,
-    "mistral": GROUPED | dict(sliding_window=6),
-    "phi3": GROUPED | dict(sliding_window=6),
-    "qwen2": GROUPED | dict(use_sliding_window=True, sliding_window=6, max_window_layers=1),
-    "qwen3": GROUPED | dict(tie_word_embeddings=True),
-}
 METHODS = ["full", "LoRA", "LoRA with modules_to_save", "LoRA from LoRA (ref)", "LoRA on 4 bits"]
 
 LOSSES = {
@@ -72,101 +49,6 @@ LOSSES = {
 }
 LOSS_DEFAULTS = dict(loss_types=["sigmoid"], label_smoothing=0.0, f_divergence_type="reverse_kl", ld_alpha=None)
 LOSS_DEFAULTS |= dict(use_weighting=False)
-
-
-def tiny(model_type, *, dtype=torch.float32, head_bias=False, **changes):
-    """A random model of an architecture, stirred so that biases and norms are not the identity."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**ARCHITECTURES.get(model_type, TINY), **changes})
-    model = AutoModelForCausalLM.from_config(config)
-    if head_bias:
-        model.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size)
-    stir(model, scale=0.1, seed=0)
-    return model.to(dtype)
-
-
-def stir(model, *, scale=0.05, seed=1):
-    """Move all that is trained; of a policy, away from its reference."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.is_floating_point():
-                parameter.add_(torch.randn_like(parameter) * scale)
-
-
-def in_4_bits(model):
-    """A model's weights in 4 bits; the products in float32."""
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.float32)
-
-
-def lora(model, **settings):
-    kinds = ("Linear", "Conv1D", "Linear4bit")
-    names = {name.split(".")[-1] for name, module in model.named_modules() if type(module).__name__ in kinds}
-    settings = dict(r=4, target_modules=sorted(names - {"lm_head", "embed_out"})) | settings
-    return LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=model.config.model_type == "gpt2", **settings)
-
-
-def examples(lengths, *, seed=0, same_start=0):
-    """Tokenised pairs of these lengths of prompt, chosen and rejected."""
-    draw = random.Random(seed)
-
-    def tokens(n):
-        return [draw.randrange(2, WORDS) for _ in range(n)]
-
-    pairs = []
-    for p, c, r in lengths:
-        start = tokens(min(same_start, c, r))
-        chosen, rejected = (start + tokens(n - len(start)) for n in (c, r))
-        pairs.append({"prompt_ids": tokens(p), "chosen_ids": chosen, "rejected_ids": rejected})
-    return pairs
-
-
-BATCH = examples([(9, 5, 12), (3, 14, 2), (17, 1, 7), (6, 8, 8)])
-
-
-ROWS = [{"prompt": chr(300 + n) * n, "chosen": "ĆĄ" * n, "rejected": "ĈĊĎ" * (12 - n)} for n in range(1, 9)]
-
-
-def tokenizer():
-    """A character is a token."""
-    words = {"<pad>": 0, "<eos>": 1} | {chr(256 + index): index for index in range(2, WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(words, "<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-
-
-def build(kind, model, method, folder, **settings):
-    """A trainer of a copy of the model; equal for equal arguments but its class."""
-    keywords = {name: settings.pop(name) for name in ("ref_model", "peft_config", "callbacks") if name in settings}
-    if kind is not DPOTrainer:
-        keywords["shared_prefix"] = settings.pop("shared_prefix", "true")
-    rows = settings.pop("rows", None) or ROWS
-    model = copy.deepcopy(model)
-    if method == "full" and not settings.get("precompute_ref_log_probs"):
-        keywords.setdefault("ref_model", copy.deepcopy(model))
-    elif method == "LoRA from LoRA (ref)":
-        torch.manual_seed(0)
-        model = get_peft_model(model, lora(model))
-        stir(model, seed=2)
-    elif method != "full":
-        head = "embed_out" if model.config.model_type == "gpt_neox" else "lm_head"
-        saved = {"modules_to_save": [head]} if method.endswith("_to_save") else {}
-        keywords.setdefault("peft_config", lora(model, **saved))
-    settings = dict(activation_checkpointing=False, max_length=64, per_device_train_batch_size=4, beta=0.5) | settings
-    settings |= dict(output_dir=str(folder), use_cpu=True, report_to="none", disable_tqdm=True)
-    trainer = kind(
-        model=model,
-        args=DPOConfig(**{"bf16": False, **settings}),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer(),
-        **keywords,
-    )
-    add_guards(trainer, reference_is_start=False)
-    stir(trainer.model)
-    return trainer
 
 
 @contextmanager

@@ -219,7 +219,7 @@ RANK = {  # imports point from high to low
             {"run_page"},
             {"runs", "launch", "answers", "benchmarks"},
             {"sweep", "judges"},
-            {"compare", "evaluate"},
+            {"compare", "evaluate", "doctor"},
             {"cli"},
         ]
     )

@@ -1,0 +1,14 @@
+"""`dpo-recipes doctor`: shows whether this machine is ready to train, in tables that can be pasted into an issue.
+
+command.py      the verb: its parser and its four parts
+machine.py      versions, cards, memory, disk, profile
+compute.py      products, 4-bit layers, attention and gradients against more exact ones; the tests share it
+speed.py        plain TRL and shared prompts in turn, on random weights of real sizes
+recipes.py      every recipe in miniature, side by side
+miniature.py    random tiny models, rows in every published schema, and the flags that train a recipe on them
+report.py       tables for the screen, as Markdown and as JSON, without anything private
+"""
+
+from dpo_recipes.doctor.command import add_parser as add_parser
+from dpo_recipes.doctor.command import doctor as doctor
+from dpo_recipes.doctor.miniature import miniature_flags as miniature_flags

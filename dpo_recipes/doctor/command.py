@@ -1,0 +1,151 @@
+"""The verb `doctor`: its parser, its four parts, and its report."""
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dpo_recipes import __version__
+from dpo_recipes.catalog import find_recipe, list_recipes, read_yaml
+from dpo_recipes.doctor.report import Part, on_screen, scrub, write_report
+from dpo_recipes.errors import RecipeError
+from dpo_recipes.launch import Launch, prepare, set_environment
+from dpo_recipes.terminal import duration, say
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the verb to the subparsers of `dpo-recipes`."""
+    parser = commands.add_parser(
+        "doctor",
+        help="is this machine ready: versions, arithmetic, speed, every recipe in miniature",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", metavar="NAMES", help="to time: tiny, qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-7b")
+    parser.add_argument("--pairs", type=_numbers, metavar="N,N", help="pairs of a timed step: 8,32; on a CPU 4")
+    parser.add_argument("--quick", action="store_true", help="one architecture, a tiny model, two rounds")
+    parser.add_argument("--profile", metavar="P", help="as in train; by default what the machine has")
+    parser.add_argument("--out", metavar="FILE", help="Markdown file to write; JSON goes beside it")
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = [int(word) for word in text.split(",")]
+    if min(numbers) < 1:
+        raise ValueError
+    return numbers
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Examines this machine, prints a table for each part and returns 0 if all is right, else 1.
+
+    Raises:
+        RecipeError: If the profile, the model or the file cannot be had.
+    """
+    if options.out and Path(options.out).suffix != ".md":
+        raise RecipeError(f"--out {options.out} is to hold Markdown. Give it a name that ends in .md.")
+    started = time.monotonic()
+    launch = prepare("quickstart", profile=options.profile)
+    title = f"dpo-recipes {__version__}: doctor, {time.strftime('%Y-%m-%d')}"
+    parts = []
+    for part in examine(launch, options, partial(_progress, started)):
+        _clear()
+        say(scrub(on_screen(part)) + "\n")
+        parts.append(part)
+    found = sum(len(part.findings) for part in parts)
+    verdict = f"{found} finding(s), each with its remedy, above" if found else "All is right"
+    say(f"{verdict}; {duration(time.monotonic() - started)}.")
+    if options.out:
+        say("Wrote " + " and ".join(map(str, write_report(Path(options.out), parts, title))))
+    return 1 if found else 0
+
+
+def _progress(started: float, text: str) -> None:
+    if sys.stderr.isatty():
+        _clear()
+    line = f"[{time.monotonic() - started:4.0f} s] {text}"
+    sys.stderr.write(line if sys.stderr.isatty() else f"{line}\n")
+    sys.stderr.flush()
+
+
+def _clear() -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\033[K")
+        sys.stderr.flush()
+
+
+@contextmanager
+def _quiet(folder: str, *, use_cpu: bool) -> Iterator[None]:
+    """Shows one card or none, keeps the libraries' caches in a folder, and silences warnings and progress bars."""
+    import datasets
+    import transformers
+
+    before, own = dict(os.environ), datasets.config.HF_DATASETS_CACHE
+    cards = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = "" if use_cpu else cards[0]  # TRL would make several one DataParallel model
+    os.environ |= {"HF_DATASETS_CACHE": f"{folder}/datasets", "XDG_CACHE_HOME": f"{folder}/cache"}
+    datasets.config.HF_DATASETS_CACHE = Path(folder, "datasets")
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        datasets.config.HF_DATASETS_CACHE = own
+        os.environ.clear()
+        os.environ |= before
+
+
+def examine(launch: Launch, options: argparse.Namespace, show: Callable[[str], None]) -> Iterator[Part]:
+    """Yields the parts of the report, each when it is known.
+
+    Args:
+        launch: Of any recipe, for its profile and accelerate file.
+        options: As parsed.
+        show: Shows progress.
+    """
+    from dpo_recipes.doctor.machine import look_at_machine, look_at_versions
+
+    yield look_at_versions()
+    # By NVML torch sees the cards without starting CUDA, which neither a fork nor CUDA_VISIBLE_DEVICES survives.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    set_environment()
+    show("libraries")
+    import torch
+
+    yield look_at_machine(launch)
+    profile = read_yaml(launch.profile)
+    use_cpu = bool(profile.get("use_cpu")) or not torch.cuda.is_available()
+    dtype = torch.float16 if profile.get("fp16") else torch.bfloat16 if profile.get("bf16") else torch.float32
+    quick = options.quick or use_cpu
+    from dpo_recipes.doctor.speed import SIZES, check_speed
+
+    names = options.model.split(",") if options.model else ["tiny" if quick else "qwen2.5-1.5b"]
+    if unknown := [name for name in names if name not in SIZES]:
+        raise RecipeError(f"--model {unknown[0]} is not known. Name one of {', '.join(SIZES)}.")
+    with tempfile.TemporaryDirectory(prefix="dpo-recipes-doctor-") as folder, _quiet(folder, use_cpu=use_cpu):
+        from dpo_recipes.doctor.compute import ARCHITECTURES, check_compute
+        from dpo_recipes.doctor.recipes import check_recipes
+
+        architectures = ["llama"] if quick else list(ARCHITECTURES)
+        yield check_compute(dtype, use_cpu=use_cpu, architectures=architectures, say=show)
+        yield check_speed(
+            names,
+            options.pairs or ([4] if quick else [8, 32]),
+            dtype,
+            use_cpu=use_cpu,
+            rounds=2 if quick else 5,
+            checkpointing=profile.get("activation_checkpointing", True),
+            say=show,
+        )
+        recipes = [find_recipe(name) for name in list_recipes()]
+        yield check_recipes(recipes, launch.profile, Path(folder), use_cpu=use_cpu, say=show)

@@ -1,0 +1,102 @@
+"""What the doctor reads before it computes: versions, cards, memory, disk, and the profile that would be chosen."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from dpo_recipes.doctor.report import Finding, Part
+from dpo_recipes.launch import Launch, free_threads, gpu_cards
+
+CONSTRAINTS = Path(__file__).parent.parent.parent / "constraints.txt"  # in a clone; an installed wheel has none
+LEAST_DISK = 20  # GB: an install with CUDA, a 1.5B model and the checkpoints of one run
+
+
+def look_at_versions(
+    requirements: Sequence[str] | None = None, pins: Mapping[str, str] | None = None, python: str | None = None
+) -> Part:
+    """Installed versions compared with what the package requires and what constraints.txt pins.
+
+    Args:
+        requirements: As in pyproject.toml; by default those of the installed package.
+        pins: Versions by package; by default those of constraints.txt, where there is one.
+        python: The interpreter's version; by default this one's.
+    """
+    python, pins = python or platform.python_version(), _read_pins() if pins is None else pins
+    part = Part("Versions", ["package", "installed", "needed", "pinned", ""], fold=2)
+    is_new = tuple(map(int, python.split(".")[:2])) >= (3, 11)
+    part.rows.append(["python", python, ">=3.11", "", "ok" if is_new else "wrong"])
+    if not is_new:
+        part.findings.append(Finding(f"Python {python} runs, 3.11 or newer is needed", "Run: make PYTHON=python3.12"))
+    for needed in map(Requirement, requirements or requires("dpo-recipes") or []):
+        if needed.marker and not needed.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            installed = version(needed.name)
+        except PackageNotFoundError:
+            installed = "none"
+        fits = installed != "none" and needed.specifier.contains(installed, prereleases=True)
+        pin = pins.get(needed.name, "")
+        same = "ok" if not pin or installed.partition("+")[0] == pin else "ok, not the pin"
+        part.rows.append([needed.name, installed, str(needed.specifier), pin, same if fits else "wrong"])
+        if not fits:
+            wanted = str(needed.specifier) or "any version"
+            constraint = "-c constraints.txt " if pin else ""
+            remedy = f"Run: pip install {constraint}'{needed.name}{'' if pin else needed.specifier}'"
+            part.findings.append(Finding(f"{needed.name} {installed} installed, {wanted} needed", remedy))
+    return part
+
+
+def look_at_machine(launch: Launch) -> Part:
+    """Processor, cards, memory and disk, and the launch's profile and accelerate file."""
+    import psutil
+    import torch
+
+    from dpo_recipes.record import hardware
+
+    part = Part("Machine", ["", ""])
+    processor = hardware(torch.device("cpu")).partition(", ")[0]
+    cards, names = gpu_cards(), _card_names()
+    disk = shutil.disk_usage(Path.cwd()).free / 1e9
+    threads = free_threads(1)
+    memory = psutil.virtual_memory()
+    part.rows += [
+        ["processor", f"{processor}, {os.cpu_count()} cores, {threads} free threads"],
+        ["memory", f"{memory.total / 2**30:.0f} GiB, {memory.available / 2**30:.0f} GiB free"],
+        ["disk", f"{disk:.0f} GB free in this folder"],
+        *(
+            [f"card {index}", f"{name}, {mib:,} MiB, compute capability {capability}, driver {driver}"]
+            for index, ((mib, capability), (name, driver)) in enumerate(zip(cards, names, strict=False))
+        ),
+        ["torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"],
+        ["profile", f"{launch.profile.stem}, accelerate file {launch.accelerate.stem}"],
+    ]
+    if cards and not torch.cuda.is_available():
+        what = f"{len(cards)} card(s) there, and torch {torch.__version__} (CUDA {torch.version.cuda}) sees none"
+        part.findings.append(
+            Finding(what, "Install a torch built for the driver's CUDA: https://pytorch.org/get-started.")
+        )
+    if disk < LEAST_DISK:
+        part.findings.append(Finding(f"{disk:.0f} GB of disk free, {LEAST_DISK} needed", "Free some."))
+    return part
+
+
+def _read_pins() -> dict[str, str]:
+    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines() if CONSTRAINTS.exists() else []
+    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+
+
+def _card_names() -> list[tuple[str, str]]:
+    """Name and driver version of each NVIDIA card."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [(name, driver) for name, driver in re.findall(r"^(.+), ([\d.]+)\s*$", answer, re.MULTILINE)]

@@ -1,0 +1,118 @@
+"""Every recipe from data to page in miniature, side by side in processes of their own."""
+
+import multiprocessing
+import os
+import runpy
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from dpo_recipes.doctor.miniature import miniature_flags
+from dpo_recipes.doctor.report import Finding, Part
+from dpo_recipes.launch import free_threads
+from dpo_recipes.terminal import duration
+
+PRELOAD = ["trl.trainer.dpo_trainer", "trl.trainer.sft_trainer", "trl.trainer.reward_trainer"]
+PRELOAD += ["dpo_recipes.runs", "dpo_recipes.ppo", "dpo_recipes.preflight", "dpo_recipes.shared_prefix"]
+PROCESS_MEMORY = 2 * 2**30  # bytes of main memory, and of a card's, that a miniature run takes with its libraries
+TIMEOUT = 600  # seconds; on an idle machine a run takes 5 to 30
+
+
+def check_recipes(
+    recipes: Sequence[Path], profile: Path, folder: Path, *, use_cpu: bool, say: Callable[[str], None]
+) -> Part:
+    """Trains each recipe in miniature under a profile.
+
+    Args:
+        recipes: Their files.
+        profile: Of the machine.
+        folder: For models, rows and runs; the caller removes it.
+        use_cpu: The runs compute on the CPU even where there is a card.
+        say: Shows progress.
+    """
+    part = Part("Recipes in miniature", ["recipe", "profile", "time", ""], fold=2)
+    part.note = "Each recipe trains two updates on tiny models and rows and goes on to its page, by its own code."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+
+    stopped = threading.Event()
+
+    def train(recipe: Path, flags: list[str]) -> tuple[str, str]:
+        """Time and first error, which is empty after a success."""
+        start, place = time.monotonic(), folder / "runs" / recipe.stem
+        place.mkdir(parents=True)
+        words = [str(recipe.resolve()), "--config", str(profile.resolve()), *flags]
+        process = context.Process(target=_train, args=(words, place))
+        process.start()
+        if stopped.is_set():  # after the others were ended
+            process.kill()
+        process.join(TIMEOUT)
+        spent = duration(time.monotonic() - start)
+        if process.exitcode is None:
+            process.kill()
+            return spent, f"no end after {TIMEOUT} s"
+        return spent, _first_error(place, process.exitcode) if process.exitcode else ""
+
+    say("tiny models")
+    runs, pool = {}, ThreadPoolExecutor(_workers(use_cpu=use_cpu))
+    try:
+        for recipe in recipes:
+            try:
+                runs[pool.submit(train, recipe, miniature_flags(recipe, folder))] = recipe
+            except Exception as error:  # whatever the file holds
+                _add(part, recipe, profile, "", f"{type(error).__name__}: {error}")
+        for number, run in enumerate(as_completed(runs), start=1):
+            say(f"{runs[run].stem} ({number} of {len(runs)})")
+            _add(part, runs[run], profile, *run.result())
+    finally:
+        stopped.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+    part.rows.sort()
+    return part
+
+
+def _add(part: Part, recipe: Path, profile: Path, spent: str, error: str) -> None:
+    part.rows.append([recipe.stem, profile.stem, spent, "failed" if error else "ok"])
+    if error:
+        command = f"dpo-recipes train {recipe.stem.replace('_', '-')} --profile {profile.stem}"
+        remedy = f"If its message names no remedy, see all of it with: {command}"
+        part.findings.append(Finding(f"{recipe.stem} under {profile.stem}: {error}", remedy))
+
+
+def _first_error(place: Path, status: int) -> str:
+    """The error that ended a run, in one line."""
+    lines = [line for line in (place / "stderr").read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else f"ended with status {status}, and said nothing"
+
+
+def _workers(*, use_cpu: bool) -> int:
+    """Runs side by side for which there are threads and memory."""
+    import psutil
+    import torch
+
+    memory = [psutil.virtual_memory().available, *([] if use_cpu else [torch.cuda.mem_get_info()[0]])]
+    return max(1, min(free_threads(1), *(int(free) // PROCESS_MEMORY for free in memory)))
+
+
+def _train(words: list[str], place: Path) -> None:
+    """Runs a recipe as `accelerate launch` would, in this process, and exits with its status."""
+    import torch
+
+    for number, name in enumerate(("stdout", "stderr"), start=1):
+        os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(place)
+    torch.set_num_threads(1)
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except Exception as error:
+        traceback.print_exc()
+        sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
+        sys.exit(1)
