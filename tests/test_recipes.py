@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import RECIPES, REPOSITORY, run_command, run_train
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
@@ -28,6 +29,7 @@ from transformers import (
 from trl import DPOConfig, ModelConfig, TrlParser, get_quantization_config
 
 from dpo_recipes import rewards
+from dpo_recipes.doctor.miniature import miniature_flags
 from dpo_recipes.evaluation import generate
 from dpo_recipes.loading import load_rows
 from dpo_recipes.recipe import RecipeArguments, argument_classes, parse_recipe
@@ -232,6 +234,46 @@ def rows_for(name, rows_of):
     if name == "mixture_lora":
         return f"{rows_of['hh']}:60+{rows_of['shp']}+{rows_of['ultrafeedback']}:40"
     return str(rows_of[name.split("_")[0]])
+
+
+STAND_INS = {
+    # What a profile for cards asks for that a CPU can do: the dtypes, the batches, checkpointing; no pinned memory.
+    profile: {"use_cpu": True, "dataloader_pin_memory": False}
+    for profile in PROFILES
+    if profile != "cpu"
+}
+STAND_INS["turing"] |= {"fp16": False, "bf16": False}  # a CPU has no loss scale; the weights are float16 all the same
+
+
+@pytest.fixture(scope="module")
+def miniatures(tmp_path_factory):
+    return tmp_path_factory.mktemp("miniatures")
+
+
+@pytest.mark.parametrize("profile", STAND_INS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_trains_under_what_a_profile_for_cards_asks_for(name, profile, tmp_path, miniatures):
+    """By the command that a user types, from data to page."""
+    file = tmp_path / f"{profile}.yaml"
+    settings = yaml.safe_load((RECIPES / "profiles" / f"{profile}.yaml").read_text())
+    file.write_text(yaml.safe_dump(settings | STAND_INS[profile]))
+    flags = miniature_flags(RECIPES / f"{name}.py", miniatures)
+    result = run_train(name.replace("_", "-"), "--profile", file, *flags, "--output_dir", "run", cwd=tmp_path)
+    assert result.returncode == 0, f"{name} does not go with the profile {profile}: {result.stdout}{result.stderr}"
+    run = tmp_path / "run"
+    assert {"done.json", "metrics.json", "report.html"} <= {file.name for file in run.iterdir()}
+    done, held = (json.loads((run / f"{file}.json").read_text()) for file in ("done", "settings"))
+    assert done["warnings"] == []
+    assert held["per_device_train_batch_size"] == settings["per_device_train_batch_size"]
+    assert held["bf16"] == (profile != "turing")
+    losses = json.loads((run / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert all(math.isfinite(log["loss"]) for log in losses if "loss" in log)
+
+
+def test_a_recipe_that_makes_its_own_model_refuses_a_dtype_of_its_own(tmp_path):
+    result = run_train("quickstart-sft", "--profile", "cpu", "--dtype", "bfloat16", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "dtype has no effect here: this recipe makes its own model" in result.stderr
 
 
 @pytest.mark.parametrize("name", ON_DATASETS)

@@ -33,7 +33,7 @@ class Plan(dict[str, Any]):
 
     def belongs_to(self, batch: dict[str, Any]) -> bool:
         """Says if the batch still holds the rows that the plan was made for."""
-        return self["checksum"] == _checksum(batch)
+        return bool(self["checksum"] == _checksum(batch))
 
 
 def _checksum(batch: dict[str, Any]) -> int:
@@ -160,7 +160,7 @@ def attend_varlen(query: Tensor, key: Tensor, value: Tensor, plan: Plan, *, scal
     k, v = (x.index_select(0, plan["keys"]) for x in (k, v))
     segments = [segment for p, c, r in plan["lengths"] for segment in ((p + c, p + c), (r, p + r))]
     longest, before = map(max, zip(*segments, strict=True)), -1 if window is None else window - 1
-    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
     output: Any = varlen_attn(q, k, v, *plan["ends"], *longest, scale=scale, window_size=(before, 0), **grouped)
     return torch.transpose(output, 0, 1)[None]
 
