@@ -236,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     merging.add_argument("--output_dir", metavar="DIR", help="by default RUN_merged")
     merging.add_argument("--base", metavar="MODEL", help="where the model that it was trained on is elsewhere now")
 
-    paging = commands.add_parser("page", help="draw a run's curves and write its page again", allow_abbrev=False)
+    paging = commands.add_parser("page", help="write a run's curves, model card and page again", allow_abbrev=False)
     paging.add_argument("run", metavar="RUN", help="a run's folder")
 
     sampling = commands.add_parser(

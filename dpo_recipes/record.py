@@ -6,9 +6,7 @@ import platform
 import re
 import resource
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,8 @@ import torch
 from datasets import Dataset
 from transformers import Trainer
 
+from dpo_recipes.files import read_json
 from dpo_recipes.markdown import code, fence, inline, one_line, yaml_text
-from dpo_recipes.recipe import RecipeArguments
 
 LIBRARIES = ("dpo-recipes", "trl", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "torch")
 SHOWN_SETTINGS = (
@@ -90,28 +88,12 @@ def weights_hash(config: Any) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def model_card(
-    trainer: Trainer,
-    script_args: RecipeArguments,
-    spent: dict[str, Any],
-    report: str,
-    note: str,
-    warnings: Sequence[str],
-) -> str:
-    """The README.md of a run's folder.
-
-    Args:
-        trainer: After training.
-        script_args: As `parse_recipe` returned them.
-        spent: As `cost` returns it.
-        report: The table of results; "" for none.
-        note: What to know of the table.
-        warnings: What must be known before the model is used.
-    """
-    settings = script_args.settings
-    base = settings.get("model_name_or_path")
-    method = trainer._name
-    is_adapter = (Path(trainer.args.output_dir) / "adapter_config.json").exists()
+def model_card(folder: Path) -> str:
+    """The README.md of a finished run, from its settings.json, metrics.json and done.json."""
+    settings, metrics, done = (read_json(folder / f"{name}.json") for name in ("settings", "metrics", "done"))
+    base, method, report = settings.get("model_name_or_path"), str(done["method"]), metrics.get("table")
+    warnings = dict.fromkeys([*metrics.get("warnings", []), *done["warnings"]])
+    is_adapter = (folder / "adapter_config.json").exists()
     header = [
         "---",
         *([] if base is None or Path(base).exists() else [f"base_model: {yaml_text(base)}"]),
@@ -119,17 +101,17 @@ def model_card(
         "tags:\n- trl\n- " + method.lower(),
         "---",
     ]
-    versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    versions = ", ".join(f"{name} {done['versions'][name]}" for name in LIBRARIES)
     shown = [name for name in SHOWN_SETTINGS if settings.get(name) not in (None, -1)]
-    results = f"{fence(report)}\n\n{one_line(note)}"
+    results = f"{fence(report)}\n\n{one_line(metrics['note'])}" if report else ""
     return "\n".join(
         [
             *header,
-            f"# {inline(Path(trainer.args.output_dir).name)}",
-            f"\n{method} of {code(base)} on {code(script_args.dataset_name)} ({len(trainer.train_dataset):,} training "
+            f"# {inline(folder.name)}",
+            f"\n{method} of {code(base)} on {code(settings.get('dataset_name'))} ({done['training_rows']:,} training "
             "rows; every row is accounted for in `preflight.json`).",
             *(f"\n**Warning.** {one_line(warning)}" for warning in warnings),
-            *(["\n## Results on held-out pairs (95 % intervals)", f"\n{results}"] if report else []),
+            *(["\n## Results on held-out pairs (95 % intervals)", f"\n{results}"] if results else []),
             "\n![curves](curves.png)",
             "\nAll of it on one page: `report.html`.",
             "\n## Settings\n",
@@ -137,9 +119,8 @@ def model_card(
             "\nAll of them are in `settings.json`, the installed packages in `environment.txt`.",
             "\n## Made with\n",
             f"- {versions}",
-            f"- {hardware(trainer.accelerator.device, trainer.args.world_size)}; {spent['updates']} updates, "
-            f"{spent['train_seconds']} s since update {spent['resumed_from_update']}, peak memory "
-            f"{spent['peak_memory_mib']} MiB",
+            f"- {done['hardware']}; {done['updates']} updates, {done['train_seconds']} s since update "
+            f"{done['resumed_from_update']}, peak memory {done['peak_memory_mib']} MiB",
             "",
         ]
     )

@@ -6,9 +6,9 @@ from pathlib import Path
 from dpo_recipes import page
 from dpo_recipes.checkpoints import STATE_FILE, latest_checkpoint
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.files import read_json, read_jsonl
+from dpo_recipes.files import read_json, read_jsonl, write_text
 from dpo_recipes.health.rules import read_findings
-from dpo_recipes.record import SHOWN_SETTINGS
+from dpo_recipes.record import SHOWN_SETTINGS, model_card
 from dpo_recipes.report import PANELS, plot_curves
 from dpo_recipes.terminal import say
 
@@ -36,7 +36,9 @@ def write_run_page(folder: str | Path) -> Path:
 
 
 def remake(run: str) -> Path:
-    """Draws a run's curves and writes its page again, from the files in its folder.
+    """Draws a run's curves and writes its model card and its page again, from the files in its folder.
+
+    A model card that is there already is left as it is: others may have written into it.
 
     Raises:
         RecipeError: If the folder holds no run.
@@ -48,6 +50,8 @@ def remake(run: str) -> Path:
         title = f"{folder.name}: {settings.get('model_name_or_path')} on {settings.get('dataset_name')}"
         log_history = read_json(checkpoint / STATE_FILE)["log_history"]
         say(str(plot_curves(log_history, folder / "curves.png", title=title)))
+    if (folder / "done.json").exists() and not (folder / "README.md").exists():
+        say(str(write_text(folder / "README.md", model_card(folder))))
     written = write_run_page(folder)
     say(str(written))
     return written

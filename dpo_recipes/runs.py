@@ -294,20 +294,19 @@ def _write(trainer: Trainer, script_args: RecipeArguments, outcome: Outcome, lat
     warnings = outcome.warnings + [str(finding) for finding in read_findings(folder)]
     report = table(outcome.header, outcome.rows) if outcome.rows else ""
     if answers:
-        with later.part("Writing the answers", again):
+        with later.part("Writing the answers", f"dpo-recipes evaluate {folder} --dataset_name DATA"):
             files.append(write_jsonl(folder / "samples.jsonl", answers))
     with later.part("Drawing the curves", again):
         files.append(plot_curves(trainer.state.log_history, folder / "curves.png", title=_title(folder, script_args)))
-    with later.part("Writing the model card", again):
-        card = model_card(trainer, script_args, spent, report, outcome.note, warnings + later.failures)
-        write_text(folder / "README.md", card)
-    with later.part("Writing the metrics", again):
-        more = {"note": outcome.note, "warnings": warnings + later.failures, "cost": spent}
+    with later.part("Writing the metrics", f"dpo-recipes evaluate {folder} --dataset_name DATA"):
+        more = {"table": report, "note": outcome.note, "warnings": warnings, "cost": spent}
         files.insert(0, write_json(folder / "metrics.json", outcome.metrics | more))
     record = _record(trainer, script_args) | spent
     write_json(folder / DONE_FILE, record | {"warnings": later.failures})
+    with later.part("Writing the model card", again):
+        write_text(folder / "README.md", model_card(folder))
     with later.part("Writing the page", again):
-        files.append(write_run_page(folder))  # of what stands in the files, done.json among them
+        files.append(write_run_page(folder))
     write_json(folder / DONE_FILE, record | {"warnings": later.failures})
     if report:
         say(f"\n{report}\n{outcome.note}\n")
@@ -330,6 +329,7 @@ def _record(trainer: Trainer, script_args: RecipeArguments) -> dict[str, Any]:
         "reward_model_hashes": [weights_hash(config) for config in judges],
         "request": os.environ.get("DPO_RECIPES_REQUEST"),
         "seed": trainer.args.seed,
+        "training_rows": len(trainer.train_dataset),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
         "hardware": hardware(trainer.accelerator.device, trainer.args.world_size),

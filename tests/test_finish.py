@@ -139,10 +139,10 @@ def test_a_failure_after_training_loses_nothing_of_it(part, tmp_path, tiny_model
     assert not [file for file in run.iterdir() if file.name.startswith((".merged", ".report"))]
 
 
-def test_curves_and_page_are_made_again_from_the_run_s_files(tmp_path, tiny_model, hh_rows):
+def test_curves_card_and_page_are_made_again_from_the_run_s_files(tmp_path, tiny_model, hh_rows):
     trained("hh-rlhf-lora", cwd=tmp_path, profile="cpu", dataset=hh_rows, model=tiny_model)
     run = tmp_path / "outputs" / "hh_rlhf_lora"
-    before = {name: (run / name).read_bytes() for name in ("curves.png", "report.html")}
+    before = {name: (run / name).read_bytes() for name in ("curves.png", "README.md", "report.html")}
     for name in before:
         (run / name).unlink()
     remake(str(run))

@@ -1,16 +1,15 @@
 """Control characters of data are shown and not obeyed, on a terminal, on pages and in the model card."""
 
-from types import SimpleNamespace
-
 import pytest
 import yaml
 
 from dpo_recipes import page
 from dpo_recipes.cli import main
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.files import write_json
 from dpo_recipes.markdown import code, fence, inline, one_line
 from dpo_recipes.recipe import run
-from dpo_recipes.record import model_card
+from dpo_recipes.record import LIBRARIES, model_card
 from dpo_recipes.terminal import say, shown
 
 HOSTILE = {
@@ -62,14 +61,15 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES, ids=["lines", "one line", "yaml"])
 def test_names_cannot_write_into_the_model_card(name, tmp_path):
-    args = SimpleNamespace(output_dir=str(tmp_path / name.replace("/", "_")), world_size=1)
-    trainer = SimpleNamespace(
-        args=args, _name="DPO", train_dataset=[1], accelerator=SimpleNamespace(device=SimpleNamespace(type="cpu"))
-    )
+    folder = tmp_path / name.replace("/", "_")
     settings = {"model_name_or_path": name, "reward_model_name_or_path": name, "loss_type": ["sigmoid", "sft"]}
-    script_args = SimpleNamespace(settings=settings, dataset_name=name)
+    write_json(folder / "settings.json", settings | {"dataset_name": name})
+    found = {"table": f"accuracy {name}", "note": "a note", "warnings": [f"A warning of {name}."]}
+    write_json(folder / "metrics.json", found)
     spent = {"updates": 1, "train_seconds": 1, "resumed_from_update": 0, "peak_memory_mib": 1}
-    card = model_card(trainer, script_args, spent, f"accuracy {name}", "a note", [f"A warning of {name}."])
+    done = {"method": "DPO", "warnings": [], "training_rows": 1, "hardware": "a CPU"} | spent
+    write_json(folder / "done.json", done | {"versions": dict.fromkeys(LIBRARIES, "1.0")})
+    card = model_card(folder)
     _, header, text = card.split("---\n", 2)
     assert yaml.safe_load(header)["base_model"] == name
     assert set(yaml.safe_load(header)) == {"base_model", "library_name", "tags"}
