@@ -55,7 +55,8 @@ def attach_critic(policy: Any, critic: Any) -> None:
 
     def values_of(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = classifier.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        values: Tensor = classifier.score(hidden.to(next(classifier.score.parameters()).dtype)).squeeze(-1)
+        weights = sorted(classifier.score.parameters(), key=lambda weight: not weight.requires_grad)
+        values: Tensor = classifier.score(hidden.to(weights[0].dtype)).squeeze(-1)  # PEFT keeps an untrained copy
         return values.to(torch.promote_types(values.dtype, torch.float32))
 
     @functools.wraps(original)

@@ -136,6 +136,7 @@ class ReferenceGuard(TrainerCallback):
 
     def __init__(self, trainer: DPOTrainer) -> None:
         self.trainer = trainer
+        self.checked = False  # a second call of `trainer.train` goes on with what the first one trained
         self.at_start: float | None = None
         exact = trainer.model.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
         self.tolerance = REFERENCE_TOLERANCE["float32" if exact else "16 bits"]
@@ -168,6 +169,9 @@ class ReferenceGuard(TrainerCallback):
             WrongReferenceError: If their log-probs differ by more than rounding.
             UnhealthyRunError: If the policy's log-probs are NaN or infinite.
         """
+        if self.checked:
+            return
+        self.checked = True
         batch = self._batch()
         policy = self._logps(self.trainer.model_wrapped, batch)
         if not policy.isfinite().all():

@@ -76,8 +76,8 @@ def refuse_strangers(folder: Path, *, changed_only: bool = False) -> None:
         is_old = (folder / "done.json").exists() and not (folder / MANIFEST).exists()
         why = "which a version left that kept no list" if is_old else "which no run wrote or somebody changed since"
         raise RecipeError(
-            f"{folder} holds {', '.join(found[:3])}{more}, {why}. A run replaces only files that it knows as its "
-            "own. Choose another --output_dir, or move or delete them yourself."
+            f"A run replaces only files that it knows as its own, and {folder} holds {', '.join(found[:3])}{more}, "
+            f"{why}. Choose another --output_dir, or move or delete them yourself."
         )
 
 

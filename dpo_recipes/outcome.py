@@ -46,6 +46,11 @@ class Outcome:
     warnings: list[str] = field(default_factory=list)
 
 
+def not_measured(trainer: Trainer) -> Outcome:
+    """Returns what the trainer logged last, and no measurement."""
+    return Outcome({"train": _last_logged(trainer, "loss"), "held_out": _last_logged(trainer, "eval_loss")})
+
+
 def measure(
     trainer: Trainer,
     script_args: RecipeArguments,
@@ -57,8 +62,7 @@ def measure(
     temperatures: Sequence[float],
 ) -> Outcome:
     """What can be measured of the run: the arguments are those of `finish_run`. Runs on all processes."""
-    logged = {"train": _last_logged(trainer, "loss"), "held_out": _last_logged(trainer, "eval_loss")}
-    outcome = Outcome(logged)
+    outcome = not_measured(trainer)
     if isinstance(trainer, RewardTrainer):
         _measure_reward_model(trainer, strata, outcome)
         return outcome

@@ -359,19 +359,31 @@ def _is_finished(script_args: RecipeArguments, training_args: TrainingArguments,
     return same and not script_args.overwrite and (asked or len(requests) < 2)
 
 
-def load_tokenizer(
-    model_args: ModelConfig, training_args: TrainingArguments, *, weights: bool = True
-) -> PreTrainedTokenizerBase:
+def check_start(settings: Mapping[str, Any], training_args: TrainingArguments) -> None:
+    """Raises RecipeError unless the weights of the model to train are whole and fit its configuration.
+
+    Args:
+        settings: Those of `RecipeArguments.settings`. Without a model's name, and at the Hub, nothing is looked at.
+        training_args: A TRL config.
+    """
+    if name := settings.get("model_name_or_path"):
+        is_reward_model = isinstance(training_args, RewardConfig)
+        options: dict[str, Any] = dict(
+            revision=settings.get("model_revision") or "main", trust_remote_code=training_args.trust_remote_code
+        )
+        check_weights(replace(full_model(name, **options), is_reward_model=is_reward_model), **options)
+
+
+def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) -> PreTrainedTokenizerBase:
     """The tokenizer of the model that a recipe starts from, with SFTConfig's `chat_template_path` put in.
 
     Args:
         model_args: Names the model: a folder or a Hub name.
         training_args: A TRL config.
-        weights: Whether those of a folder are compared with its configuration, as training needs it.
 
     Raises:
-        RecipeError: If there is no such model, the Hub cannot be reached, the folder holds an adapter alone or a reward
-            model (which RewardConfig may go on with), or weights that are missing, broken or do not fit.
+        RecipeError: If there is no such model, the Hub cannot be reached, or the folder holds an adapter alone or a
+            reward model (which RewardConfig may go on with).
     """
     name = str(model_args.model_name_or_path)
     folder = Path(name)
@@ -397,9 +409,6 @@ def load_tokenizer(
             f"{name} holds a reward model, whose score head is no language model's. Name the model to train with "
             "--model_name_or_path, and the one that scores with --reward_model_name_or_path."
         )
-    if weights:
-        is_reward_model = isinstance(training_args, RewardConfig)
-        check_weights(replace(artifact, is_reward_model=is_reward_model), **options)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         chat_template_path = getattr(training_args, "chat_template_path", None)  # DPOConfig has none

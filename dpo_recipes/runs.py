@@ -35,7 +35,7 @@ from dpo_recipes.health import HealthCallback
 from dpo_recipes.health.rules import read_findings
 from dpo_recipes.manifest import NEW_FILES, claim, clear, declare, settle
 from dpo_recipes.models import open_model
-from dpo_recipes.outcome import Outcome, Score, measure, readable, sharded
+from dpo_recipes.outcome import Outcome, Score, measure, not_measured, readable, sharded
 from dpo_recipes.ppo import PPOTrainer
 from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, RecipeArguments, settings_hash
 from dpo_recipes.record import LIBRARIES, cost, data_hash, hardware, model_card, weights_hash
@@ -238,7 +238,7 @@ def finish_run(
     if trainer.is_world_process_zero():
         settle(folder, NEW_FILES)
     later = _Later(processes=trainer.args.world_size)
-    outcome = Outcome({})
+    outcome = not_measured(trainer)
     with later.part("Measuring the model", f"dpo-recipes evaluate {folder} --dataset_name DATA"):
         outcome = measure(
             trainer,

@@ -41,6 +41,8 @@ def prepare_dataset(trainer: DPOTrainer, dataset: Any, processing_class: Any, ar
         args: `max_length`, `truncation_mode` and `dataset_num_proc` are read.
         name: The split, for the progress bar.
     """
+    if isinstance(dataset, Dataset) and not len(dataset):
+        return dataset  # of an empty evaluation set TRL would read the first row
     longest, processes, kinds = args.max_length, args.dataset_num_proc, _kinds(dataset)
     if len(kinds) != 1 or not _is_plain(processing_class):
         return DPOTrainer._prepare_dataset(trainer, dataset, processing_class, args, name)
@@ -60,7 +62,7 @@ def prepare_dataset(trainer: DPOTrainer, dataset: Any, processing_class: Any, ar
 
 def _kinds(dataset: Any) -> set[bool]:
     """Whether prompt, chosen and rejected are conversations; nothing for rows that are left to TRL."""
-    names = set(dataset.column_names) if isinstance(dataset, Dataset) and len(dataset) else set()
+    names = set(dataset.column_names) if isinstance(dataset, Dataset) else set()
     covered = names.issuperset(_COLUMNS) and not names & {"tools", "chat_template_kwargs"}
     return {is_conversational({column: dataset[0][column]}) for column in _COLUMNS if covered}
 

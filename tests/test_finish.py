@@ -130,7 +130,9 @@ def test_a_failure_after_training_loses_nothing_of_it(part, tmp_path, tiny_model
     name = "hh-rlhf-reward" if part == "check_reloads" else "hh-rlhf-sft" if part[-7:] == "adapter" else "hh-rlhf-lora"
     said = trained(name, cwd=tmp_path, profile="cpu", dataset=hh_rows, model=tiny_model)
     run = tmp_path / "outputs" / name.replace("-", "_")
-    [warning] = json.loads((run / "done.json").read_text())["warnings"]
+    warnings = json.loads((run / "done.json").read_text())["warnings"]
+    assert len(warnings) == 1, warnings
+    [warning] = warnings
     assert warning.startswith(f"{LATER[part]} failed (OSError: [Errno 28] No space left on device). Repeat it with: ")
     assert f"WARNING: {warning}" in said.stdout
     if part[-7:] == "adapter" or name == "hh-rlhf-lora":

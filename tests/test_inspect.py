@@ -509,7 +509,7 @@ def test_a_dataset_is_inspected_by_its_columns(here, rows_of, no_weights, capsys
 def test_of_a_stream_the_first_rows_are_inspected_and_called_a_part(here, hh_rows, no_weights, capsys):
     flags = ["--model_name_or_path", str(no_weights), "--dataset_streaming", "true"]
     assert main(["inspect", f"{hh_rows}", "--dataset_name", f"{hh_rows}:40", *flags]) == 0
-    data = json.loads((here / "outputs" / "inspect" / "rows" / "preflight.json").read_text())
+    data = json.loads((here / "outputs" / "inspect" / hh_rows.stem / "preflight.json").read_text())
     assert data["total"]["rows"] == 40
     assert data["part"] == "the first rows of each split"
     assert "the first rows of each split" in capsys.readouterr().out.splitlines()[0]
@@ -525,7 +525,7 @@ def test_a_failure_ends_with_status_2_and_leaves_the_page(here, no_weights, hh_r
     captured = capsys.readouterr()
     assert "Failure (without_eos): 120 of 120 pairs" in captured.out
     assert "without_eos_failure=1" in captured.err
-    assert (here / "outputs" / "inspect" / "rows" / "preflight.html").stat().st_size > 0
+    assert (here / "outputs" / "inspect" / hh_rows.stem / "preflight.html").stat().st_size > 0
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from dpo_recipes.cli import main
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.guards import add_guards
 from dpo_recipes.models import check_weights, identify, open_model
-from dpo_recipes.recipe import load_tokenizer
+from dpo_recipes.recipe import check_start, load_tokenizer
 from dpo_recipes.rewards import load_reward_model, read_reward_config
 
 INPUTS = torch.arange(40).reshape(2, 20) + 5
@@ -325,15 +325,20 @@ FAULTS = {
 }
 
 
+def start_from(name, training_args):
+    """What a recipe does with the model it starts from, before it loads it."""
+    load_tokenizer(ModelConfig(model_name_or_path=name), training_args)
+    check_start({"model_name_or_path": name}, training_args)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_model_that_cannot_be_read_is_refused_in_a_sentence_before_data_is(fault, tiny_model):
     folder = Path(shutil.copytree(tiny_model, "broken"))
     break_it, message = FAULTS[fault]
     break_it(folder)
-    asked = ModelConfig(model_name_or_path="broken")
     for opening in (
-        lambda: load_tokenizer(asked, DPOConfig(**MACHINE)),
-        lambda: load_tokenizer(asked, RewardConfig(**MACHINE)),
+        lambda: start_from("broken", DPOConfig(**MACHINE)),
+        lambda: start_from("broken", RewardConfig(**MACHINE)),
         lambda: open_model("broken"),
     ):
         with pytest.raises(RecipeError) as caught:
@@ -347,7 +352,7 @@ def test_a_configuration_without_architectures_is_refused_where_trl_needs_them(t
     shutil.copytree(tiny_model, "broken")
     change_json("broken/config.json", architectures=None)
     with pytest.raises(RecipeError, match=r'Add to it: "architectures": ."LlamaForCausalLM"'):
-        load_tokenizer(ModelConfig(model_name_or_path="broken"), DPOConfig(**MACHINE))
+        start_from("broken", DPOConfig(**MACHINE))
 
 
 @pytest.mark.parametrize("fault", ["cut short", "no weights", "head is missing"])

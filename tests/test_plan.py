@@ -112,7 +112,7 @@ def test_a_dry_run_of_ppo_plans_both_stages_before_it_once_each(tmp_path):
 
 def test_a_dry_run_says_what_would_be_refused(tmp_path, tiny_model, hh_rows):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "settings.json").write_text('{"beta": 0.5}')
+    (tmp_path / "run" / "settings.json").write_text('{"beta": 0.5, "pairs_per_update": 64}')
     result = run_train(
         *("hh-rlhf-lora", "--profile", "cpu", "--dataset_name", hh_rows, "--dry_run", "true"),
         *("--model_name_or_path", tiny_model, "--output_dir", "run"),

@@ -185,11 +185,11 @@ def test_of_a_recipes_settings_the_narrower_class_counts():
 
 
 def test_recipe_arguments_stay_few():
-    """Under ten of our own, and no more than three for online recipes alone."""
+    """A dozen of our own at most, and no more than three for online recipes alone."""
     trls, fields = ScriptArguments.__dataclass_fields__, RecipeArguments.__dataclass_fields__
     ours = [name for name, entry in fields.items() if entry.init and name not in trls]
     assert "pairs_per_update" in ours
-    assert len(ours) < 10
+    assert len(ours) <= 12
     assert len(set(OnlineArguments.__dataclass_fields__) - set(fields)) <= 3
 
 

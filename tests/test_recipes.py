@@ -28,7 +28,7 @@ from transformers import (
 )
 from trl import DPOConfig, ModelConfig, TrlParser, get_quantization_config
 
-from dpo_recipes import rewards
+from dpo_recipes import playground, rewards
 from dpo_recipes.doctor.miniature import miniature_flags
 from dpo_recipes.evaluation import generate
 from dpo_recipes.loading import load_rows
@@ -252,8 +252,10 @@ def miniatures(tmp_path_factory):
 
 @pytest.mark.parametrize("profile", STAND_INS)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_recipe_trains_under_what_a_profile_for_cards_asks_for(name, profile, tmp_path, miniatures):
-    """By the command that a user types, from data to page."""
+def test_every_recipe_trains_under_what_a_profile_for_cards_asks_for(name, profile, tmp_path, miniatures, monkeypatch):
+    """By the command that a user types, from data to page; the playground asks four prompts instead of two hundred."""
+    few = playground.evaluation_prompts()[:4]
+    monkeypatch.setattr(playground, "evaluation_prompts", lambda: few)
     file = tmp_path / f"{profile}.yaml"
     settings = yaml.safe_load((RECIPES / "profiles" / f"{profile}.yaml").read_text())
     file.write_text(yaml.safe_dump(settings | STAND_INS[profile]))

@@ -115,7 +115,8 @@ def test_a_killed_run_resumes_bit_identically(name, flags, tmp_path):
 def test_a_run_of_a_part_of_an_epoch_resumes_to_the_same_weights(epochs, updates, phase, flags, tmp_path):
     """Eight updates are an epoch; the only checkpoint before the end is the third update's."""
     own = [*flags("hh_rlhf_lora"), "--num_train_epochs", epochs, "--max_steps", "-1", "--pairs_per_update", "16"]
-    own += ["--eval_strategy", "no"]
+    at = own.index("--eval_steps")
+    own[at : at + 2] = ["--eval_strategy", "no"]
     whole = run_train("hh_rlhf_lora", "--profile", "cpu", *own, "--output_dir", "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     log = tmp_path / "log"

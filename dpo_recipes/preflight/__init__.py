@@ -37,6 +37,7 @@ from dpo_recipes.preflight.tokens import (
     fit_prompts,
     rendered_pairs,
 )
+from dpo_recipes.recipe import check_start
 from dpo_recipes.rewards import check_reward_model, context_length, read_reward_config
 from dpo_recipes.terminal import say
 
@@ -124,6 +125,8 @@ def _account_for(measure: Callable[..., Measured], load_pairs: Any, script_args:
     # all have come by, lest they hang.
     with state.main_process_first(), state.local_main_process_first():
         try:
+            if state.is_main_process and not getattr(script_args, "dry_run", False):
+                check_start(getattr(script_args, "settings", {}), training_args)
             measured = measure(load_pairs, script_args, training_args, tokenizer)
         except RecipeError as error:
             measured = error

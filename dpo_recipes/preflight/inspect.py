@@ -59,7 +59,7 @@ def inspect(
             "pairs by a recipe that learns from them."
         )
     script_args, training_args, model_args = parse_namespace(namespace, script, profile=profile, flags=flags)
-    tokenizer = load_tokenizer(model_args, training_args, weights=with_model)
+    tokenizer = load_tokenizer(model_args, training_args)
     measured = measure_pairs(namespace["load_pairs"], script_args, training_args, tokenizer)
     pairs = measured.pairs.remove_columns(list(MEASURES))
     thresholds, seed = measured.data["thresholds"], training_args.seed
