@@ -27,7 +27,7 @@ WEIGHTS_ALONE = "saved without its optimizer (--save_only_model true)"
 
 
 def incomplete_reason(checkpoint: str | Path) -> str | None:
-    """What the checkpoint is where it cannot be resumed from, as a predicate; None where it is complete.
+    """A predicate of a checkpoint that cannot be resumed from ("half-written (...)"); None for a complete one.
 
     transformers writes `trainer_state.json` last on the main process, so a readable one means that the main process
     got to the end; every weight, optimizer and random-state file is opened as well, because a full disk or another

@@ -11,7 +11,7 @@ from typing import IO, Any
 MANIFEST = ".dpo_recipes.json"
 """In a folder of ours: what runs wrote there, as `manifest` reads it."""
 TEMPORARY = r"\..+\.\d+\.tmp"
-"""What `write_bytes` writes before it renames it, and leaves where it is killed meanwhile."""
+"""Pattern of the temporary names of `write_bytes`, which a kill leaves behind."""
 SAMPLED = 2**20  # bytes at either end of a file that its fingerprint reads
 
 

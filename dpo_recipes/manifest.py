@@ -100,7 +100,7 @@ def _read(folder: str | Path) -> dict[str, Any]:
 
 
 def _tops(folder: Path, held: dict[str, Any]) -> list[Path]:
-    """What lies in the folder itself, without the list, what is kept, and what a killed `write_bytes` left."""
+    """Entries of the folder itself, without the list, the names that are kept, and temporary files of a kill."""
     there = sorted(folder.iterdir()) if folder.is_dir() else []
     ours = {MANIFEST, *held["kept"]}
     return [path for path in there if not (path.name in ours or re.fullmatch(TEMPORARY, path.name))]

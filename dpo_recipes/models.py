@@ -42,7 +42,7 @@ LOADING: tuple[type[Exception], ...] = (
     *(OSError, EOFError, ValueError, RuntimeError, LookupError),
     *(SafetensorError, UnpicklingError, StrictDataclassError),
 )
-"""What the libraries raise of a name that is not there, a file cut short, a size that does not fit, code of its own."""
+"""Errors of the libraries for a name that is missing, a file cut short, a size that does not fit, code of its own."""
 HEADS = ("classifier", "score")
 """PEFT's names of a sequence classifier's head."""
 PEFT = "base_model.model."

@@ -484,16 +484,16 @@ _BLAME = {
     r"Target modules .* not found|No modules were targeted": "lora_target_modules names no module of this model. Take "
     "all-linear; a single name is a regular expression of the whole path: '.*q_proj'.",
 }
-"""What the errors of libraries mean, by what they say."""
+"""Meaning of errors of the libraries, by a part of their text."""
 
 
 def _blame(text: str) -> str | None:
-    """What an error of a library means for the user, if it is known."""
+    """Meaning of a library's error for the user; None if it is not known."""
     return next((f"{meant} ({text.splitlines()[0]})" for sign, meant in _BLAME.items() if re.search(sign, text)), None)
 
 
 def _about_the_disk(error: Exception) -> str:
-    """What to do where a disk is full: the cache of datasets and models is not the run's folder."""
+    """Advice for a full disk, by whether the caches or the run's folder fill it."""
     frames = traceback.extract_tb(error.__traceback__)
     if any(re.search(r"/(datasets|huggingface_hub)/", frame.filename) for frame in frames):
         return (

@@ -264,7 +264,7 @@ def finish_run(
 
 
 class _Later:
-    """What comes after the weights are saved: a failure is a warning, so that nothing trained is lost."""
+    """The parts that follow the saved weights: a failure becomes a warning, so that nothing trained is lost."""
 
     def __init__(self, *, processes: int) -> None:
         self.processes = processes
@@ -319,7 +319,7 @@ def _write(trainer: Trainer, script_args: RecipeArguments, outcome: Outcome, lat
 
 
 def _record(trainer: Trainer, script_args: RecipeArguments) -> dict[str, Any]:
-    """What done.json says of a run, its cost aside."""
+    """Content of done.json, without the run's cost."""
     judges = [part.config for part in getattr(trainer, "reward_funcs", []) if isinstance(part, PreTrainedModel)]
     return {
         "method": trainer._name,

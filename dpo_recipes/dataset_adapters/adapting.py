@@ -302,12 +302,12 @@ def number(value: Any) -> float | None:
 
 
 def is_text(feature: Any) -> bool:
-    """Whether the cells are text, in any of Arrow's types of it."""
+    """Returns True for cells of text, in any of Arrow's types of it."""
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")
 
 
 def matches(dataset: Dataset, column: str, pattern: str) -> bool:
-    """Whether a text of the column matches a regular expression (RE2); False for columns that hold no text."""
+    """Returns True if a text of the column matches a regular expression (RE2); False for columns without text."""
     if not is_text(dataset.features.get(column)):
         return False
     cells = dataset.select_columns(column).with_format("arrow")[:][column].cast(pa.large_string())
@@ -315,7 +315,7 @@ def matches(dataset: Dataset, column: str, pattern: str) -> bool:
 
 
 def holds_messages(dataset: Dataset, column: str) -> bool:
-    """Whether the cells are messages, also as JSON text; so is whatever else is not text."""
+    """Returns True for cells that are messages, JSON text of messages, or anything else that is not text."""
     return not is_text(dataset.features.get(column)) or matches(dataset, column, _SERIALISED)
 
 

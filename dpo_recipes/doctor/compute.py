@@ -285,7 +285,7 @@ def check_compute(
 
 
 Line = tuple[torch.dtype, float, float, float | None]
-"""Of a check: dtype, error, limit, TRL's own error."""
+"""Columns of a check: dtype, error, limit, TRL's own error."""
 
 
 def _trainer_lines(architecture: str, method: str, dtype: torch.dtype, *, use_cpu: bool) -> Iterator[Line]:

@@ -1,4 +1,4 @@
-"""What the doctor reads before it computes: versions, cards, memory, disk, and the profile that would be chosen."""
+"""Reads versions, cards, memory, disk, and the profile that would be chosen, before anything is computed."""
 
 import os
 import platform

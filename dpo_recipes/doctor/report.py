@@ -34,7 +34,7 @@ class Part:
     rows: list[list[str]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     note: str = ""
-    """How to read the table, for the file."""
+    """Words on how to read the table, for the file."""
     fold: int = 1
     """Columns that the rows are folded into on the screen."""
 

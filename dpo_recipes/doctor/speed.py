@@ -1,4 +1,4 @@
-"""How fast a training step is here: plain TRL and shared prompts in turn, on random weights of real sizes."""
+"""Times a training step on this machine: plain TRL and shared prompts in turn, on random weights of real sizes."""
 
 import random
 import statistics

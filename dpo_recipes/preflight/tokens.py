@@ -221,7 +221,7 @@ def _rendered_batch(batch: dict[str, list[Any]], *, tokenizer: Any) -> dict[str,
 
 
 def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What TRL passes to the chat template from the columns of a row beside its messages."""
+    """Arguments that TRL passes to the chat template from columns of a row, besides its messages."""
     options = {"tools": json.loads(row["tools"])} if row.get("tools") else {}
     return options | (row.get("chat_template_kwargs") or {})
 
@@ -380,7 +380,7 @@ def _text_faults(
 
 
 def _spelled(messages: Any, *, controls: str) -> dict[str, bool]:
-    """Whether messages spell control tokens, and chat templates; plain text may do so."""
+    """Returns two flags: messages spell control tokens; messages spell chat markup. Plain text may do both."""
     contents = [] if isinstance(messages, str) else [turn["content"] or "" for turn in messages]
     return {
         "control_tokens": any(re.search(controls, content) for content in contents),
@@ -401,7 +401,7 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _says(text: str, leaf: str) -> bool:
-    """Whether the text holds the leaf, white space aside, as it is or as JSON writes it."""
+    """Returns True if the text holds the leaf, white space aside, as it is or as JSON writes it."""
     within, plain, as_json = (
         "".join(each.split()) for each in (text, leaf, json.dumps(leaf, ensure_ascii=False)[1:-1])
     )
@@ -419,7 +419,7 @@ def _stops(completion: list[int], stops: list[int], tokenizer: Any) -> tuple[boo
 
 
 def _has_generation_prompt(prompt: list[Message], ids: PairIds, tokenizer: Any, **options: Any) -> bool:
-    """Whether the answer's header is in the prompt: asking for it adds tokens, or an answer begins without one."""
+    """Returns True if the answer's header is in the prompt: asking for it adds tokens, or answers lack one."""
     without = tokenizer.apply_chat_template(prompt, return_dict=True, **options)["input_ids"]
     answers = ([{"role": "assistant", "content": text}] for text in ("Yes.", "No."))
     [probe] = encode_pairs([render(prompt, *answers, tokenizer=tokenizer, **options)], tokenizer)

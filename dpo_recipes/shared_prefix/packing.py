@@ -24,7 +24,7 @@ PLAN = "shared_prefix_plan"
 
 
 class Plan(dict[str, Any]):
-    """What `plan_pairs` returns. It travels in TRL's batch, and its tensors with it to the device."""
+    """A batch's plan, made by `plan_pairs`. It travels in TRL's batch, and its tensors with it to the device."""
 
     def to(self, *args: Any, **kwargs: Any) -> "Plan":
         """The plan with its tensors on another device, as a batch's own tensors are moved."""
