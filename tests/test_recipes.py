@@ -250,7 +250,9 @@ def miniatures(tmp_path_factory):
     return tmp_path_factory.mktemp("miniatures")
 
 
-@pytest.mark.parametrize("profile", STAND_INS)
+@pytest.mark.parametrize(
+    "profile", [pytest.param(each, marks=[] if each == "gpu" else pytest.mark.slow) for each in STAND_INS]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_trains_under_what_a_profile_for_cards_asks_for(name, profile, tmp_path, miniatures, monkeypatch):
     """By the command that a user types, from data to page; the playground asks four prompts instead of two hundred."""
