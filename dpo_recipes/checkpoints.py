@@ -152,7 +152,7 @@ def merge_adapter(model: PeftModel, probe: Mapping[str, torch.Tensor]) -> PreTra
     if dtype == torch.float32:
         return merged
     with weights_as(merged, lambda weight: weight.to(dtype).float()):
-        lost = ((merged(**probe).logits - tuned).norm() / change.norm()).item()
+        lost = ((merged(**probe).logits - tuned).norm() / change.norm().clamp(min=1e-30)).item()
     kept, size = lost <= MOST_LOST, merged.num_parameters() * 4 / 1e9
     bits = str(dtype).removeprefix("torch.")
     say(
@@ -187,6 +187,7 @@ def replace_adapter(folder: Path, merged: PreTrainedModel) -> None:
 def _in_float32(model: PeftModel) -> PeftModel:
     """The model in float32, on the CPU where the accelerator has no room for that."""
     if model.device.type == "cuda":
+        torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(model.device)
         if 4 * model.num_parameters() > free:
             model = model.to("cpu")

@@ -137,7 +137,7 @@ class ReferenceGuard(TrainerCallback):
     def __init__(self, trainer: DPOTrainer) -> None:
         self.trainer = trainer
         self.checked = False  # a second call of `trainer.train` goes on with what the first one trained
-        self.at_start: float | None = None
+        self.at_start: list[float] | None = None  # the reference's summed log-probs, and of how many pairs
         exact = trainer.model.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
         self.tolerance = REFERENCE_TOLERANCE["float32" if exact else "16 bits"]
 
@@ -172,7 +172,7 @@ class ReferenceGuard(TrainerCallback):
         if self.checked:
             return
         self.checked = True
-        batch = self._batch()
+        batch = self._batch(min(REFERENCE_PAIRS, self.trainer.args.per_device_train_batch_size))
         policy = self._logps(self.trainer.model_wrapped, batch)
         if not policy.isfinite().all():
             raise UnhealthyRunError(
@@ -180,17 +180,16 @@ class ReferenceGuard(TrainerCallback):
                 "model are broken, or its dtype overflows (float16 ends at 65,504). Look at the model, or train it in "
                 "bfloat16 or float32."
             )
-        reference = self._reference(batch)
-        if reference is None:
+        reference, count = self._reference(batch), int(batch["completion_mask"].sum())
+        if reference is not None:
+            self.at_start = [float(reference.sum()), len(policy) // 2]
+        if self.trainer.precompute_ref_logps:
             if "ref_chosen_logps" not in batch or self.trainer.ld_alpha is not None:
                 return
-            reference = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
-            tokens = batch["completion_mask"].sum(dim=1)
-            policy, reference = policy.sum(dim=1) / tokens, reference / tokens
-            count = len(tokens)
-        else:
-            self.at_start = float(reference.sum())
-            count = int(batch["completion_mask"].sum())
+            reference, tokens = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]), count / len(policy)
+            policy, reference, count = policy.sum(dim=1) / tokens, reference / tokens, len(policy)
+        if reference is None:
+            return
         off = float((policy - reference).square().sum() / count) ** 0.5
         if not off <= self.tolerance:  # NaN is refused too
             raise WrongReferenceError(
@@ -203,11 +202,12 @@ class ReferenceGuard(TrainerCallback):
         """Says by how much the reference model has moved since step 0; None where it has not, or cannot be known."""
         if self.at_start is None or self.trainer.args.sync_ref_model:
             return None
-        batch = self._batch()
+        logps, pairs = self.at_start
+        batch = self._batch(int(pairs))
         reference = self._reference(batch)
         if reference is None:
             return None
-        off = (float(reference.sum()) - self.at_start) / int(batch["completion_mask"].sum())
+        off = (float(reference.sum()) - logps) / int(batch["completion_mask"].sum())
         if abs(off) <= self.tolerance:
             return None
         return (
@@ -216,8 +216,7 @@ class ReferenceGuard(TrainerCallback):
             "model. Train the adapter alone (bias='none'), or pass a ref_model of its own."
         )
 
-    def _batch(self) -> dict[str, Any]:
-        count = min(REFERENCE_PAIRS, self.trainer.args.per_device_train_batch_size)
+    def _batch(self, count: int) -> dict[str, Any]:
         batch = self.trainer.data_collator(list(islice(self.trainer.train_dataset, count)))
         prepared: dict[str, Any] = self.trainer._prepare_inputs(batch)
         return prepared

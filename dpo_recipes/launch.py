@@ -73,6 +73,9 @@ class Launch:
         Returns:
             The exit status of the first training that fails, or 128 + n if signal n ended it.
         """
+        if not (self.is_dry_run() or "overwrite" in dict(grouped(self.flags))) and self.is_done(self.folder()):
+            say(f"{self.folder()} holds this run, finished: nothing to do. --overwrite true trains it again.")
+            return 0
         needed = self._stages_to_train()
         if needed and self.is_dry_run():
             return self._dry_run(needed)
@@ -116,7 +119,8 @@ class Launch:
         Args:
             others: Launches of the same recipe to look at as well.
         """
-        calls = json.dumps([["--config", str(launch.profile), *launch.flags] for launch in (self, *others)])
+        launches = (self, *others)
+        calls = json.dumps([[each.request(), "--config", str(each.profile), *each.flags] for each in launches])
         command = [sys.executable, "-P", "-m", "dpo_recipes.launch", str(self.recipe), calls]
         return subprocess.run(command, stdout=subprocess.DEVNULL).returncode
 
@@ -171,7 +175,7 @@ class Launch:
             anew: Replace the same one too.
             keep: Replace nothing. The run itself refuses a folder that it would have to replace.
         """
-        folder = Path(self.setting("output_dir") or Path("outputs") / self.recipe.stem)
+        folder = self.folder()
         request = read_json(folder / "settings.json").get("request")
         unfinished = not (folder / "done.json").exists() and request == self.request()
         word = "resume_from_checkpoint" if unfinished and not anew else "overwrite"
@@ -179,6 +183,10 @@ class Launch:
         if not request or (keep and word == "overwrite"):
             return self
         return replace(self, flags=(*self.flags, f"--{word}", "true"))
+
+    def folder(self) -> Path:
+        """The run's output folder."""
+        return Path(self.setting("output_dir") or Path("outputs") / self.recipe.stem)
 
     def is_done(self, folder: Path) -> bool:
         """Whether the folder holds the run that is asked for, finished."""
@@ -295,16 +303,17 @@ def grouped(flags: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def check_settings() -> None:
-    """Reads the recipe in sys.argv[1] with each list of flags in sys.argv[2], as itself would, and trains nothing."""
-    from dpo_recipes.recipe import RecipeArguments, argument_classes, parse_recipe
+    """Reads the recipe in sys.argv[1] with each request and flags of sys.argv[2], as itself would; trains nothing."""
+    from dpo_recipes.recipe import FinishedRun, RecipeArguments, argument_classes, parse_recipe
 
     calls = json.loads(sys.argv[2])
     recipe = runpy.run_path(sys.argv[1])
     parts = argument_classes(recipe)
     ours = any(issubclass(part, RecipeArguments) for part in parts)
     for flags in calls if "RECIPE" in recipe and ours else []:
-        sys.argv[1:] = flags
-        parse_recipe(recipe["RECIPE"], parts)
+        os.environ["DPO_RECIPES_REQUEST"], *sys.argv[1:] = flags
+        with suppress(FinishedRun):
+            parse_recipe(recipe["RECIPE"], parts)
 
 
 if __name__ == "__main__":

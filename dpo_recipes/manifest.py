@@ -10,6 +10,12 @@ from dpo_recipes.files import MANIFEST, TEMPORARY, fingerprint, read_json, write
 NEW_FILES = "*"
 """Declares any new file that lies in the folder itself, for a writer that does not know the names of its files."""
 
+OF_A_SAVE = re.compile(
+    r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|critic\.safetensors|training_args\.bin|README\.md|"
+    r".*(config|tokenizer|vocab|tokens|tokens_map)\.json|merges\.txt|(spiece|tokenizer)\.model|.*\.jinja"
+)
+"""Names of the files that a killed save of a model and its tokenizer leaves; no other file is taken for its own."""
+
 
 def claim(folder: str | Path, *kept: str) -> None:
     """Begins the list of a folder, and adds names that runs use and never remove, such as a tracker's folder."""
@@ -52,7 +58,7 @@ def strangers(folder: Path, *, changed_only: bool = False) -> list[str]:
     """
     held, found = _read(folder), []
     for top in _tops(folder, held):
-        new = NEW_FILES in held["open"] and top.is_file() and top.name not in held["others"]
+        new = NEW_FILES in held["open"] and OF_A_SAVE.fullmatch(top.name) and top.name not in held["others"]
         if (new or top.name in held["open"]) and not top.is_symlink():
             continue
         if not all(_is_own(path, folder, held["files"], changed_only) for path in (top, *top.rglob("*"))):

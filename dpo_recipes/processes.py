@@ -45,7 +45,7 @@ def supervise(arguments: Sequence[str], environment: dict[str, str]) -> int:
     for relay in relays:
         relay.start()
     try:
-        handled, frozen, work, since = 0, False, 0.0, time.monotonic()
+        handled, frozen, work, since = 0, False, dict[int, float](), time.monotonic()
         while process.poll() is None:
             if handled and time.monotonic() - since > STANDSTILL and not frozen:
                 done, states = _work(process.pid)
@@ -96,22 +96,24 @@ def _kill(leader: int) -> None:
             os.kill(number, signal.SIGKILL)
 
 
-def _work(leader: int) -> tuple[float, set[str]]:
-    """Seconds of processor time and megabytes written by the processes below the leader, and the states of these."""
+def _work(leader: int) -> tuple[dict[int, float], set[str]]:
+    """Seconds of processor time plus megabytes written, by process below the leader; and their states."""
     import psutil
 
-    work, states = 0.0, set()
+    work, states = {}, set()
     for process in _descendants(leader):
         with suppress(psutil.Error):
             times = process.cpu_times()
-            work += times.user + times.system + (process.io_counters().write_bytes / 1e6 if psutil.LINUX else 0)
+            written = process.io_counters().write_bytes / 1e6 if psutil.LINUX else 0
+            work[process.pid] = times.user + times.system + written
             states.add(process.status())
     return work, states
 
 
-def _is_frozen(before: float, now: float, states: set[str]) -> bool:
+def _is_frozen(before: dict[int, float], now: dict[int, float], states: set[str]) -> bool:
     """Returns True if a process is stopped, or all together did next to nothing and wait for no disk."""
-    return "stopped" in states or (now - before < LITTLE * STANDSTILL and "disk-sleep" not in states)
+    done = sum(work - before.get(process, 0.0) for process, work in now.items())  # one that ended counts no more
+    return "stopped" in states or (done < LITTLE * STANDSTILL and "disk-sleep" not in states)
 
 
 def _relayed_streams() -> dict[str, Any]:

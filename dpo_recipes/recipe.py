@@ -29,6 +29,9 @@ from dpo_recipes.settings import check_settings
 from dpo_recipes.terminal import outlive_the_terminal, say, shown
 from dpo_recipes.tracking import check_hub, check_trackers
 
+_SECRETS: set[str] = set()
+"""Secrets among the flags of this process, which no message may show."""
+
 SETTINGS_FILE = "settings.json"
 DONE_FILE = "done.json"
 
@@ -38,6 +41,10 @@ BOOKKEEPING = (
     "dataloader_num_",
 )
 """What the names of settings begin with that do not change what is trained: runs that differ in these are the same."""
+
+
+class FinishedRun(SystemExit):
+    """Ends a recipe with status 0: its output folder holds the same run, finished."""
 
 
 @dataclass
@@ -125,7 +132,7 @@ def parse_recipe(
     Raises:
         RecipeError: If a key is unknown anywhere, a value is refused, the pairs per update cannot be met, the output
             folder holds anything but this run, or no checkpoint there can be resumed from.
-        SystemExit: With status 0 if the output folder holds this run, finished.
+        FinishedRun: If the output folder holds this run, finished.
     """
     profile: dict[str, Any] = {}
     if "--config" in sys.argv[1:-1]:
@@ -150,6 +157,7 @@ def parse_recipe(
         hint = " Use the profile cpu without a GPU, turing on a card without bfloat16." if "bf16" in str(error) else ""
         told = hide(f"{error}{hint}", secrets_of(sys.argv))
         raise RecipeError(f"{told} `python {sys.argv[0]} --help` lists the settings.") from error
+    _SECRETS.update(secrets_of(sys.argv))
     sys.argv[1:] = hide_flags(sys.argv[1:])  # which trackers keep
     script_args = next(args for args in parsed if isinstance(args, RecipeArguments))
     training_args = next(args for args in parsed if isinstance(args, TrainingArguments))
@@ -186,7 +194,7 @@ def parse_recipe(
                 f"{training_args.output_dir} holds this run, finished: nothing to do. --overwrite true trains it again."
             )
             if not script_args.dry_run:
-                raise SystemExit(0)
+                raise FinishedRun(0)
             return parsed
         training_args.resume_from_checkpoint = _checkpoint_to_resume(training_args)
         _refuse_another_run(script_args, training_args, asked=asked)
@@ -516,5 +524,6 @@ def _is_disk_full(error: Exception) -> bool:
 
 def _leave(status: int, message: str) -> NoReturn:
     if int(os.environ.get("RANK", "0")) == 0:
+        message = hide(message, _SECRETS)
         sys.stderr.write(f"{shown(message)}\n")
     raise SystemExit(status)

@@ -230,6 +230,7 @@ def check_reloads(folder: str, model: PreTrainedModel, probe: Mapping[str, torch
         RuntimeError: If a score differs.
     """
     reloaded, _ = load_reward_model(folder, labels=(model.config.num_labels,))
+    probe = {name: values.to(model.device) for name, values in probe.items()}  # a merge may have gone to the CPU
     scores = model.eval()(**probe).logits.float()
     again = reloaded.to(model.device)(**probe).logits.float()
     error = (again - scores).abs().max().item()

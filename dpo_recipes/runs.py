@@ -47,6 +47,8 @@ from dpo_recipes.tracking import start_tracking
 
 logger = logging.getLogger(__name__)
 
+PROBED = 64  # tokens of a row by which a saved model is compared: little memory beside a large vocabulary
+
 
 def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
     """Put the guards on a built trainer and take its output folder: call it before `trainer.train`.
@@ -237,9 +239,10 @@ def finish_run(
     _save(trainer, folder)
     if trainer.is_world_process_zero():
         settle(folder, NEW_FILES)
-    later = _Later(processes=trainer.args.world_size)
+    later = _Later()
     outcome = not_measured(trainer)
-    with later.part("Measuring the model", f"dpo-recipes evaluate {folder} --dataset_name DATA"):
+    together = trainer.args.world_size > 1
+    with later.part("Measuring the model", f"dpo-recipes evaluate {folder} --dataset_name DATA", together=together):
         outcome = measure(
             trainer,
             script_args,
@@ -266,20 +269,19 @@ def finish_run(
 class _Later:
     """The parts that follow the saved weights: a failure becomes a warning, so that nothing trained is lost."""
 
-    def __init__(self, *, processes: int) -> None:
-        self.processes = processes
+    def __init__(self) -> None:
         self.failures: list[str] = []
 
     @contextmanager
-    def part(self, what: str, command: str) -> Iterator[None]:
+    def part(self, what: str, command: str, *, together: bool = False) -> Iterator[None]:
         """Turns an error in the block into a warning that names the command that repeats it.
 
-        With several processes the error goes on: the others may wait for this one.
+        What several processes do together raises the error: the others may wait for this one.
         """
         try:
             yield
         except Exception as error:
-            if self.processes > 1:
+            if together:
                 raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             self.failures.append(f"{what} failed ({textwrap.shorten(reason, 300)}). Repeat it with: {command}")
@@ -345,9 +347,10 @@ def _save(trainer: Trainer, folder: Path) -> None:
 
 
 def _probe(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Token ids and mask of a few training rows. Each has shape (rows, tokens)."""
+    """Token ids and mask of the beginning of a few training rows. Each has shape (rows, tokens)."""
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(min(4, len(trainer.train_dataset)))])
-    return {name: batch[name].to(trainer.accelerator.device) for name in ("input_ids", "attention_mask")}
+    parts = {name: batch[name][:, :PROBED] for name in ("input_ids", "attention_mask")}
+    return {name: part.to(trainer.accelerator.device) for name, part in parts.items()}
 
 
 def _merge(trainer: Trainer, folder: Path) -> PreTrainedModel:

@@ -153,7 +153,8 @@ def test_by_default_nothing_is_reported_and_no_telemetry_is_sent(monkeypatch, tm
     ("logged_in", "wanted", "mode"),
     [(True, None, None), (True, "online", None), (False, None, "offline"), (False, "online", "offline")],
 )
-def test_a_login_sends_the_run_and_none_keeps_it_here(logged_in, wanted, mode, monkeypatch, capsys):
+def test_a_login_sends_the_run_and_none_keeps_it_here(logged_in, wanted, mode, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     settings = SimpleNamespace(mode=wanted or "online")
     monkeypatch.setattr(wandb, "setup", lambda: SimpleNamespace(settings=settings))
     monkeypatch.setattr(wandb, "login", lambda prompt, verify: logged_in and not prompt and not verify)

@@ -65,8 +65,8 @@ def _run(stage: Stage, clock: Clock) -> int:
         key, held = stage.key(), read_json(stage.folder / "stage.json").get("key")
         launch = launch.going_on(anew=held != key, keep=held is None)  # None: no run of a comparison
         if held or not stage.folder.exists():
-            claim(stage.folder)
-            write_json(stage.folder / "stage.json", {"key": key})
+            claim(stage.folder, "stage.json")  # a stage that is made anew keeps it
+        write_json(stage.folder / "stage.json", {"key": key})
     status = launch.run()
     if not status:
         clock.took.setdefault(stage.kind, []).append(time.monotonic() - begun)

@@ -34,7 +34,7 @@ from dpo_recipes.precision import in_float32
 from dpo_recipes.reference_cache import precompute_ref_logps
 from dpo_recipes.shared_prefix.head import FrozenHeadLogProb
 from dpo_recipes.shared_prefix.packing import PLAN, SharedPrefixCollator, install
-from dpo_recipes.shared_prefix.support import why_not
+from dpo_recipes.shared_prefix.support import changeable, why_not
 from dpo_recipes.tokenization import prepare_dataset
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ class SharedPrefixDPOTrainer(DPOTrainer):
             raise RecipeError(f"shared_prefix={shared_prefix} is none of auto, true, false.")
         self.sharing: bool | None = None  # not known before the model is there
         self.agrees_with_trl = False
+        self.changeable: dict[Any, list[Any]] = {}  # by model, the modules that are looked at in every step
         super().__init__(*args, **kwargs)
         self._install()
 
@@ -96,7 +97,10 @@ class SharedPrefixDPOTrainer(DPOTrainer):
     def _check_models(self) -> None:
         """Fall back if a model cannot share prompts, or no longer can: its settings may be changed at any time."""
         for model in self._models():
-            if self.sharing and (reason := why_not(self, model, tested_only=self.shared_prefix == "auto")):
+            if model not in self.changeable:
+                self.changeable[model] = changeable(model)
+            asked: dict[str, Any] = dict(modules=self.changeable[model], tested_only=self.shared_prefix == "auto")
+            if self.sharing and (reason := why_not(self, model, **asked)):
                 self._fall_back(reason)
 
     def _fall_back(self, reason: str) -> None:
@@ -125,7 +129,9 @@ class SharedPrefixDPOTrainer(DPOTrainer):
         """The batch to compute with; meanwhile TRL's head function and LoRA switch give way to leaner ones."""
         if self.sharing and PLAN in inputs:
             self._check_models()
-            if self.sharing and not inputs[PLAN].belongs_to(inputs):
+            # On a card every number that is read back makes it wait, so there the first batch speaks for all.
+            look = not (self.agrees_with_trl and inputs["input_ids"].is_cuda)
+            if self.sharing and look and not inputs[PLAN].belongs_to(inputs):
                 self._fall_back("batches that were changed after the data collator")
             if self.sharing and not self.agrees_with_trl:
                 self._compare_with_trl(inputs)

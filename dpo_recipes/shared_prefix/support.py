@@ -1,5 +1,6 @@
 """What may share prompts: whatever was shown to give plain TRL's results, and nothing else."""
 
+from collections.abc import Sequence
 from inspect import signature
 
 from peft import PeftModel
@@ -23,12 +24,25 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 """Other layers carry a state from token to token, which a packed row would carry into the next sequence."""
 
 
-def why_not(trainer: DPOTrainer, model: PreTrainedModel | PeftModel, *, tested_only: bool = True) -> str | None:
+def changeable(model: Module) -> list[Module]:
+    """The modules whose state decides whether a model may share prompts: those with dropout or checkpointing."""
+    marks = ("attention_dropout", "gradient_checkpointing")
+    return [each for each in model.modules() if isinstance(each, Dropout) or any(hasattr(each, mark) for mark in marks)]
+
+
+def why_not(
+    trainer: DPOTrainer,
+    model: PreTrainedModel | PeftModel,
+    *,
+    modules: Sequence[Module],
+    tested_only: bool = True,
+) -> str | None:
     """Why a model must run as plain TRL, or None where it may share prompts.
 
     Args:
         trainer: A built DPOTrainer.
         model: Its policy or its reference model.
+        modules: What `changeable` found in the model.
         tested_only: False asks only what is known to go wrong, not what has been tested.
     """
     compiled = any(isinstance(each, OptimizedModule) for each in (trainer.model, trainer.ref_model))
@@ -39,9 +53,9 @@ def why_not(trainer: DPOTrainer, model: PreTrainedModel | PeftModel, *, tested_o
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     processes = trainer.accelerator.distributed_type.value  # DeepSpeed, FSDP, parallelism within a sequence
     experts = ("output_router_logits", "num_experts", "num_local_experts", "n_routed_experts")
-    rates = [each.p if isinstance(each, Dropout) else getattr(each, "attention_dropout", 0) for each in model.modules()]
+    rates = [each.p if isinstance(each, Dropout) else getattr(each, "attention_dropout", 0) for each in modules]
     reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-    reentrant = reentrant or any(map(_is_reentrant, model.modules()))
+    reentrant = reentrant or any(map(_is_reentrant, modules))
     noise = args.neftune_noise_alpha or getattr(base.get_input_embeddings(), "neftune_noise_alpha", None)
     dtype = {"no": str(base.dtype).removeprefix("torch."), "bf16": "bfloat16", "fp16": "float16"}.get(
         trainer.accelerator.mixed_precision, "other"
