@@ -268,11 +268,13 @@ def test_a_frozen_process_of_two_ends_the_run_soon_after_a_signal(
 
 
 def test_a_process_that_works_or_waits_for_a_disk_is_not_frozen() -> None:
-    busy, idle = processes.STANDSTILL / 2, 0.1
-    assert not processes._is_frozen(100.0, 100.0 + busy, {"running", "sleeping"})
-    assert not processes._is_frozen(100.0, 100.0 + idle, {"disk-sleep", "sleeping"})
-    assert processes._is_frozen(100.0, 100.0 + idle, {"sleeping"})
-    assert processes._is_frozen(100.0, 100.0 + busy, {"running", "stopped"}), "a process that spins while it waits"
+    before, worker = {1: 100.0}, {2: 50.0}
+    busy, idle = {1: 100.0 + processes.STANDSTILL / 2}, {1: 100.1}
+    assert not processes._is_frozen(before, busy, {"running", "sleeping"})
+    assert not processes._is_frozen(before | worker, busy, {"running"}), "a worker that has ended takes nothing away"
+    assert not processes._is_frozen(before, idle, {"disk-sleep", "sleeping"})
+    assert processes._is_frozen(before, idle, {"sleeping"})
+    assert processes._is_frozen(before, busy, {"running", "stopped"}), "a process that spins while it waits"
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
