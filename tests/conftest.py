@@ -26,6 +26,10 @@ REPOSITORY = Path(__file__).parent.parent
 RECIPES = REPOSITORY / "recipes"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fault-seed", type=int, default=0, help="draws the moments at which tests/faults kills commands")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Llama of two layers and a byte tokenizer with a chat template."""
