@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from dpo_recipes.files import MANIFEST, read_json
 
 Phases = dict[str, Callable[[str, Path], bool]]
 """By name, in their order, what is true as soon as a phase has begun: of what was printed, and of the output folder."""
+
+Fault = tuple[str, float, Callable[[subprocess.Popen], object]]
+Ending = tuple[dict[str, float], int]
 
 
 def prints(text: str) -> Callable[[str, Path], bool]:
@@ -58,22 +62,29 @@ EVALUATION: Phases = {
     "pages": has("eval.json"),
 }
 
+COMPARISON: Phases = {
+    **{f"stage {number}": prints(f"Stage {number} of 4") for number in range(1, 5)},
+    "answers": prints("Answers of "),
+    "report": has("answers/ppo-0.1-0.json"),
+}
 
-def run(command: list[str], folder: Path, phases: Phases, *, output: str, kill: tuple[str, float] | None = None):
-    """Seconds after the start at which a command came into each phase, and its exit status.
+
+def run(command: list[str], folder: Path, phases: Phases, *, output: str, at: Fault | None = None) -> Ending:
+    """Runs a command to its end; returns the seconds after which each phase began, and the exit status.
 
     Args:
         command: What a user types.
         folder: Where.
         phases: To be told apart.
         output: The output folder, within `folder`.
-        kill: A phase, and the seconds after its beginning, at which every process of the command is killed.
+        at: A phase, the seconds after its beginning, and what is then done to the process.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     log, times, begun = folder / "log", {}, time.monotonic()
     with log.open("wb") as stream:
         options = dict(stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
-        process = subprocess.Popen(command, cwd=folder, **options)
+        hang_up = dict(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # nohup has it ignored
+        process = subprocess.Popen(command, cwd=folder, **options, **hang_up)
     try:
         while process.poll() is None:
             said, now = log.read_text(errors="replace"), time.monotonic() - begun
@@ -81,8 +92,9 @@ def run(command: list[str], folder: Path, phases: Phases, *, output: str, kill: 
             times |= {
                 name: now for name, begins in phases.items() if name not in times and begins(said, folder / output)
             }
-            if kill and now >= times.get(kill[0], 600) + kill[1]:
-                break
+            if at and now >= times.get(at[0], 600) + at[1]:
+                at[2](process)
+                at = None
             time.sleep(0.002)
     finally:
         kill_all(process)
@@ -114,9 +126,18 @@ def is_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> boo
     return bool(one) and one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def losses(run: Path, last: int) -> list[tuple[int, float]]:
+def came_to_the_same(there: Path, whole: Path, told: str) -> None:
+    """Asserts that two runs have the same weights, losses, updates and files."""
+    assert is_same(weights(there), weights(whole)), told
+    assert losses(there) == losses(whole), told
+    assert read_json(there / "done.json")["updates"] == read_json(whole / "done.json")["updates"], told
+    assert names(there) == names(whole), told
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
     """Update and loss of every log up to the last checkpoint."""
-    history = json.loads((run / f"checkpoint-{last}" / "trainer_state.json").read_text())["log_history"]
+    last = max(run.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
     return [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
 
 

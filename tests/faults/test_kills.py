@@ -2,20 +2,26 @@
 
 import json
 import shutil
-from functools import cache
-from pathlib import Path
 
 import pytest
 from conftest import run_forked
-from kills import EVALUATION, TRAINING, is_same, losses, moment, names, prints, run, weights
+from kills import (
+    COMPARISON,
+    EVALUATION,
+    TRAINING,
+    came_to_the_same,
+    is_same,
+    kill_all,
+    moment,
+    names,
+    prints,
+    run,
+    weights,
+)
 
 pytestmark = pytest.mark.faults
 
-UPDATES = 6
-FEW = ["--max_steps", "6", "--save_steps", "2", "--eval_steps", "3", "--logging_steps", "1", "--eval_pairs", "2"]
-FEW += ["--pairs_per_update", "4", "--per_device_train_batch_size", "2", "--learning_rate", "1e-3"]
-ONLINE = ["--generation_batch_size", "8", "--num_iterations", "1", "--max_prompt_length", "200"]
-ONLINE += ["--max_completion_length", "8"]
+pytest_plugins = ["undisturbed"]
 PHASES = {
     "hh-rlhf-sft": [
         "start",
@@ -35,49 +41,6 @@ PHASES = {
 SOON = {("hh-rlhf-sft", "merging"), ("hh-rlhf-lora", "checkpoint"), ("hh-rlhf-ppo", "later steps")}
 
 
-@pytest.fixture(scope="session")
-def seed(request):
-    return request.config.getoption("fault_seed")
-
-
-@pytest.fixture(scope="session")
-def train(dpo_recipes, tiny_model, reward_model, hh_rows):
-    """The command that trains a recipe on tiny models, into the folder `run`."""
-
-    def train(name, *more):
-        models = ["--model_name_or_path", str(tiny_model), "--dataset_name", str(hh_rows)]
-        online = [*ONLINE, "--reward_model_name_or_path", str(reward_model)] if name.endswith("ppo") else []
-        return [
-            str(dpo_recipes),
-            "train",
-            name,
-            "--profile",
-            "cpu",
-            *models,
-            *FEW,
-            *online,
-            "--output_dir",
-            "run",
-            *more,
-        ]
-
-    return train
-
-
-@pytest.fixture(scope="session")
-def undisturbed(train, tmp_path_factory):
-    """A training that nothing disturbs: its folder, and when it came into each phase."""
-
-    @cache
-    def undisturbed(name) -> tuple[Path, dict[str, float]]:
-        folder = tmp_path_factory.mktemp(name)
-        times, status = run(train(name), folder, TRAINING, output="run")
-        assert status == 0, (folder / "log").read_text()
-        return folder / "run", times
-
-    return undisturbed
-
-
 @pytest.mark.parametrize(
     ("name", "phase"),
     [
@@ -89,17 +52,14 @@ def undisturbed(train, tmp_path_factory):
 def test_a_killed_training_goes_on_to_the_same_weights(name, phase, train, undisturbed, seed, tmp_path):
     whole, times = undisturbed(name)
     delay = moment(phase, times, f"{seed} {name} {phase}")
-    _, killed = run(train(name), tmp_path, TRAINING, output="run", kill=(phase, delay))
+    _, killed = run(train(name), tmp_path, TRAINING, output="run", at=(phase, delay, kill_all))
     there = tmp_path / "run"
     told = f"--fault-seed {seed}: killed {delay:.3f} s into {phase}, status {killed}\n{(tmp_path / 'log').read_text()}"
     resume = ["--resume_from_checkpoint", "true"] if any(there.glob("checkpoint-*")) else []
     _, status = run(train(name, *resume), tmp_path, TRAINING, output="run")
     told += (tmp_path / "log").read_text()
     assert status == 0, told
-    assert is_same(weights(there), weights(whole)), told
-    assert losses(there, UPDATES) == losses(whole, UPDATES), told
-    assert json.loads((there / "done.json").read_text())["updates"] == UPDATES, told
-    assert names(there) == names(whole), told
+    came_to_the_same(there, whole, told)
     again = run_forked(*train(name)[1:], cwd=tmp_path)
     assert "holds this run, finished: nothing to do" in again.stdout, told + again.stdout + again.stderr
 
@@ -138,7 +98,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_results(
     times, status = run(evaluate(whole), whole, EVALUATION, output="run")
     assert status == 0, (whole / "log").read_text()
     delay, call = moment(phase, times, f"{seed} evaluate {phase}"), evaluate(folder)
-    _, killed = run(call, folder, EVALUATION, output="run", kill=(phase, delay))
+    _, killed = run(call, folder, EVALUATION, output="run", at=(phase, delay, kill_all))
     told = f"--fault-seed {seed}: killed {delay:.3f} s into {phase}, status {killed}\n{(folder / 'log').read_text()}"
     kept = {file: file.stat().st_mtime_ns for file in (folder / "run" / "eval" / "answers").glob("*.json")}
     _, status = run(call, folder, EVALUATION, output="run")
@@ -159,7 +119,7 @@ def test_a_killed_sweep_trains_no_finished_run_again(at, train, seed, tmp_path):
     times, status = run(call, whole, numbers, output="run")
     assert status == 0, (whole / "log").read_text()
     delay = moment(at, times, f"{seed} {at}")
-    run(call, folder, numbers, output="run", kill=(at, delay))
+    run(call, folder, numbers, output="run", at=(at, delay, kill_all))
     told = f"--fault-seed {seed}: killed {delay:.3f} s after {at}\n{(folder / 'log').read_text()}"
     finished = {file: file.stat().st_mtime_ns for file in (folder / "run").glob("*/done.json")}
     _, status = run(call, folder, numbers, output="run")
@@ -170,3 +130,30 @@ def test_a_killed_sweep_trains_no_finished_run_again(at, train, seed, tmp_path):
     for point in ("seed=1", "seed=2"):
         assert is_same(weights(folder / "run" / point), weights(whole / "run" / point)), told
     assert names(folder / "run") == names(whole / "run"), told
+
+
+def test_a_comparison_killed_again_and_again_comes_to_the_same_results(
+    seed, dpo_recipes, tiny_model, hh_rows, tmp_path
+):
+    """In the judge's training, DPO, PPO, among the answers and in the report; what is finished is trained no more."""
+    few = (
+        "--max_length 256 --pairs_per_update 4 --per_device_train_batch_size 4 --max_completion_length 8 --save_steps 1"
+    )
+    few += " --generation_batch_size 8 --num_iterations 2 --dpo.max_steps 4 --reward.max_steps 3 --eval_strategy no"
+    call = f"{dpo_recipes} compare hh-rlhf-lora --profile cpu --seeds 0 --prompts 4 {few} --warmup_steps 0".split()
+    call += ["--dataset_name", str(hh_rows), "--model_name_or_path", str(tiny_model), "--output_dir", "out"]
+    folder, whole = tmp_path / "killed", tmp_path / "whole"
+    folder.mkdir(), whole.mkdir()
+    times, status = run(call, whole, COMPARISON, output="out")
+    assert status == 0, (whole / "log").read_text()
+    told, finished = "", {}
+    for phase in ("stage 1", "stage 2", "stage 4", "answers", "report", None):
+        delay = moment(phase, times, f"{seed} compare {phase}") if phase else 0.0
+        _, status = run(call, folder, COMPARISON, output="out", at=(phase, delay, kill_all) if phase else None)
+        told += f"--fault-seed {seed}: killed {delay:.3f} s into {phase}\n{(folder / 'log').read_text()}"
+        assert {file: file.stat().st_mtime_ns for file in finished} == finished, told
+        finished = {file: file.stat().st_mtime_ns for file in (folder / "out").glob("*/done.json")}
+    assert status == 0, told
+    assert len(finished) == 4, told
+    of = [json.loads((place / "out" / "results.json").read_text())["runs"] for place in (folder, whole)]
+    assert of[0] == of[1], told
