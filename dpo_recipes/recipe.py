@@ -182,9 +182,9 @@ def parse_recipe(
     asked = _is_asked(training_args.resume_from_checkpoint)
     try:
         if _is_finished(script_args, training_args, asked=asked):
-            say(
-                f"{training_args.output_dir} holds this run, finished: nothing to do. --overwrite true trains it again."
-            )
+            folder = Path(training_args.output_dir)
+            lacks = "" if (folder / "report.html").exists() else f" Its page is missing: dpo-recipes page {folder}."
+            say(f"{folder} holds this run, finished: nothing to do.{lacks} --overwrite true trains it again.")
             if not script_args.dry_run:
                 raise SystemExit(0)
             return parsed
@@ -449,7 +449,7 @@ def run(main: Callable[[], object]) -> None:
         _leave(130, "Interrupted outside of training. What was saved before is kept.")
     except Exception as error:
         text = str(error)
-        if _is_disk_full(error):
+        if is_disk_full(error):
             _leave(1, f"A disk is full. {_about_the_disk(error)}")
         if blamed := _blame(text):
             _leave(2, blamed)
@@ -499,7 +499,8 @@ def _about_the_disk(error: Exception) -> str:
     )
 
 
-def _is_disk_full(error: Exception) -> bool:
+def is_disk_full(error: Exception) -> bool:
+    """Returns True if an error of Python, safetensors or torch says that a disk is full."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     # safetensors and torch.save raise errors of their own, and the last one names no reason.

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_recipes.files import MANIFEST, read_json
+from dpo_recipes.run_page import remake
 
 Phases = dict[str, Callable[[str, Path], bool]]
 """By name, in their order, what is true as soon as a phase has begun: of what was printed, and of the output folder."""
@@ -53,6 +54,7 @@ TRAINING: Phases = {
     "merging": has(".merged"),
     "pages": has("metrics.json"),
     "page": has("done.json"),
+    "exit": has("report.html"),
 }
 EVALUATION: Phases = {
     "start": lambda *_: True,
@@ -127,7 +129,13 @@ def is_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> boo
 
 
 def came_to_the_same(there: Path, whole: Path, told: str) -> None:
-    """Asserts that two runs have the same weights, losses, updates and files."""
+    """Asserts that two runs have the same weights, losses, updates and files.
+
+    One that was stopped after `done.json` was written is finished; its page is made by the command that it names.
+    """
+    if not (there / "report.html").exists():
+        assert "Its page is missing: dpo-recipes page" in told, told
+        remake(str(there))
     assert is_same(weights(there), weights(whole)), told
     assert losses(there) == losses(whole), told
     assert read_json(there / "done.json")["updates"] == read_json(whole / "done.json")["updates"], told

@@ -29,7 +29,7 @@ def disk(tmp_path):
 def fill(folder):
     """Writes until the disk is full."""
     with suppress(OSError), open(folder / "filler", "wb", buffering=0) as filler:
-        while filler.write(bytes(1024)):
+        while filler.write(bytes(2**20)):
             pass
 
 
@@ -45,7 +45,7 @@ def test_a_disk_that_fills_up_costs_no_update_that_was_saved(phase, train, undis
     _, status = run(call, tmp_path, TRAINING, output="disk/run", at=(phase, delay, lambda _: fill(disk)))
     told = f"--fault-seed {seed}: the disk was full {delay:.3f} s into {phase}\n{(tmp_path / 'log').read_text()}"
     assert status == 0 or (status == 1 and "A disk is full" in told), told
-    assert "Traceback" not in told or "WARNING" in told, told
+    assert "Traceback" not in told, told
     (disk / "filler").unlink()
     resume = ["--resume_from_checkpoint", "true"] if any(there.glob("checkpoint-*")) else []
     _, status = run([*call, *resume], tmp_path, TRAINING, output="disk/run")

@@ -23,20 +23,9 @@ pytestmark = pytest.mark.faults
 
 pytest_plugins = ["undisturbed"]
 PHASES = {
-    "hh-rlhf-sft": [
-        "start",
-        "model",
-        "steps",
-        "checkpoint",
-        "later steps",
-        "save",
-        "measuring",
-        "merging",
-        "pages",
-        "page",
-    ],
-    "hh-rlhf-lora": ["model", "steps", "checkpoint", "later steps", "save", "measuring", "pages", "page"],
-    "hh-rlhf-ppo": ["model", "steps", "checkpoint", "later steps", "save", "measuring", "pages"],
+    "hh-rlhf-sft": set(TRAINING) - {"exit"},
+    "hh-rlhf-lora": set(TRAINING) - {"exit", "start", "merging"},
+    "hh-rlhf-ppo": set(TRAINING) - {"exit", "start", "merging", "page"},
 }
 SOON = {("hh-rlhf-sft", "merging"), ("hh-rlhf-lora", "checkpoint"), ("hh-rlhf-ppo", "later steps")}
 
@@ -46,7 +35,8 @@ SOON = {("hh-rlhf-sft", "merging"), ("hh-rlhf-lora", "checkpoint"), ("hh-rlhf-pp
     [
         pytest.param(name, phase, marks=[pytest.mark.slow] if (name, phase) in SOON else [])
         for name, phases in PHASES.items()
-        for phase in phases
+        for phase in TRAINING
+        if phase in phases
     ],
 )
 def test_a_killed_training_goes_on_to_the_same_weights(name, phase, train, undisturbed, seed, tmp_path):
@@ -76,18 +66,8 @@ def test_a_killed_evaluation_goes_on_to_the_same_results(
     def evaluate(folder):
         folder.mkdir()
         shutil.copytree(undisturbed("hh-rlhf-lora")[0], folder / "run")
-        call = [
-            dpo_recipes,
-            "evaluate",
-            "run",
-            "--profile",
-            "cpu",
-            "--dataset_name",
-            rows_of["hh"],
-            "--output_dir",
-            "run",
-        ]
-        call += ["--judge", reward_model, "--prompts", "2", "--max_new_tokens", "8"]
+        call = [dpo_recipes, "evaluate", "run", "--profile", "cpu", "--dataset_name", rows_of["hh"]]
+        call += ["--output_dir", "run", "--judge", reward_model, "--prompts", "2", "--max_new_tokens", "8"]
         return [str(word) for word in call]
 
     def results(folder):
