@@ -115,9 +115,13 @@ def kill_all(process: subprocess.Popen) -> None:
 
 
 def moment(phase: str, times: dict[str, float], seed: str) -> float:
-    """Seconds into a phase, drawn evenly from all that it took in the undisturbed command."""
-    end = min(other for other in times.values() if other > times[phase])
-    return random.Random(seed).random() * (end - times[phase])
+    """Seconds into a phase, drawn evenly from all that it took in the undisturbed command.
+
+    A phase that went by between two looks counts as none: the fault then comes as soon as it is seen.
+    """
+    begun = times.get(phase, times["end"])
+    end = min((other for other in times.values() if other > begun), default=begun)
+    return random.Random(seed).random() * (end - begun)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
