@@ -19,10 +19,10 @@ STALE := stale
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install train compare evaluate inspect doctor test test-all test-gpu lint typecheck bench recipes clean stale
+.PHONY: help install train compare evaluate inspect doctor test test-all test-faults test-gpu lint typecheck bench recipes clean stale
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo '  make train RECIPE=hh-rlhf-lora PROFILE=gpu ARGS="--beta 0.3 --max_steps 100"'
 
@@ -46,17 +46,20 @@ doctor: $(STAMP) ## is this machine ready: versions, arithmetic, speed, every re
 	@exec $(BIN)/dpo-recipes doctor $(if $(PROFILE),--profile $(PROFILE)) $(ARGS)
 
 # One thread for each of the WORKERS: two that fight for a core are many times slower.
-test test-all test-gpu: export OMP_NUM_THREADS = 1
-test test-all test-gpu bench: export HF_HUB_OFFLINE = 1
-test test-all test-gpu bench: export HF_HUB_DISABLE_TELEMETRY = 1
-test test-all test-gpu bench: export WANDB_MODE = offline
+test test-all test-faults test-gpu: export OMP_NUM_THREADS = 1
+test test-all test-faults test-gpu bench: export HF_HUB_OFFLINE = 1
+test test-all test-faults test-gpu bench: export HF_HUB_DISABLE_TELEMETRY = 1
+test test-all test-faults test-gpu bench: export WANDB_MODE = offline
 
 test: $(STAMP) ## the tests that need neither GPU nor network nor minutes; ARGS="-k launch" narrows them
 	@exec $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
 
 test-all: $(STAMP) ## those and the slow ones, which train for minutes
 	@exec $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations 25 \
-	  -m "not gpu and not network" $(ARGS)
+	  -m "not gpu and not network and (slow or not faults)" $(ARGS)
+
+test-faults: $(STAMP) ## kills, signals, full disks, bad input: docs/reliability.md; ARGS="--fault-seed 7" draws other moments
+	@exec $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations 25 -m faults tests/faults $(ARGS)
 
 test-gpu: $(STAMP) ## those that need a card; without one each is skipped, and says why
 	@exec $(BIN)/python -m pytest -q -rs -m gpu $(ARGS)

@@ -17,7 +17,7 @@ from dpo_recipes.doctor import add_parser as add_doctor
 from dpo_recipes.doctor import doctor
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.launch import BFLOAT16, card_memory, default_profile, gpu_cards, prepare, set_environment
-from dpo_recipes.secrecy import hide_flags
+from dpo_recipes.secrecy import hide, hide_flags, secrets_of
 from dpo_recipes.sweep import spelling, sweep
 from dpo_recipes.terminal import outlive_the_terminal, say, shown
 
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = {name: value for name, value in vars(options).items() if name != "command" and value is not None}
     if "trust_remote_code" in given:
         given["trust_remote_code"] = given["trust_remote_code"] == "true"
+    secrets = secrets_of(sys.argv if arguments is None else arguments)
     try:
         if options.command in ("merge", "try", "sample", "answer"):  # the others first see to their words
             set_environment()
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case _:
                 parser.print_help()
     except RecipeError as error:
-        sys.stderr.write(f"dpo-recipes: {shown(str(error))}\n")
+        sys.stderr.write(f"dpo-recipes: {shown(hide(str(error), secrets))}\n")
         return 2
     except KeyboardInterrupt:
         return 130

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
+
+from dpo_recipes.errors import RecipeError
 
 MANIFEST = ".dpo_recipes.json"
 """In a folder of ours: what runs wrote there, as `manifest` reads it."""
@@ -33,6 +36,18 @@ def write_bytes(path: str | Path, data: bytes, *, listed: bool = True) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def check_writable(folder: Path) -> None:
+    """Raises RecipeError unless files can be written into the folder, which is made where it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RecipeError(
+            f"Cannot write into {folder}: {error.strerror}. Name another place for the results."
+        ) from error
 
 
 def fingerprint(file: Path | IO[bytes]) -> str:

@@ -21,7 +21,7 @@ from trl import ModelConfig, RewardConfig, ScriptArguments, TrlParser
 from dpo_recipes.catalog import read_yaml
 from dpo_recipes.checkpoints import WEIGHTS_ALONE, checkpoints_of, incomplete_reason, latest_checkpoint
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
-from dpo_recipes.files import read_json
+from dpo_recipes.files import check_writable, read_json
 from dpo_recipes.manifest import refuse_strangers, was_cut_short
 from dpo_recipes.models import check_weights, full_model
 from dpo_recipes.secrecy import hide, hide_flags, secrets_of, take_secrets
@@ -190,9 +190,9 @@ def parse_recipe(
     asked = _is_asked(training_args.resume_from_checkpoint)
     try:
         if _is_finished(script_args, training_args, asked=asked):
-            say(
-                f"{training_args.output_dir} holds this run, finished: nothing to do. --overwrite true trains it again."
-            )
+            folder = Path(training_args.output_dir)
+            lacks = "" if (folder / "report.html").exists() else f" Its page is missing: dpo-recipes page {folder}."
+            say(f"{folder} holds this run, finished: nothing to do.{lacks} --overwrite true trains it again.")
             if not script_args.dry_run:
                 raise FinishedRun(0)
             return parsed
@@ -329,6 +329,7 @@ def _refuse_another_run(script_args: RecipeArguments, training_args: TrainingArg
     folder = Path(training_args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"{folder} is a file. Name a folder with --output_dir.")
+    check_writable(next(path for path in (folder, *folder.absolute().parents) if path.exists()))
     starts = {"model to start from": "model_name_or_path", "reward model": "reward_model_name_or_path"}
     for what, key in starts.items():
         start = script_args.settings.get(key)
@@ -454,17 +455,18 @@ def run(main: Callable[[], object]) -> None:
     # trl 1.16 and peft 0.21 read the old names of what transformers 5.23 calls activation checkpointing.
     warnings.filterwarnings("ignore", r"`(is_gradient_checkpointing|gradient_checkpointing_\w+)` is", FutureWarning)
     outlive_the_terminal()
+    secrets = secrets_of(sys.argv)
     try:
         main()
     except RecipeError as error:
-        _leave(2, str(error))
+        _leave(2, hide(str(error), secrets))
     except UnhealthyRunError as error:
         _leave(1, str(error))
     except KeyboardInterrupt:
         _leave(130, "Interrupted outside of training. What was saved before is kept.")
     except Exception as error:
         text = str(error)
-        if _is_disk_full(error):
+        if is_disk_full(error):
             _leave(1, f"A disk is full. {_about_the_disk(error)}")
         if blamed := _blame(text):
             _leave(2, blamed)
@@ -514,7 +516,8 @@ def _about_the_disk(error: Exception) -> str:
     )
 
 
-def _is_disk_full(error: Exception) -> bool:
+def is_disk_full(error: Exception) -> bool:
+    """Returns True if an error of Python, safetensors or torch says that a disk is full."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     # safetensors and torch.save raise errors of their own, and the last one names no reason.

@@ -37,7 +37,7 @@ from dpo_recipes.manifest import NEW_FILES, claim, clear, declare, settle
 from dpo_recipes.models import open_model
 from dpo_recipes.outcome import Outcome, Score, measure, not_measured, readable, sharded
 from dpo_recipes.ppo import PPOTrainer
-from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, RecipeArguments, settings_hash
+from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, RecipeArguments, is_disk_full, settings_hash
 from dpo_recipes.record import LIBRARIES, cost, data_hash, hardware, model_card, weights_hash
 from dpo_recipes.report import plot_curves, side_by_side, table
 from dpo_recipes.rewards import Text, check_reloads
@@ -285,7 +285,7 @@ class _Later:
                 raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             self.failures.append(f"{what} failed ({textwrap.shorten(reason, 300)}). Repeat it with: {command}")
-            logger.warning(self.failures[-1], exc_info=error)
+            logger.warning(self.failures[-1], exc_info=None if is_disk_full(error) else error)
 
 
 def _write(trainer: Trainer, script_args: RecipeArguments, outcome: Outcome, later: _Later) -> None:

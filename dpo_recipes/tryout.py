@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, TextStreamer
 from dpo_recipes.checkpoints import MERGING, check_saved, merge_adapter, replace_adapter
 from dpo_recipes.dataset_adapters import DROP_REASONS, Drop
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.files import read_json, write_json
+from dpo_recipes.files import check_writable, read_json, write_json
 from dpo_recipes.manifest import NEW_FILES, declare, settle
 from dpo_recipes.models import changes_layers, identify, open_model, read_adapter, run_settings
 from dpo_recipes.rewards import check_reloads
@@ -23,18 +23,6 @@ from dpo_recipes.terminal import say, shown
 
 MERGE_FILE = "merge.json"
 PROBE = "What the model says of this must stay the same."
-
-
-def check_writable(folder: Path) -> None:
-    """Raises RecipeError unless files can be written into the folder, which is made where it is missing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise RecipeError(
-            f"Cannot write into {folder}: {error.strerror}. Name another place for the results."
-        ) from error
 
 
 def merge(run: str, output_dir: str | None = None, *, base: str | None = None, trust_remote_code: bool = False) -> Path:

@@ -26,6 +26,10 @@ REPOSITORY = Path(__file__).parent.parent
 RECIPES = REPOSITORY / "recipes"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fault-seed", type=int, default=0, help="draws the moments at which tests/faults kills commands")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Llama of two layers and a byte tokenizer with a chat template."""
@@ -64,7 +68,12 @@ def run_command(*command: str | Path, cwd: Path, timeout: int = 300, **environme
 
 
 def run_train(*words: str | Path, cwd: Path, timeout: int = 300) -> subprocess.CompletedProcess:
-    """What `dpo-recipes train` does, in a fork of this process, which has imported what takes a new one ten seconds.
+    """What `dpo-recipes train` does, in a fork of this process."""
+    return run_forked("train", *words, cwd=cwd, timeout=timeout)
+
+
+def run_forked(*words: str | Path, cwd: Path, timeout: int = 300) -> subprocess.CompletedProcess:
+    """What `dpo-recipes` does, in a fork of this process, which has imported what takes a new one ten seconds.
 
     Only accelerate is left out, by which the other processes of a run are started.
     """
@@ -72,8 +81,8 @@ def run_train(*words: str | Path, cwd: Path, timeout: int = 300) -> subprocess.C
 
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("stdout", "stderr")]
-        call = ["train", *map(str, words)]
-        child = multiprocessing.get_context("fork").Process(target=_train, args=(call, cwd, files))
+        call = [*map(str, words)]
+        child = multiprocessing.get_context("fork").Process(target=_run, args=(call, cwd, files))
         child.start()
         child.join(timeout)
         if child.exitcode is None:
@@ -82,7 +91,7 @@ def run_train(*words: str | Path, cwd: Path, timeout: int = 300) -> subprocess.C
         return subprocess.CompletedProcess(call, child.exitcode, *(file.read_text() for file in files))
 
 
-def _train(call: list[str], cwd: Path, files: list[Path]) -> None:
+def _run(call: list[str], cwd: Path, files: list[Path]) -> None:
     import torch
     from accelerate.state import AcceleratorState, GradientState
 
@@ -102,6 +111,7 @@ def _train(call: list[str], cwd: Path, files: list[Path]) -> None:
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     os.chdir(cwd)
+    sys.argv = ["dpo-recipes", *call]
     warnings.resetwarnings()
     logging.getLogger().handlers.clear()  # pytest's
     AcceleratorState._reset_state(reset_partial_state=True)  # of the tests before

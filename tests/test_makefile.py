@@ -19,6 +19,7 @@ TARGETS = [
     "doctor",
     "test",
     "test-all",
+    "test-faults",
     "test-gpu",
     "lint",
     "typecheck",

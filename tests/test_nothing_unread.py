@@ -167,13 +167,21 @@ def test_whole_conversations_as_json_text_need_no_prompt():
 
 @pytest.mark.parametrize(
     "text",
-    ["[{'role': 'user', 'content': 'Hi'}\n {'role': 'assistant', 'content': 'Ho'}]", '[{"role": "user", "conte]'],
+    [
+        "[{'role': 'user', 'content': 'Hi'}\n {'role': 'assistant', 'content': 'Ho'}]",
+        '[{"role": "user", "conte]',
+        '[{"role": "assistant", "content": "cut sho',
+        "{'from': 'gpt', 'value': 'cut",
+    ],
 )
 def test_messages_that_cannot_be_parsed_are_refused(text):
     assert adapted(preference_jsonl, [{**ROW, "chosen": text}])[1] == {"messages_unreadable": 1}
 
 
-@pytest.mark.parametrize("text", ['{"answer": 42}', "[1, 2]", "[link] and {braces}", '{"role": "admin"}', "[{not json"])
+@pytest.mark.parametrize(
+    "text",
+    ['{"answer": 42}', "[1, 2]", "[link] and {braces}", '{"role": "user"} is one.', '{"role": "admin"}', "[{not json"],
+)
 def test_answers_that_only_look_like_json_stay_text(text):
     [pair], _, _ = adapted(preference_jsonl, [{**ROW, "chosen": text}])
     assert pair["chosen"] == [turn("assistant", text)]

@@ -264,7 +264,8 @@ def test_a_finished_run_says_so_and_is_left_as_it_is(parse, held_run, flags, cap
     with pytest.raises(SystemExit) as caught:
         parse(*flags)
     assert caught.value.code == 0
-    assert "outputs/x holds this run, finished: nothing to do." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "outputs/x holds this run, finished: nothing to do. Its page is missing: dpo-recipes page outputs/x." in said
     assert contents(held_run) == before
 
 

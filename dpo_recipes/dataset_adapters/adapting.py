@@ -253,7 +253,8 @@ def _deserialised(value: Any) -> Any:
         turns = [found] if isinstance(found, dict) else found
         are_messages = isinstance(turns, list) and turns and all(_is_message(turn) for turn in turns)
         return turns if are_messages else value
-    if re.match(_SERIALISED, value) and value.rstrip().endswith(("]", "}", ")")):
+    is_cut = value.count("{") > value.count("}")
+    if re.match(_SERIALISED, value) and (is_cut or value.rstrip().endswith(("]", "}", ")"))):
         raise Drop("messages_unreadable")
     return value
 

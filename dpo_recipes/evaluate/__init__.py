@@ -23,7 +23,7 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluate.general import find_tasks, general_tasks
 from dpo_recipes.evaluate.report import write_report
 from dpo_recipes.evaluate.results import SIDES, answer_pairs, judging, measures, preference
-from dpo_recipes.files import MANIFEST, read_json
+from dpo_recipes.files import MANIFEST, check_writable, read_json
 from dpo_recipes.judges import Judged, expected_cost, open_judge
 from dpo_recipes.manifest import claim
 from dpo_recipes.models import changes_layers, check_weights, identify, read_adapter, run_settings
@@ -32,7 +32,7 @@ from dpo_recipes.preflight.inspect import dataset_recipe, parse_namespace
 from dpo_recipes.recipe import DONE_FILE, load_tokenizer
 from dpo_recipes.record import LIBRARIES, hardware, weights_hash
 from dpo_recipes.terminal import say
-from dpo_recipes.tryout import check_writable, find_start
+from dpo_recipes.tryout import find_start
 
 OF_DATA = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "columns", "max_length")
 SHOWN = 4  # prompts with both answers

@@ -1,0 +1,139 @@
+"""Commands that are killed at any moment go on, lose nothing that was finished, and come to the same result."""
+
+import json
+import shutil
+
+import pytest
+from conftest import run_forked
+from kills import (
+    COMPARISON,
+    EVALUATION,
+    TRAINING,
+    came_to_the_same,
+    is_same,
+    kill_all,
+    moment,
+    names,
+    prints,
+    run,
+    weights,
+)
+
+pytestmark = pytest.mark.faults
+
+pytest_plugins = ["undisturbed"]
+PHASES = {
+    "hh-rlhf-sft": set(TRAINING) - {"exit"},
+    "hh-rlhf-lora": set(TRAINING) - {"exit", "start", "merging"},
+    "hh-rlhf-ppo": set(TRAINING) - {"exit", "start", "merging", "page"},
+}
+SOON = {("hh-rlhf-sft", "merging"), ("hh-rlhf-lora", "checkpoint")}  # `make test-all` runs these too
+
+
+@pytest.mark.parametrize(
+    ("name", "phase"),
+    [
+        pytest.param(name, phase, marks=[pytest.mark.slow] if (name, phase) in SOON else [])
+        for name, phases in PHASES.items()
+        for phase in TRAINING
+        if phase in phases
+    ],
+)
+def test_a_killed_training_goes_on_to_the_same_weights(name, phase, train, undisturbed, seed, tmp_path):
+    whole, times = undisturbed(name)
+    delay = moment(phase, times, f"{seed} {name} {phase}")
+    _, killed = run(train(name), tmp_path, TRAINING, output="run", at=(phase, delay, kill_all))
+    there = tmp_path / "run"
+    told = f"--fault-seed {seed}: killed {delay:.3f} s into {phase}, status {killed}\n{(tmp_path / 'log').read_text()}"
+    resume = ["--resume_from_checkpoint", "true"] if any(there.glob("checkpoint-*")) else []
+    _, status = run(train(name, *resume), tmp_path, TRAINING, output="run")
+    told += (tmp_path / "log").read_text()
+    assert status == 0, told
+    came_to_the_same(there, whole, told)
+    again = run_forked(*train(name)[1:], cwd=tmp_path)
+    assert "holds this run, finished: nothing to do" in again.stdout, told + again.stdout + again.stderr
+
+
+@pytest.mark.parametrize(
+    "phase",
+    ["answers of the start", pytest.param("answers of the run", marks=pytest.mark.slow), "judging", "pages"],
+)
+def test_a_killed_evaluation_goes_on_to_the_same_results(
+    phase, undisturbed, seed, dpo_recipes, reward_model, rows_of, tmp_path
+):
+    """Answers that are there are kept."""
+
+    def evaluate(folder):
+        folder.mkdir()
+        shutil.copytree(undisturbed("hh-rlhf-lora")[0], folder / "run")
+        call = [dpo_recipes, "evaluate", "run", "--profile", "cpu", "--dataset_name", rows_of["hh"]]
+        call += ["--output_dir", "run", "--judge", reward_model, "--prompts", "2", "--max_new_tokens", "8"]
+        return [str(word) for word in call]
+
+    def results(folder):
+        found = json.loads((folder / "run" / "eval.json").read_text())
+        return {key: value for key, value in found.items() if key != "made"}
+
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    times, status = run(evaluate(whole), whole, EVALUATION, output="run")
+    assert status == 0, (whole / "log").read_text()
+    delay, call = moment(phase, times, f"{seed} evaluate {phase}"), evaluate(folder)
+    _, killed = run(call, folder, EVALUATION, output="run", at=(phase, delay, kill_all))
+    told = f"--fault-seed {seed}: killed {delay:.3f} s into {phase}, status {killed}\n{(folder / 'log').read_text()}"
+    kept = {file: file.stat().st_mtime_ns for file in (folder / "run" / "eval" / "answers").glob("*.json")}
+    _, status = run(call, folder, EVALUATION, output="run")
+    told += (folder / "log").read_text()
+    assert status == 0, told
+    assert results(folder) == results(whole), told
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept, told
+    assert len(kept) >= ["answers of the start", "answers of the run", "judging", "pages"].index(phase), told
+    assert names(folder / "run") == names(whole / "run"), told
+
+
+@pytest.mark.parametrize("at", ["Sweep, run 1 of 2", "Sweep, run 2 of 2"])
+def test_a_killed_sweep_trains_no_finished_run_again(at, train, seed, tmp_path):
+    numbers = {f"Sweep, run {number} of 2": prints(f"Sweep, run {number} of 2") for number in (1, 2)}
+    call = train("hh-rlhf-sft", "--sweep", "seed=1,2")
+    folder, whole = tmp_path / "killed", tmp_path / "whole"
+    folder.mkdir(), whole.mkdir()
+    times, status = run(call, whole, numbers, output="run")
+    assert status == 0, (whole / "log").read_text()
+    delay = moment(at, times, f"{seed} {at}")
+    run(call, folder, numbers, output="run", at=(at, delay, kill_all))
+    told = f"--fault-seed {seed}: killed {delay:.3f} s after {at}\n{(folder / 'log').read_text()}"
+    finished = {file: file.stat().st_mtime_ns for file in (folder / "run").glob("*/done.json")}
+    _, status = run(call, folder, numbers, output="run")
+    told += (folder / "log").read_text()
+    assert status == 0, told
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished, told
+    assert len(finished) >= int(at.split()[2]) - 1, told
+    for point in ("seed=1", "seed=2"):
+        assert is_same(weights(folder / "run" / point), weights(whole / "run" / point)), told
+    assert names(folder / "run") == names(whole / "run"), told
+
+
+def test_a_comparison_killed_again_and_again_comes_to_the_same_results(
+    seed, dpo_recipes, tiny_model, hh_rows, tmp_path
+):
+    """In the judge's training, DPO, PPO, among the answers and in the report; what is finished is trained no more."""
+    few = (
+        "--max_length 256 --pairs_per_update 4 --per_device_train_batch_size 4 --max_completion_length 8 --save_steps 1"
+    )
+    few += " --generation_batch_size 8 --num_iterations 2 --dpo.max_steps 4 --reward.max_steps 3 --eval_strategy no"
+    call = f"{dpo_recipes} compare hh-rlhf-lora --profile cpu --seeds 0 --prompts 4 {few} --warmup_steps 0".split()
+    call += ["--dataset_name", str(hh_rows), "--model_name_or_path", str(tiny_model), "--output_dir", "out"]
+    folder, whole = tmp_path / "killed", tmp_path / "whole"
+    folder.mkdir(), whole.mkdir()
+    times, status = run(call, whole, COMPARISON, output="out")
+    assert status == 0, (whole / "log").read_text()
+    told, finished = "", {}
+    for phase in ("stage 1", "stage 2", "stage 4", "answers", "report", None):
+        delay = moment(phase, times, f"{seed} compare {phase}") if phase else 0.0
+        _, status = run(call, folder, COMPARISON, output="out", at=(phase, delay, kill_all) if phase else None)
+        told += f"--fault-seed {seed}: killed {delay:.3f} s into {phase}\n{(folder / 'log').read_text()}"
+        assert {file: file.stat().st_mtime_ns for file in finished} == finished, told
+        finished = {file: file.stat().st_mtime_ns for file in (folder / "out").glob("*/done.json")}
+    assert status == 0, told
+    assert len(finished) == 4, told
+    of = [json.loads((place / "out" / "results.json").read_text())["runs"] for place in (folder, whole)]
+    assert of[0] == of[1], told
