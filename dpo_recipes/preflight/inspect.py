@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import DatasetDict
-from transformers import TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 from trl import DPOConfig, ModelConfig
 
 from dpo_recipes.catalog import read_yaml
@@ -22,6 +22,7 @@ from dpo_recipes.preflight.cost import cost_findings, cost_lines, estimate_cost
 from dpo_recipes.preflight.findings import finding_lines, judge, judged
 from dpo_recipes.preflight.tokens import MEASURES, as_rendered
 from dpo_recipes.recipe import RecipeArguments, argument_classes, load_tokenizer, parse_recipe
+from dpo_recipes.rewards import context_length
 from dpo_recipes.terminal import say
 
 PRECISION = ("bf16", "fp16", "use_cpu")  # what a profile for a card says, and a machine without one refuses
@@ -60,6 +61,10 @@ def inspect(
         )
     script_args, training_args, model_args = parse_namespace(namespace, script, profile=profile, flags=flags)
     tokenizer = load_tokenizer(model_args, training_args)
+    if recipe is None and not any(flag.partition("=")[0] == "--max_length" for flag in flags):
+        options = dict(revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code)
+        config = AutoConfig.from_pretrained(model_args.model_name_or_path, **options)
+        training_args.max_length = min(training_args.max_length, context_length(config))  # nobody asked for 1,024
     measured = measure_pairs(namespace["load_pairs"], script_args, training_args, tokenizer)
     pairs = measured.pairs.remove_columns(list(MEASURES))
     thresholds, seed = measured.data["thresholds"], training_args.seed
