@@ -35,7 +35,7 @@ def fill(folder):
 
 @pytest.mark.parametrize(
     "phase",
-    ["model", "steps", "checkpoint", "later steps", "save", pytest.param("measuring", marks=pytest.mark.slow), "pages"],
+    ["model", "steps", "checkpoint", "later steps", "save", "measuring", "pages"],
 )
 def test_a_disk_that_fills_up_costs_no_update_that_was_saved(phase, train, undisturbed, seed, disk, tmp_path):
     """The same command goes on once there is space."""

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.faults
 @pytest.mark.parametrize(
     ("number", "phase"),
     [
-        pytest.param(signal.SIGTERM, "start", marks=pytest.mark.slow),
+        (signal.SIGTERM, "start"),
         (signal.SIGINT, "start"),
         (signal.SIGHUP, "model"),
         (signal.SIGHUP, "checkpoint"),

@@ -27,17 +27,11 @@ PHASES = {
     "hh-rlhf-lora": set(TRAINING) - {"exit", "start", "merging"},
     "hh-rlhf-ppo": set(TRAINING) - {"exit", "start", "merging", "page"},
 }
-SOON = {("hh-rlhf-sft", "merging"), ("hh-rlhf-lora", "checkpoint")}  # `make test-all` runs these too
 
 
 @pytest.mark.parametrize(
     ("name", "phase"),
-    [
-        pytest.param(name, phase, marks=[pytest.mark.slow] if (name, phase) in SOON else [])
-        for name, phases in PHASES.items()
-        for phase in TRAINING
-        if phase in phases
-    ],
+    [(name, phase) for name, phases in PHASES.items() for phase in TRAINING if phase in phases],
 )
 def test_a_killed_training_goes_on_to_the_same_weights(name, phase, train, undisturbed, seed, tmp_path):
     whole, times = undisturbed(name)
@@ -56,7 +50,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(name, phase, train, undis
 
 @pytest.mark.parametrize(
     "phase",
-    ["answers of the start", pytest.param("answers of the run", marks=pytest.mark.slow), "judging", "pages"],
+    ["answers of the start", "answers of the run", "judging", "pages"],
 )
 def test_a_killed_evaluation_goes_on_to_the_same_results(
     phase, undisturbed, seed, dpo_recipes, reward_model, rows_of, tmp_path
