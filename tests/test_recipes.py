@@ -208,7 +208,8 @@ RANK = {  # imports point from high to low
     name: rank
     for rank, names in enumerate(
         [
-            {"errors", "files", "intervals", "ledger", "presets", "statistics", "terminal", "__init__"}
+            {"errors"},
+            {"files", "intervals", "ledger", "presets", "statistics", "terminal", "__init__"}
             | {"precision", "secrecy"},
             {"dataset_adapters", "tokenization", "reference_cache", "checkpoints", "report", "catalog", "measures"}
             | {"manifest", "markdown", "models", "processes", "settings"},

@@ -66,7 +66,7 @@ def _run(stage: Stage, clock: Clock) -> int:
         launch = launch.going_on(anew=held != key, keep=held is None)  # None: no run of a comparison
         if held or not stage.folder.exists():
             claim(stage.folder, "stage.json")  # a stage that is made anew keeps it
-        write_json(stage.folder / "stage.json", {"key": key})
+            write_json(stage.folder / "stage.json", {"key": key})
     status = launch.run()
     if not status:
         clock.took.setdefault(stage.kind, []).append(time.monotonic() - begun)
