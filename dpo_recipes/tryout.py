@@ -55,7 +55,7 @@ def merge(run: str, output_dir: str | None = None, *, base: str | None = None, t
         raise cannot
     trust: dict[str, Any] = dict(trust_remote_code=trust_remote_code)
     origin = {"lora_adapter": str(Path(run).resolve()), "base_model": identify(run, base=base, **trust).start}
-    in_place = target.resolve() == Path(run).resolve()
+    in_place = target.resolve() == Path(run).resolve() and (target / "settings.json").exists()  # a run of ours
     held = in_place or read_json(target / MERGE_FILE).get("lora_adapter") == origin["lora_adapter"]
     if target.exists() and not (held or (target.is_dir() and not any(target.iterdir()))):
         raise RecipeError(f"{target} holds something else. Name another folder with --output_dir, or remove it.")
