@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOG := build/install.log
-MOST_LINES := 10450
+MOST_LINES := 10460
 
 # Stale: no Python that runs, or a folder that was moved (console scripts and the editable install hold its path).
 ifneq ($(shell $(BIN)/python -S -c 0 2>/dev/null && cat $(STAMP) 2>/dev/null),$(shell pwd -P))

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from dpo_recipes.cli import main
 from dpo_recipes.doctor import compute, speed
 from dpo_recipes.doctor.machine import look_at_machine, look_at_versions
-from dpo_recipes.doctor.recipes import check_recipes
+from dpo_recipes.doctor.recipes import _start_method, check_recipes
 from dpo_recipes.doctor.report import Finding, Part, on_screen, scrub, write_report
 from dpo_recipes.launch import prepare
 from dpo_recipes.shared_prefix import SharedPrefixDPOTrainer, packing
@@ -263,6 +263,11 @@ def test_recipes_pass_or_give_their_first_error_in_one_line(tmp_path):
 def test_a_wrong_call_ends_with_status_2(flags, message, capsys):
     assert main(["doctor", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("length", "method"), [(71, "forkserver"), (72, "spawn")])
+def test_a_deep_temporary_folder_has_no_room_for_the_forkservers_socket(length, method):
+    assert _start_method("/" + "x" * (length - 1)) == method
 
 
 @pytest.mark.slow

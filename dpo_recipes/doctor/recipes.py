@@ -4,12 +4,14 @@ import multiprocessing
 import os
 import runpy
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Literal
 
 from dpo_recipes.doctor.miniature import miniature_flags
 from dpo_recipes.doctor.report import Finding, Part
@@ -36,7 +38,7 @@ def check_recipes(
     """
     part = Part("Recipes in miniature", ["recipe", "profile", "time", ""], fold=2)
     part.note = "Each recipe trains two updates on tiny models and rows and goes on to its page, by its own code."
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context(_start_method(tempfile.gettempdir()))
     context.set_forkserver_preload(PRELOAD)
 
     stopped = threading.Event()
@@ -84,6 +86,15 @@ def _add(part: Part, recipe: Path, profile: Path, spent: str, error: str) -> Non
         command = f"dpo-recipes train {recipe.stem.replace('_', '-')} --profile {profile.stem}"
         remedy = f"If its message names no remedy, see all of it with: {command}"
         part.findings.append(Finding(f"{recipe.stem} under {profile.stem}: {error}", remedy))
+
+
+def _start_method(temporary: str) -> Literal["forkserver", "spawn"]:
+    """The way to start processes: "forkserver" imports the libraries once, but needs a short temporary folder.
+
+    Its socket lies two random names below that folder, and a Unix socket's path has at most 103 bytes.
+    """
+    names = "/pymp-12345678/listener-12345678"
+    return "forkserver" if len(os.fsencode(temporary + names)) <= 103 else "spawn"
 
 
 def _first_error(place: Path, status: int) -> str:
