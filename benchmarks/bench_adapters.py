@@ -29,7 +29,7 @@ from datasets import Dataset
 
 from dpo_recipes import dataset_adapters
 from dpo_recipes.dataset_adapters import hh_rlhf
-from dpo_recipes.ledger import Ledger
+from dpo_recipes.dataset_adapters.ledger import Ledger
 
 FIXTURE = Path(__file__).parent.parent / "tests" / "fixtures" / "hh_rlhf.jsonl"
 TARGETS = {"hh_rlhf, first": 15.0, "hh_rlhf, from the cache": 3.0}  # seconds

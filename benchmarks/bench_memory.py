@@ -60,7 +60,7 @@ def train(case: dict[str, Any], *, tokens: int, batch: int, hidden: int, layers:
     from transformers import LlamaConfig, PreTrainedTokenizerFast, logging
     from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config
 
-    from dpo_recipes.plan import count_weights, memory_parts
+    from dpo_recipes.preflight.memory import count_weights, memory_parts
     from dpo_recipes.presets import LORA
 
     logging.set_verbosity_error()

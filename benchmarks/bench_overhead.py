@@ -19,10 +19,10 @@ from transformers import ProgressCallback, logging
 from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config
 
 from dpo_recipes import playground
-from dpo_recipes.guards import add_guards
 from dpo_recipes.health import HealthCallback
+from dpo_recipes.health.guards import add_guards
 from dpo_recipes.presets import LORA
-from dpo_recipes.runs import ProgressLines
+from dpo_recipes.runs.run import ProgressLines
 
 BARE = "import datasets; from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser, get_peft_config"
 RECIPE = f"import runpy; runpy.run_path({str(Path(__file__).parent.parent / 'recipes' / 'hh_rlhf_lora.py')!r})"

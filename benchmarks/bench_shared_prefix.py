@@ -47,8 +47,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import DPOConfig, DPOTrainer
 
 from dpo_recipes.dataset_adapters import hh_rlhf
-from dpo_recipes.reference_cache import precompute_ref_logps
 from dpo_recipes.shared_prefix import SharedPrefixDPOTrainer
+from dpo_recipes.shared_prefix.reference_cache import precompute_ref_logps
 
 FIXTURE = Path(__file__).parent.parent / "tests" / "fixtures" / "hh_rlhf.jsonl"
 CHATML = (

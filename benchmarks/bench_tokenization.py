@@ -23,7 +23,7 @@ from bench_shared_prefix import hardware, raw_pairs, train_tokenizer
 from datasets import Dataset, load_dataset
 from trl import DPOTrainer
 
-from dpo_recipes.tokenization import prepare_dataset
+from dpo_recipes.models.pair_ids import prepare_dataset
 
 
 def prepared(prepare: Callable[..., Dataset], pairs: Dataset, tokenizer: Any) -> tuple[Dataset, float, float]:

@@ -16,9 +16,9 @@ from dpo_recipes.catalog import as_table, find_recipe, find_settings, list_recip
 from dpo_recipes.doctor import add_parser as add_doctor
 from dpo_recipes.doctor import doctor
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.launch import BFLOAT16, card_memory, default_profile, gpu_cards, prepare, set_environment
+from dpo_recipes.launch.launch import BFLOAT16, card_memory, default_profile, gpu_cards, prepare, set_environment
+from dpo_recipes.launch.sweep import spelling, sweep
 from dpo_recipes.secrecy import hide, hide_flags, secrets_of
-from dpo_recipes.sweep import spelling, sweep
 from dpo_recipes.terminal import outlive_the_terminal, say, shown
 
 DATASET_FLAGS = ("dataset_name", "dataset_config", "dataset_train_split", "columns")
@@ -55,21 +55,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "evaluate":
                 return evaluate_model(given, flags)
             case "merge":
-                from dpo_recipes.tryout import merge
+                from dpo_recipes.models.chat import merge
 
                 merge(**given)
             case "page":
-                from dpo_recipes.run_page import remake
+                from dpo_recipes.runs.page import remake
 
                 remake(options.run)
             case "try":
-                from dpo_recipes.tryout import try_run
+                from dpo_recipes.models.chat import try_run
 
                 try_run(**given)
             case "sample" | "answer":
-                from dpo_recipes.benchmarks import answer
                 from dpo_recipes.recipe import RecipeArguments
-                from dpo_recipes.sampling import sample
+                from dpo_recipes.sample.benchmarks import answer
+                from dpo_recipes.sample.sampling import sample
 
                 dataset = RecipeArguments(**{name: given.pop(name) for name in DATASET_FLAGS if name in given})
                 if options.command == "answer":
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def compare_recipe(given: dict[str, Any], flags: Sequence[str]) -> int:
     """The exit status of a comparison, called as a recipe is: what is wrong ends in one line."""
     set_environment()
-    from dpo_recipes.compare import compare  # imports torch and TRL
+    from dpo_recipes.compare.compare import compare  # imports torch and TRL
     from dpo_recipes.recipe import run
 
     statuses: list[int] = []
@@ -150,7 +150,7 @@ def evaluate_model(given: dict[str, Any], flags: Sequence[str]) -> int:
     judging = [key for key in given if key.startswith("judge_")]
     endpoint = {key.removeprefix("judge_"): given.pop(key) for key in judging}
     set_environment()
-    from dpo_recipes.evaluate import evaluate  # imports torch and TRL
+    from dpo_recipes.evaluate.evaluate import evaluate  # imports torch and TRL
     from dpo_recipes.recipe import run
 
     run(partial(evaluate, name, recipe=recipe, profile=profile, flags=flags, endpoint=endpoint, **given))

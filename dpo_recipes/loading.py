@@ -19,8 +19,8 @@ from datasets.config import HF_DATASETS_CACHE as HF_CACHE
 from datasets.exceptions import DatasetsError
 
 from dpo_recipes.dataset_adapters import PAIR_FEATURES, map_rows, recognise, rename_columns
+from dpo_recipes.dataset_adapters.ledger import Ledger, current_ledger
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.ledger import Ledger, current_ledger
 
 logger = logging.getLogger(__name__)
 

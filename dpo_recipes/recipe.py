@@ -19,11 +19,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import ModelConfig, RewardConfig, ScriptArguments, TrlParser
 
 from dpo_recipes.catalog import read_yaml
-from dpo_recipes.checkpoints import WEIGHTS_ALONE, checkpoints_of, incomplete_reason, latest_checkpoint
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.files import check_writable, read_json
 from dpo_recipes.manifest import refuse_strangers, was_cut_short
-from dpo_recipes.models import check_weights, full_model
+from dpo_recipes.models.checkpoints import WEIGHTS_ALONE, checkpoints_of, incomplete_reason, latest_checkpoint
+from dpo_recipes.models.open import check_weights, full_model
 from dpo_recipes.secrecy import hide, hide_flags, secrets_of, take_secrets
 from dpo_recipes.settings import check_settings
 from dpo_recipes.terminal import outlive_the_terminal, say, shown

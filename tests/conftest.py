@@ -95,7 +95,8 @@ def _run(call: list[str], cwd: Path, files: list[Path]) -> None:
     import torch
     from accelerate.state import AcceleratorState, GradientState
 
-    from dpo_recipes import cli, launch
+    from dpo_recipes import cli
+    from dpo_recipes.launch import launch
 
     def recipe(command: list[str], environment: dict[str, str]) -> int:
         os.environ.update(environment)

@@ -15,7 +15,7 @@ import torch
 from trl import DPOTrainer
 
 from dpo_recipes.doctor.compute import ARCHITECTURES, BATCH, ROWS, build, examples, in_4_bits, tiny
-from dpo_recipes.shared_prefix import PLAN, SharedPrefixDPOTrainer
+from dpo_recipes.shared_prefix.trainer import PLAN, SharedPrefixDPOTrainer
 
 __all__ = ["ROWS", "examples"]  # with the others, what the tests take from here
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_recipes import benchmarks
-from dpo_recipes.benchmarks import TEMPERATURES
 from dpo_recipes.cli import main
-from dpo_recipes.evaluation import generate
+from dpo_recipes.models.likelihood import generate
+from dpo_recipes.sample import benchmarks
+from dpo_recipes.sample.benchmarks import TEMPERATURES
 
 INSTRUCTIONS = ["Name a tea.", "Long. " * 400, "Name a bird."]  # the second fills the model's context
 QUESTIONS = [

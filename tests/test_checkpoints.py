@@ -7,7 +7,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_recipes.checkpoints import check_saved, incomplete_reason, latest_checkpoint, merge_adapter, trained_weights
+from dpo_recipes.models.checkpoints import (
+    check_saved,
+    incomplete_reason,
+    latest_checkpoint,
+    merge_adapter,
+    trained_weights,
+)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 
 from dpo_recipes import __version__, catalog
 from dpo_recipes.cli import main
-from dpo_recipes.launch import Launch
+from dpo_recipes.launch.launch import Launch
 
 REPOSITORY = Path(__file__).parent.parent
 RECIPES = sorted(path.stem.replace("_", "-") for path in (REPOSITORY / "recipes").glob("[!_]*.py"))

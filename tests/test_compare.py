@@ -22,17 +22,19 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, RewardConfig, RLOOConfig
 
-from dpo_recipes import answers, launch, record
-from dpo_recipes import compare as comparing
 from dpo_recipes.cli import main
 from dpo_recipes.compare import budget, plan, stages
+from dpo_recipes.compare import compare as comparing
+from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.launch import Launch
-from dpo_recipes.ledger import Ledger
+from dpo_recipes.evaluate import answers
+from dpo_recipes.launch import launch
+from dpo_recipes.launch.launch import Launch
 from dpo_recipes.loading import keep_part, prompt_hashes
-from dpo_recipes.models import open_model
+from dpo_recipes.models.open import open_model
 from dpo_recipes.ppo import PPOConfig
 from dpo_recipes.recipe import RecipeArguments
+from dpo_recipes.runs import model_card as record
 
 STAND_IN = '''"""A stand-in that trains nothing, and leaves what a run leaves."""
 import json, os, sys

@@ -18,8 +18,8 @@ from dpo_recipes import statistics
 from dpo_recipes.compare import results as made
 from dpo_recipes.compare.plan import Stage
 from dpo_recipes.compare.report import write_report
-from dpo_recipes.launch import Launch
-from dpo_recipes.measures import MEASURES
+from dpo_recipes.evaluate.measures import MEASURES
+from dpo_recipes.launch.launch import Launch
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>{{ 7 * 7 }} | a | b"
 PROMPTS, PAIRS, BETAS, SEEDS = 60, 80, ("0.1", "0.3"), (0, 1, 2)

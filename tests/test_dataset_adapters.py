@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from dpo_recipes.dataset_adapters import Drop, adapt, adapting, as_messages, hh_rlhf, preference_jsonl
 from dpo_recipes.dataset_adapters.adapting import DROP_REASONS, check_pair, rename_columns
+from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.ledger import Ledger
 
 FIXTURES = Path(__file__).parent / "fixtures"
 DATA = os.environ.get("DPO_RECIPES_DATA")

@@ -18,10 +18,11 @@ from transformers import AutoConfig
 from dpo_recipes.cli import main
 from dpo_recipes.doctor import compute, speed
 from dpo_recipes.doctor.machine import look_at_machine, look_at_versions
-from dpo_recipes.doctor.recipes import _start_method, check_recipes
+from dpo_recipes.doctor.recipes import _start_context, check_recipes
 from dpo_recipes.doctor.report import Finding, Part, on_screen, scrub, write_report
-from dpo_recipes.launch import prepare
-from dpo_recipes.shared_prefix import SharedPrefixDPOTrainer, packing
+from dpo_recipes.launch.launch import prepare
+from dpo_recipes.shared_prefix import packing
+from dpo_recipes.shared_prefix.trainer import SharedPrefixDPOTrainer
 
 SECRET = "s3cr3t-value-of-a-token"
 CPU = RECIPES / "profiles" / "cpu.yaml"
@@ -267,7 +268,7 @@ def test_a_wrong_call_ends_with_status_2(flags, message, capsys):
 
 @pytest.mark.parametrize(("length", "method"), [(71, "forkserver"), (72, "spawn")])
 def test_a_deep_temporary_folder_has_no_room_for_the_forkservers_socket(length, method):
-    assert _start_method("/" + "x" * (length - 1)) == method
+    assert _start_context("/" + "x" * (length - 1)).get_start_method() == method
 
 
 @pytest.mark.slow

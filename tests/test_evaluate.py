@@ -23,8 +23,8 @@ from dpo_recipes.cli import main
 from dpo_recipes.evaluate import general
 from dpo_recipes.evaluate.results import verdict
 from dpo_recipes.intervals import Estimate, wilson
+from dpo_recipes.models.pair_ids import encode_pairs
 from dpo_recipes.preflight.tokens import render
-from dpo_recipes.tokenization import encode_pairs
 
 JUDGE = '''"""A judge of one's own."""
 

@@ -7,7 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer
 
-from dpo_recipes.evaluation import (
+from dpo_recipes.intervals import mean_with_interval, wilson
+from dpo_recipes.models.likelihood import (
     PreferenceLogps,
     generate,
     preference_logps,
@@ -16,7 +17,6 @@ from dpo_recipes.evaluation import (
     sample_tokens,
     sampled_kl,
 )
-from dpo_recipes.intervals import mean_with_interval, wilson
 from dpo_recipes.statistics import length_controlled, wins
 
 

@@ -10,9 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dpo_recipes import checkpoints, runs
-from dpo_recipes.checkpoints import merge_adapter
-from dpo_recipes.run_page import remake
+from dpo_recipes.models import checkpoints
+from dpo_recipes.models.checkpoints import merge_adapter
+from dpo_recipes.runs import run as runs
+from dpo_recipes.runs.page import remake
 
 PROFILE = """\
 use_cpu: true

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer
 
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
-from dpo_recipes.guards import ReferenceGuard, WrongReferenceError, add_guards, start_reference_at_policy
+from dpo_recipes.health.guards import ReferenceGuard, WrongReferenceError, add_guards, start_reference_at_policy
 
 
 def say(role, content):

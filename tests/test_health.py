@@ -16,11 +16,10 @@ from ppo_tasks import BANDIT, TWO_STEPS, WITH_CRITIC, WITHOUT, bandit, build_tra
 from test_tracking import records
 from transformers import AutoModelForCausalLM
 
-from dpo_recipes.checkpoints import incomplete_reason
 from dpo_recipes.errors import UnhealthyRunError
-from dpo_recipes.guards import add_guards
 from dpo_recipes.health import HealthCallback
-from dpo_recipes.health.reading import read_facts
+from dpo_recipes.health.guards import add_guards
+from dpo_recipes.health.probe import read_facts
 from dpo_recipes.health.rules import (
     RULES,
     Facts,
@@ -36,6 +35,7 @@ from dpo_recipes.health.rules import (
     reward_hacking,
     value_loss,
 )
+from dpo_recipes.models.checkpoints import incomplete_reason
 
 
 @pytest.fixture(scope="module")

@@ -26,13 +26,13 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from dpo_recipes import rewards
 from dpo_recipes.cli import main
 from dpo_recipes.dataset_adapters import plain_text, recognise
+from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.evaluation import generate
-from dpo_recipes.ledger import Ledger
 from dpo_recipes.loading import load_rows
+from dpo_recipes.models import rewards
+from dpo_recipes.models.likelihood import generate
 from dpo_recipes.recipe import RecipeArguments
 
 REVIEWS = Path(__file__).parent / "fixtures" / "imdb.jsonl"

@@ -19,9 +19,9 @@ from trl import SFTConfig
 from dpo_recipes.cli import main
 from dpo_recipes.dataset_adapters import hh_rlhf, preference_jsonl
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.launch import card_memory
+from dpo_recipes.launch.launch import card_memory
 from dpo_recipes.loading import load_rows, split_pairs
-from dpo_recipes.preflight import measure_pairs, prepare_pairs
+from dpo_recipes.models.pair_ids import encode_pairs
 from dpo_recipes.preflight.cost import cost_findings, estimate_cost
 from dpo_recipes.preflight.findings import (
     CHECKS,
@@ -32,9 +32,9 @@ from dpo_recipes.preflight.findings import (
     judged,
     set_thresholds,
 )
+from dpo_recipes.preflight.prepare import measure_pairs, prepare_pairs
 from dpo_recipes.preflight.tokens import MEASURES, SIDES, fit, render
 from dpo_recipes.recipe import RecipeArguments
-from dpo_recipes.tokenization import encode_pairs
 
 DATA = os.environ.get("DPO_RECIPES_DATA")
 CHATML = (

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, cohen_kappa_score
 
-from dpo_recipes import judges
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.judges import Endpoint, agreement, ask_all, expected_cost, open_judge, read_verdict
+from dpo_recipes.evaluate import judges
+from dpo_recipes.evaluate.judges import Endpoint, agreement, ask_all, expected_cost, open_judge, read_verdict
 
 KEY = "a-secret-of-the-tests"
 

@@ -17,9 +17,9 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from dpo_recipes import launch, processes
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.launch import Launch
+from dpo_recipes.launch import launch, processes
+from dpo_recipes.launch.launch import Launch
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -18,8 +18,8 @@ from trl import ScriptArguments
 
 from dpo_recipes import loading
 from dpo_recipes.dataset_adapters import hh_rlhf
+from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.ledger import Ledger
 from dpo_recipes.loading import load_rows, split_pairs
 from dpo_recipes.recipe import RecipeArguments
 

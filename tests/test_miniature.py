@@ -9,10 +9,10 @@ from conftest import RECIPES
 from trl import ModelConfig
 
 from dpo_recipes import dataset_adapters
+from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.doctor import miniature_flags
 from dpo_recipes.doctor.miniature import write_rows
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.ledger import Ledger
 from dpo_recipes.loading import load_rows
 from dpo_recipes.recipe import RecipeArguments, argument_classes, parse_recipe
 

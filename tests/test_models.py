@@ -31,10 +31,10 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, RewardConfig
 
 from dpo_recipes.cli import main
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.guards import add_guards
-from dpo_recipes.models import check_weights, identify, open_model
+from dpo_recipes.health.guards import add_guards
+from dpo_recipes.models.open import check_weights, identify, open_model
+from dpo_recipes.models.rewards import load_reward_model, read_reward_config
 from dpo_recipes.recipe import check_start, load_tokenizer
-from dpo_recipes.rewards import load_reward_model, read_reward_config
 
 INPUTS = torch.arange(40).reshape(2, 20) + 5
 MACHINE = dict(use_cpu=True, bf16=False, activation_checkpointing=False)

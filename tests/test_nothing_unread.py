@@ -18,8 +18,8 @@ from dpo_recipes.dataset_adapters import (
     shp,
     ultrafeedback_binarized,
 )
+from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.ledger import Ledger
 from dpo_recipes.loading import load_rows, mix_pairs
 from dpo_recipes.preflight.account import reader_lines
 from dpo_recipes.recipe import RecipeArguments

@@ -10,7 +10,7 @@ import pytest
 from conftest import RECIPES, run_command, run_train
 
 from dpo_recipes.dataset_adapters import preference_jsonl
-from dpo_recipes.ledger import Ledger
+from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.loading import load_rows, split_pairs
 from dpo_recipes.recipe import RecipeArguments
 

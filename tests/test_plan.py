@@ -6,7 +6,7 @@ import pytest
 from conftest import RECIPES, run_train
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from dpo_recipes.plan import TILE, count_weights, memory_parts
+from dpo_recipes.preflight.memory import TILE, count_weights, memory_parts
 from dpo_recipes.presets import LORA, QLORA
 
 

@@ -50,10 +50,10 @@ from transformers import (
 )
 from trl import GRPOTrainer
 
-from dpo_recipes.critic import CRITIC, CRITIC_FILE, sequence_classifier
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.guards import add_guards
-from dpo_recipes.ppo import PPOConfig, PPOTrainer, clipped_value_loss, gae, without_padding
+from dpo_recipes.health.guards import add_guards
+from dpo_recipes.ppo.critic import CRITIC, CRITIC_FILE, sequence_classifier
+from dpo_recipes.ppo.trainer import PPOConfig, PPOTrainer, clipped_value_loss, gae, without_padding
 
 
 @pytest.fixture(scope="session")

@@ -19,12 +19,12 @@ from trl import DPOConfig, ModelConfig, RLOOConfig, TrlParser
 from dpo_recipes.catalog import find_recipe, find_settings, recipe_setting
 from dpo_recipes.cli import _parser
 from dpo_recipes.compare.plan import read_recipes
+from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.launch import prepare
-from dpo_recipes.ledger import Ledger
+from dpo_recipes.launch.launch import prepare
+from dpo_recipes.launch.sweep import read_grid
 from dpo_recipes.preflight.findings import CHECKS, THRESHOLDS
 from dpo_recipes.recipe import OnlineArguments, RecipeArguments
-from dpo_recipes.sweep import read_grid
 
 README = REPOSITORY / "README.md"
 RECIPES_README = RECIPES / "README.md"

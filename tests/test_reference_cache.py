@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from dpo_recipes import reference_cache
-from dpo_recipes.reference_cache import cache_folder
-from dpo_recipes.shared_prefix import SharedPrefixDPOTrainer
+from dpo_recipes.shared_prefix import SharedPrefixDPOTrainer, reference_cache
+from dpo_recipes.shared_prefix.reference_cache import cache_folder
 
 LORA = dict(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
 

@@ -1,7 +1,7 @@
 import pytest
 from matplotlib.image import imread
 
-from dpo_recipes.report import plot_curves, side_by_side, table
+from dpo_recipes.runs.curves import plot_curves, side_by_side, table
 
 
 def test_curves_are_drawn_for_what_was_logged(tmp_path):

@@ -8,7 +8,7 @@ from PIL import Image
 from test_page import HOSTILE, Page, hostile, preflight
 
 from dpo_recipes.health.rules import Finding
-from dpo_recipes.run_page import write_run_page
+from dpo_recipes.runs.page import write_run_page
 
 
 def estimate(mean, n=400):

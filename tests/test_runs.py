@@ -9,8 +9,8 @@ from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file, save_file
 
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.record import data_hash, peak_memory
-from dpo_recipes.runs import _lock
+from dpo_recipes.runs.model_card import data_hash, peak_memory
+from dpo_recipes.runs.run import _lock
 
 ROWS = [{"prompt": f"p{number}", "chosen": f"c{number}", "rejected": "no", "id": number} for number in range(2500)]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_recipes import sampling
 from dpo_recipes.cli import main
 from dpo_recipes.dataset_adapters import recognise
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.evaluation import generate
 from dpo_recipes.loading import load_rows
+from dpo_recipes.models.likelihood import generate
 from dpo_recipes.recipe import RecipeArguments
+from dpo_recipes.sample import sampling
 
 QUESTIONS = [f"Question {number}{'?' * number}" for number in range(6)]
 

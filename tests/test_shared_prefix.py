@@ -41,9 +41,10 @@ from trl import DPOTrainer
 from trl.kernels import ChunkedLogProbFunction
 
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.evaluation import preference_logps
-from dpo_recipes.shared_prefix import PLAN, SharedPrefixDPOTrainer, head, packing
+from dpo_recipes.models.likelihood import preference_logps
+from dpo_recipes.shared_prefix import head, packing
 from dpo_recipes.shared_prefix.support import TESTED, why_not
+from dpo_recipes.shared_prefix.trainer import PLAN, SharedPrefixDPOTrainer
 
 DOUBLE = torch.float64
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import run_command
 
-from dpo_recipes import launch, sweep
 from dpo_recipes.cli import main
-from dpo_recipes.launch import Launch
+from dpo_recipes.launch import launch, sweep
+from dpo_recipes.launch.launch import Launch
 
 STAND_IN = '''"""A stand-in that trains nothing, and leaves what a run leaves."""
 import json, os, sys, time

@@ -13,9 +13,11 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoConfig, AutoTokenizer
 
 from dpo_recipes.dataset_adapters import preference_jsonl
+from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.ledger import Ledger
-from dpo_recipes.preflight import measure_pairs, signals
+from dpo_recipes.models.pair_ids import encode_pairs
+from dpo_recipes.preflight import signals
+from dpo_recipes.preflight.prepare import measure_pairs
 from dpo_recipes.preflight.tokens import (
     SIDES,
     as_plain_text,
@@ -27,7 +29,6 @@ from dpo_recipes.preflight.tokens import (
     rendered_pairs,
     template_options,
 )
-from dpo_recipes.tokenization import encode_pairs
 
 DATA = os.environ.get("DPO_RECIPES_DATA")
 REAL = Path(DATA or "", "..", "tokenizers").resolve()

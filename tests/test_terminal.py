@@ -3,13 +3,13 @@
 import pytest
 import yaml
 
-from dpo_recipes import page
 from dpo_recipes.cli import main
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import write_json
-from dpo_recipes.markdown import code, fence, inline, one_line
+from dpo_recipes.pages import page
+from dpo_recipes.pages.markdown import code, fence, inline, one_line
 from dpo_recipes.recipe import run
-from dpo_recipes.record import LIBRARIES, model_card
+from dpo_recipes.runs.model_card import LIBRARIES, model_card
 from dpo_recipes.terminal import say, shown
 
 HOSTILE = {

@@ -18,10 +18,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import logger
 
-from dpo_recipes import tokenization
 from dpo_recipes.dataset_adapters import hh_rlhf, ultrafeedback_binarized
+from dpo_recipes.models import pair_ids as tokenization
+from dpo_recipes.models.pair_ids import prepare_dataset, split_tokens
 from dpo_recipes.shared_prefix import SharedPrefixDPOTrainer
-from dpo_recipes.tokenization import prepare_dataset, split_tokens
 
 DATA = os.environ.get("DPO_RECIPES_DATA")
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from dpo_recipes.cli import main
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.evaluation import generate
-from dpo_recipes.models import open_model
+from dpo_recipes.models.chat import merge
+from dpo_recipes.models.likelihood import generate
+from dpo_recipes.models.open import open_model
 from dpo_recipes.terminal import shown
-from dpo_recipes.tryout import merge
 
 INPUTS = torch.arange(40).reshape(2, 20) + 5
 

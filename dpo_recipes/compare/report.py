@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from dpo_recipes import page
 from dpo_recipes.compare.results import NAMES
+from dpo_recipes.evaluate.measures import MEASURES, RATES
 from dpo_recipes.files import write_bytes
-from dpo_recipes.measures import MEASURES, RATES
+from dpo_recipes.pages import page
 
 COLOURS = {"sft": "#7d8591", "dpo": "#2b6cb0", "ppo": "#c2571a", "rloo": "#2f8f6b"}
 PLOTS = {  # file: what stands across, its label, what the plot shows
@@ -38,7 +38,7 @@ def write_report(folder: Path, results: Mapping[str, Any]) -> list[Path]:
     shown = {"measures": MEASURES, "rates": RATES, "colours": COLOURS, "pictures": pictures}
     pages = []
     for kind in ("html", "md"):
-        template = Path(__file__).with_name(f"report.{kind}.jinja")
+        template = page.TEMPLATES / f"comparison.{kind}.jinja"
         pages.append(page.write_page(folder / f"report.{kind}", template, {**results, **shown}, {"cell": _cell}))
     return [*pages, *(folder / picture["name"] for picture in pictures)]
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from dpo_recipes import statistics
 from dpo_recipes.compare.plan import ALGORITHMS, ONLINE, Stage
+from dpo_recipes.evaluate.measures import against, of_model
 from dpo_recipes.files import read_json
-from dpo_recipes.measures import against, of_model
 from dpo_recipes.terminal import duration
 
 NAMES = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "rloo": "RLOO"}

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from dpo_recipes.compare.plan import Stage, is_done
 from dpo_recipes.files import read_json, write_json
+from dpo_recipes.launch.sweep import STOPPED
 from dpo_recipes.manifest import claim
-from dpo_recipes.sweep import STOPPED
 from dpo_recipes.terminal import say
 
 # How long a stage takes beside the others, until one of its kind has been measured.

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Audio, Dataset, Features, Image, Json, List, Value, Video
 
+from dpo_recipes.dataset_adapters.ledger import current_ledger
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.ledger import current_ledger
 
 logger = logging.getLogger(__name__)
 

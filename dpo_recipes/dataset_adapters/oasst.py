@@ -17,7 +17,7 @@ from dpo_recipes.dataset_adapters.adapting import (
     number,
     require_columns,
 )
-from dpo_recipes.ledger import current_ledger
+from dpo_recipes.dataset_adapters.ledger import current_ledger
 
 _COLUMNS = ["message_id", "parent_id", "text", "role", "lang", "rank", "deleted", "synthetic", "review_result"]
 _ROLES = {"prompter": "user", "assistant": "assistant"}

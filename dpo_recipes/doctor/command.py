@@ -17,7 +17,7 @@ from dpo_recipes import __version__
 from dpo_recipes.catalog import find_recipe, list_recipes, read_yaml
 from dpo_recipes.doctor.report import Part, on_screen, scrub, write_report
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.launch import Launch, prepare, set_environment
+from dpo_recipes.launch.launch import Launch, prepare, set_environment
 from dpo_recipes.terminal import duration, say
 
 

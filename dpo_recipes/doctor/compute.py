@@ -21,9 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from trl import DPOConfig, DPOTrainer
 
 from dpo_recipes.doctor.report import Finding, Part
-from dpo_recipes.guards import add_guards
-from dpo_recipes.shared_prefix import SharedPrefixDPOTrainer
+from dpo_recipes.health.guards import add_guards
 from dpo_recipes.shared_prefix.packing import attend, plan_pairs
+from dpo_recipes.shared_prefix.trainer import SharedPrefixDPOTrainer
 
 WORDS = 258
 COMMON: dict[str, Any] = dict(vocab_size=WORDS, pad_token_id=0, eos_token_id=1, bos_token_id=None)

@@ -12,7 +12,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from dpo_recipes.doctor.report import Finding, Part
-from dpo_recipes.launch import Launch, free_threads, gpu_cards
+from dpo_recipes.launch.launch import Launch, free_threads, gpu_cards
 
 CONSTRAINTS = Path(__file__).parent.parent.parent / "constraints.txt"  # in a clone; an installed wheel has none
 LEAST_DISK = 20  # GB: an install with CUDA, a 1.5B model and the checkpoints of one run
@@ -58,7 +58,7 @@ def look_at_machine(launch: Launch) -> Part:
     import psutil
     import torch
 
-    from dpo_recipes.record import hardware
+    from dpo_recipes.runs.model_card import hardware
 
     part = Part("Machine", ["", ""])
     processor = hardware(torch.device("cpu")).partition(", ")[0]

@@ -10,12 +10,13 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
-from typing import Literal
 
 from dpo_recipes.doctor.miniature import miniature_flags
 from dpo_recipes.doctor.report import Finding, Part
-from dpo_recipes.launch import free_threads
+from dpo_recipes.launch.launch import free_threads
 from dpo_recipes.terminal import duration
 
 PRELOAD = ["trl.trainer.dpo_trainer", "trl.trainer.sft_trainer", "trl.trainer.reward_trainer"]
@@ -38,8 +39,8 @@ def check_recipes(
     """
     part = Part("Recipes in miniature", ["recipe", "profile", "time", ""], fold=2)
     part.note = "Each recipe trains two updates on tiny models and rows and goes on to its page, by its own code."
-    context = multiprocessing.get_context(_start_method(tempfile.gettempdir()))
-    context.set_forkserver_preload(PRELOAD)
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    context = _start_context(tempfile.gettempdir())
 
     stopped = threading.Event()
 
@@ -88,13 +89,13 @@ def _add(part: Part, recipe: Path, profile: Path, spent: str, error: str) -> Non
         part.findings.append(Finding(f"{recipe.stem} under {profile.stem}: {error}", remedy))
 
 
-def _start_method(temporary: str) -> Literal["forkserver", "spawn"]:
-    """The way to start processes: "forkserver" imports the libraries once, but needs a short temporary folder.
+def _start_context(temporary: str) -> ForkServerContext | SpawnContext:
+    """The way to start processes: the fork server imports the libraries once, but needs a short temporary folder.
 
     Its socket lies two random names below that folder, and a Unix socket's path has at most 103 bytes.
     """
-    names = "/pymp-12345678/listener-12345678"
-    return "forkserver" if len(os.fsencode(temporary + names)) <= 103 else "spawn"
+    socket = f"{temporary}/pymp-12345678/listener-12345678"
+    return get_context("forkserver") if len(os.fsencode(socket)) <= 103 else get_context("spawn")
 
 
 def _first_error(place: Path, status: int) -> str:

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from peft import PeftModel
 
-from dpo_recipes.answers import BATCH
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.evaluate.answers import BATCH
 from dpo_recipes.evaluate.results import SIDES
-from dpo_recipes.models import open_model, read_adapter
+from dpo_recipes.models.open import open_model, read_adapter
 from dpo_recipes.terminal import say
 
 Z = 1.959964  # standard errors of a 95 % interval

@@ -6,14 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dpo_recipes import page
+from dpo_recipes.evaluate.measures import MEASURES
 from dpo_recipes.evaluate.results import SIDES
 from dpo_recipes.files import write_json, write_jsonl, write_text
-from dpo_recipes.markdown import fence, inline
-from dpo_recipes.measures import MEASURES
+from dpo_recipes.pages import page
+from dpo_recipes.pages.markdown import fence, inline
 from dpo_recipes.recipe import DONE_FILE
-from dpo_recipes.report import table
-from dpo_recipes.run_page import write_run_page
+from dpo_recipes.runs.curves import table
+from dpo_recipes.runs.page import write_run_page
 from dpo_recipes.terminal import say
 
 BEGIN, END = "<!-- Evaluation by dpo-recipes: begin -->", "<!-- Evaluation by dpo-recipes: end -->"
@@ -21,7 +21,7 @@ BEGIN, END = "<!-- Evaluation by dpo-recipes: begin -->", "<!-- Evaluation by dp
 
 def write_report(folder: Path, results: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> Path:
     """The path of eval.json; prints the table."""
-    template, path = Path(__file__).with_name("page.html.jinja"), folder / "eval.json"
+    template, path = page.TEMPLATES / "evaluation.html.jinja", folder / "eval.json"
     write_json(path, json.loads(json.dumps(results, default=asdict)))
     write_jsonl(path.with_suffix(".jsonl"), answers)
     page.write_page(path.with_suffix(".html"), template, {**results, "labels": MEASURES})

@@ -8,12 +8,12 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from dpo_recipes import statistics
-from dpo_recipes.answers import Scorer, records
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.evaluation import PreferenceLogps, calibration
+from dpo_recipes.evaluate.answers import Scorer, records
+from dpo_recipes.evaluate.judges import Judge, Judged
+from dpo_recipes.evaluate.measures import MEASURES, columns, of_model
 from dpo_recipes.intervals import Estimate, wilson
-from dpo_recipes.judges import Judge, Judged
-from dpo_recipes.measures import MEASURES, columns, of_model
+from dpo_recipes.models.likelihood import PreferenceLogps, calibration
 
 SIDES = ("before", "after")
 WORKS, COIN = 0.55, 0.5  # win rates: all above the first the tuning was worth it, all below the second it did harm

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dpo_recipes.dataset_adapters import DROP_REASONS
-from dpo_recipes.ledger import Ledger
+from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.preflight.findings import Finding, judge
 from dpo_recipes.preflight.tokens import FAULTS
 

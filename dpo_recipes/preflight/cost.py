@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig
 
-from dpo_recipes.plan import count_updates, count_weights, memory_parts, size_text, task_of
 from dpo_recipes.preflight.findings import Finding, judge
+from dpo_recipes.preflight.memory import count_updates, count_weights, memory_parts, size_text, task_of
 
 
 def estimate_cost(

@@ -17,12 +17,13 @@ from dpo_recipes.dataset_adapters import recognise
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import write_json
 from dpo_recipes.loading import load_rows, split_pairs
-from dpo_recipes.preflight import measure_pairs, off_distribution, page, refuse_failures, signals, tokenizer_to_measure
+from dpo_recipes.models.rewards import context_length
+from dpo_recipes.preflight import off_distribution, page, signals
 from dpo_recipes.preflight.cost import cost_findings, cost_lines, estimate_cost
 from dpo_recipes.preflight.findings import finding_lines, judge, judged
+from dpo_recipes.preflight.prepare import measure_pairs, refuse_failures, tokenizer_to_measure
 from dpo_recipes.preflight.tokens import MEASURES, as_rendered
 from dpo_recipes.recipe import RecipeArguments, argument_classes, load_tokenizer, parse_recipe
-from dpo_recipes.rewards import context_length
 from dpo_recipes.terminal import say
 
 PRECISION = ("bf16", "fp16", "use_cpu")  # what a profile for a card says, and a machine without one refuses

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
+from dpo_recipes.models.pair_ids import encode_pairs
 from dpo_recipes.preflight.tokens import SIDES, render, template_options
-from dpo_recipes.tokenization import encode_pairs
 
 # Nats a token by which an answer surprises the model more than its own would at the same places: what it writes has a
 # surprise of its entropy on average. An answer of 20 tokens is then e**20 times less likely than one of its own.

@@ -4,14 +4,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_recipes import page
-from dpo_recipes.plan import size_text
+from dpo_recipes.pages import page
+from dpo_recipes.preflight.memory import size_text
 
 
 def write_page(path: str | Path, data: Mapping[str, Any]) -> Path:
     """The path of a page that shows what preflight.json holds; sections without data are left out."""
     filters: dict[str, Callable[..., str]] = {"size": size_text, "visible": _visible}
-    return page.write_page(path, Path(__file__).with_name("page.html.jinja"), data, filters)
+    return page.write_page(path, page.TEMPLATES / "preflight.html.jinja", data, filters)
 
 
 def _visible(token: str) -> str:

@@ -13,9 +13,9 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig
 
 from dpo_recipes.dataset_adapters import PAIR_FEATURES, Drop, Message, check_pair, keep_pairs, map_rows
-from dpo_recipes.ledger import SplitAccount, current_ledger
+from dpo_recipes.dataset_adapters.ledger import SplitAccount, current_ledger
 from dpo_recipes.loading import prompt_hashes
-from dpo_recipes.tokenization import PairIds, encode_pairs
+from dpo_recipes.models.pair_ids import PairIds, encode_pairs
 
 SIDES = ("prompt", "chosen", "rejected")
 MEASURES = {

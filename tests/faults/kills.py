@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_recipes.files import MANIFEST, read_json
-from dpo_recipes.run_page import remake
+from dpo_recipes.runs.page import remake
 
 Phases = dict[str, Callable[[str, Path], bool]]
 """By name, in their order, what is true as soon as a phase has begun: of what was printed, and of the output folder."""

@@ -31,8 +31,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
-from dpo_recipes.critic import CRITIC, CRITIC_FILE, attach_critic, load_critic, without_critic
-from dpo_recipes.guards import RolloutCheck, check_online
+from dpo_recipes.ppo.checks import RolloutCheck, check_online
+from dpo_recipes.ppo.critic import CRITIC, CRITIC_FILE, attach_critic, load_critic, without_critic
 
 logger = logging.getLogger(__name__)
 

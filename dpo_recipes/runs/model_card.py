@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import Trainer
 
 from dpo_recipes.files import read_json
-from dpo_recipes.markdown import code, fence, inline, one_line, yaml_text
+from dpo_recipes.pages.markdown import code, fence, inline, one_line, yaml_text
 
 LIBRARIES = ("dpo-recipes", "trl", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "torch")
 SHOWN_SETTINGS = (

@@ -10,7 +10,7 @@ from typing import Any
 
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json, write_json, write_text
-from dpo_recipes.launch import HOW_NOT_WHAT, Launch, grouped
+from dpo_recipes.launch.launch import HOW_NOT_WHAT, Launch, grouped
 from dpo_recipes.manifest import claim
 from dpo_recipes.terminal import say
 
@@ -114,7 +114,7 @@ def _measures(metrics: Any) -> dict[str, float]:
 
 
 def _report(root: Path, results: Sequence[dict[str, Any]]) -> None:
-    from dpo_recipes.report import table
+    from dpo_recipes.runs.curves import table
 
     names = [name for name in MEASURES if any(name in result for result in results)]
     header = [*results[0]["settings"], "run", *names]

@@ -28,7 +28,7 @@ from trl.trainer.utils import add_fused_lm_head, pad, use_adapter
 from dpo_recipes.dataset_adapters import Drop
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.intervals import Estimate, wilson
-from dpo_recipes.rewards import Text, context_length
+from dpo_recipes.models.rewards import Text, context_length
 
 
 @dataclass
@@ -59,6 +59,11 @@ class PreferenceLogps:
 def share_ahead(margins: NDArray[np.float64]) -> Estimate:
     """The share of margins above 0, a tie counting one half."""
     return wilson(float((margins > 0).sum() + (margins == 0).sum() / 2), len(margins))
+
+
+def sharded(trainer: Trainer) -> bool:
+    """Returns whether FSDP or DeepSpeed may have split the model, so that no process holds all of it."""
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 
 
 @contextmanager

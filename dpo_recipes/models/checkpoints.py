@@ -17,7 +17,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from dpo_recipes.precision import weights_as
+from dpo_recipes.models.precision import weights_as
 from dpo_recipes.terminal import say
 
 logger = logging.getLogger(__name__)

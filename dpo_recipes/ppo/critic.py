@@ -22,7 +22,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from trl import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id
 
-from dpo_recipes.models import full_model, load_full
+from dpo_recipes.models.open import full_model, load_full
 
 CRITIC = "ppo_critic"
 """The critic's name as a submodule of the policy; no key of a saved policy begins with it."""

@@ -7,12 +7,12 @@ from typing import Any
 
 from dpo_recipes.dataset_adapters.adapting import require_columns
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.evaluation import generate
 from dpo_recipes.files import check_writable, write_json, write_jsonl
 from dpo_recipes.loading import load_rows
-from dpo_recipes.models import open_model
+from dpo_recipes.models.likelihood import generate
+from dpo_recipes.models.open import open_model
 from dpo_recipes.recipe import RecipeArguments
-from dpo_recipes.sampling import Rows, in_steps
+from dpo_recipes.sample.sampling import Rows, in_steps
 from dpo_recipes.terminal import say
 
 COLUMNS = {"alpaca_eval": ["instruction"], "mt_bench": ["question_id", "category", "turns"]}

@@ -10,14 +10,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from bitsandbytes.nn import Linear4bit
-from datasets import Dataset
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import DPOTrainer, GRPOTrainer, RewardTrainer
+from trl import DPOTrainer, RewardTrainer
 
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
-from dpo_recipes.evaluation import completion_logps, reference_in_memory
-from dpo_recipes.rewards import check_reward_model
+from dpo_recipes.models.likelihood import completion_logps, reference_in_memory, sharded
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +106,7 @@ def start_reference_at_policy(trainer: DPOTrainer) -> bool:
     LoRA needs none of it (the reference is the base in memory), sharded models cannot be compared here.
     """
     reference = trainer.ref_model
-    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    if reference is None or isinstance(trainer.model, PeftModel) or sharded:
+    if reference is None or isinstance(trainer.model, PeftModel) or sharded(trainer):
         return False
     reference = trainer.accelerator.unwrap_model(reference)
     start = trainer.model.state_dict()
@@ -232,95 +229,6 @@ class ReferenceGuard(TrainerCallback):
             logps = completion_logps(model, batch)
         model.train(was_training)
         return logps
-
-
-def check_online(trainer: GRPOTrainer) -> None:
-    """Nothing, if the prompts make a rollout, each leaves room for an answer and every reward model can score one.
-
-    Args:
-        trainer: Built, before `trainer.train`; of a streamed dataset no prompt is looked at.
-
-    Raises:
-        RecipeError: If not; nothing has been generated.
-    """
-    sets = [trainer.train_dataset, trainer.eval_dataset]
-    sets = [each for one in sets for each in (one.values() if isinstance(one, dict) else [one])]
-    prompts = [prompt for each in sets if isinstance(each, Dataset) for prompt in each["prompt"][:]]
-    answer, rollout = trainer.max_completion_length, trainer.args.generation_batch_size
-    if isinstance(sets[0], Dataset) and len(sets[0]) * trainer.num_generations < rollout:
-        raise RecipeError(
-            f"{len(sets[0])} prompts with num_generations={trainer.num_generations} make no rollout of "
-            f"generation_batch_size={rollout} answers. Give more prompts, or lower generation_batch_size."
-        )
-    for scorer, tokenizer in zip(trainer.reward_funcs, trainer.reward_processing_classes, strict=True):
-        if tokenizer is not None:
-            model = trainer.accelerator.unwrap_model(scorer)
-            check_reward_model(model, tokenizer, prompts, max_completion_length=answer)
-    context = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
-    if context is None:
-        return
-    parts = (prompts[start : start + 1000] for start in range(0, len(prompts), 1000))
-    lengths = [len(ids) for part in parts for ids in trainer._tokenize_prompts(part)[0]]
-    if too_long := [length for length in lengths if length + answer > context]:
-        raise RecipeError(
-            f"{len(too_long):,} of {len(lengths):,} prompts have more than {context - answer} tokens, up to "
-            f"{max(too_long):,}: with max_completion_length={answer} that is beyond the model's {context:,} positions. "
-            "Shorten or drop them, or lower max_completion_length."
-        )
-
-
-class RolloutCheck:
-    """Refuses scores of a rollout that are no numbers; says once where scores or answers cannot teach anything."""
-
-    def __init__(self, trainer: GRPOTrainer) -> None:
-        self.trainer = trainer
-        self.said: set[str] = set()
-
-    def __call__(self, scores: torch.Tensor, ended: torch.Tensor) -> None:
-        """Look at the answers of all processes.
-
-        Args:
-            scores: Of this process's answers. Shape (answers,).
-            ended: Whether an answer gave its end token. Shape (answers,).
-
-        Raises:
-            RecipeError: If a score is None, NaN or infinite.
-        """
-        scores, ended = map(self.trainer.accelerator.gather, (scores, ended))
-        names = ", ".join(self.trainer.reward_func_names)
-        if bad := int((~scores.isfinite()).sum()):
-            raise RecipeError(
-                f"{bad} of {len(scores)} answers got a score that is no number (NaN, None or infinite) from {names}. "
-                "Return a number for every answer, or leave their prompts out."
-            )
-        if len(scores) > 1 and bool((scores == scores[0]).all()):
-            self._say(
-                f"All {len(scores)} answers of a rollout have the same score, {scores[0].item():g}: nothing to learn "
-                f"from. See what {names} makes of them: log_completions=True shows them.",
-                about="scores",
-            )
-        if not ended.any():
-            most = self.trainer.max_completion_length
-            self._say(
-                f"None of a rollout's {len(ended)} answers has ended within {most} tokens. Raise "
-                "max_completion_length, or start from a model that was taught to end its answers.",
-                about="ends",
-            )
-
-    def each_function(self, rewards: torch.Tensor) -> None:
-        """Look at the rewards of all processes: a function without a number for any answer is left out of the scores.
-
-        Args:
-            rewards: NaN where a function gave None. Shape (answers, reward functions).
-        """
-        for name, silent in zip(self.trainer.reward_func_names, rewards.isnan().all(dim=0), strict=True):
-            if silent:
-                self._say(f"{name} gave no number (NaN or None) for any of {len(rewards)} answers.", about=name)
-
-    def _say(self, message: str, *, about: str) -> None:
-        if about not in self.said and self.trainer.model.training and self.trainer.accelerator.is_main_process:
-            logger.warning(message)
-            self.said.add(about)
 
 
 class InterruptCallback(TrainerCallback):

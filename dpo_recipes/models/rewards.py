@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from trl.data_utils import apply_chat_template
 
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.models import check_weights, full_model, open_model, refusing
+from dpo_recipes.models.open import check_weights, full_model, open_model, refusing
 from dpo_recipes.terminal import say
 
 Text = str | list[dict[str, str]]

@@ -12,20 +12,21 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, Trainer
 from trl import DPOTrainer, RewardTrainer
 
-from dpo_recipes import rewards
-from dpo_recipes.evaluation import (
+from dpo_recipes.health.guards import ReferenceGuard
+from dpo_recipes.intervals import Estimate, mean_with_interval
+from dpo_recipes.models import rewards
+from dpo_recipes.models.likelihood import (
     calibration,
     generate,
     pair_scores,
     preference_logps,
     reference_model,
     sampled_kl,
+    sharded,
     share_ahead,
 )
-from dpo_recipes.guards import ReferenceGuard
-from dpo_recipes.intervals import Estimate, mean_with_interval
+from dpo_recipes.models.rewards import Text
 from dpo_recipes.recipe import OnlineArguments, RecipeArguments
-from dpo_recipes.rewards import Text
 
 Score = Callable[[Text, str], dict[str, float]]
 
@@ -90,11 +91,6 @@ def measure(
     if outcome.answers and "scores" in outcome.answers[0]["after"]:
         outcome.metrics["scores"] = _scores(outcome.answers, outcome.rows)
     return outcome
-
-
-def sharded(trainer: Trainer) -> bool:
-    """Whether no process has the whole model."""
-    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 
 
 def _last_logged(trainer: Trainer, key: str) -> dict[str, float]:

@@ -12,13 +12,13 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, TextStreamer
 
-from dpo_recipes.checkpoints import MERGING, check_saved, merge_adapter, replace_adapter
 from dpo_recipes.dataset_adapters import DROP_REASONS, Drop
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import check_writable, read_json, write_json
 from dpo_recipes.manifest import NEW_FILES, declare, settle
-from dpo_recipes.models import changes_layers, identify, open_model, read_adapter, run_settings
-from dpo_recipes.rewards import check_reloads
+from dpo_recipes.models.checkpoints import MERGING, check_saved, merge_adapter, replace_adapter
+from dpo_recipes.models.open import changes_layers, identify, open_model, read_adapter, run_settings
+from dpo_recipes.models.rewards import check_reloads
 from dpo_recipes.terminal import say, shown
 
 MERGE_FILE = "merge.json"
@@ -128,7 +128,7 @@ def try_run(
     Raises:
         RecipeError: If a model cannot be loaded, or the start is not known.
     """
-    from dpo_recipes.evaluation import check_prompt, sample_tokens
+    from dpo_recipes.models.likelihood import check_prompt, sample_tokens
 
     start = base or find_start(run)
     trust: dict[str, Any] = dict(trust_remote_code=trust_remote_code)

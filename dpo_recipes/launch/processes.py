@@ -37,7 +37,7 @@ def supervise(arguments: Sequence[str], environment: dict[str, str]) -> int:
     heeded = [number for number in FORWARDED if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in heeded}
     lifeline, held = os.pipe()  # the other end closes with this process, however it ends
-    inside = [sys.executable, "-P", "-m", "dpo_recipes.processes", str(lifeline), *arguments]
+    inside = [sys.executable, "-P", "-m", "dpo_recipes.launch.processes", str(lifeline), *arguments]
     streams = _relayed_streams()
     process = subprocess.Popen(inside, env=environment, start_new_session=True, pass_fds=[lifeline], **streams)
     pipes = ((process.stdout, 1), (process.stderr, 2))

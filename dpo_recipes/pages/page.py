@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader
 from dpo_recipes.files import write_text
 from dpo_recipes.terminal import duration, shown
 
+TEMPLATES = Path(__file__).parent
 NOTHING = "\N{EN DASH}"
 
 
@@ -17,7 +18,7 @@ def write_page(
 ) -> Path:
     """The path, holding the template filled with the data, all of it escaped where the template is of a page."""
     environment = Environment(
-        loader=FileSystemLoader([template.parent, Path(__file__).parent]),
+        loader=FileSystemLoader([template.parent, TEMPLATES]),
         finalize=lambda value: shown(value) if type(value) is str else value,
         autoescape=template.name.endswith(".html.jinja"),
         trim_blocks=True,

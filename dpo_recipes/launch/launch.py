@@ -17,7 +17,7 @@ from pathlib import Path
 from dpo_recipes.catalog import find_recipe, find_settings, read_yaml, recipe_setting
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json
-from dpo_recipes.processes import supervise
+from dpo_recipes.launch.processes import supervise
 from dpo_recipes.secrecy import hide_flags
 from dpo_recipes.terminal import say
 
@@ -121,12 +121,12 @@ class Launch:
         """
         launches = (self, *others)
         calls = json.dumps([[each.request(), "--config", str(each.profile), *each.flags] for each in launches])
-        command = [sys.executable, "-P", "-m", "dpo_recipes.launch", str(self.recipe), calls]
+        command = [sys.executable, "-P", "-m", "dpo_recipes.launch.launch", str(self.recipe), calls]
         return subprocess.run(command, stdout=subprocess.DEVNULL).returncode
 
     def request(self) -> str:
         """A hash of what is asked for: recipe, profile, flags, local dataset, this package, and the stages before."""
-        root = Path(__file__).parent
+        root = Path(__file__).parents[1]
         parts = [*root.rglob("*.py"), *root.rglob("*.toml")]
         # A comparison trains nothing itself: its report may change without a run being another.
         package = [path for path in parts if not {"recipes", "compare"} & {*path.relative_to(root).parts}]

@@ -3,13 +3,13 @@
 import base64
 from pathlib import Path
 
-from dpo_recipes import page
-from dpo_recipes.checkpoints import STATE_FILE, latest_checkpoint
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json, read_jsonl, write_text
 from dpo_recipes.health.rules import read_findings
-from dpo_recipes.record import SHOWN_SETTINGS, model_card
-from dpo_recipes.report import PANELS, plot_curves
+from dpo_recipes.models.checkpoints import STATE_FILE, latest_checkpoint
+from dpo_recipes.pages import page
+from dpo_recipes.runs.curves import PANELS, plot_curves
+from dpo_recipes.runs.model_card import SHOWN_SETTINGS, model_card
 from dpo_recipes.terminal import say
 
 RUN_PAGE = "report.html"
@@ -32,7 +32,7 @@ def write_run_page(folder: str | Path) -> Path:
         "panels": PANELS,
         "shown_settings": SHOWN_SETTINGS,
     }
-    return page.write_page(folder / RUN_PAGE, Path(__file__).with_suffix(".html.jinja"), held | shown)
+    return page.write_page(folder / RUN_PAGE, page.TEMPLATES / "run.html.jinja", held | shown)
 
 
 def remake(run: str) -> Path:

@@ -1,0 +1,1 @@
+"""Starts training: the command, its processes and sweeps over settings."""

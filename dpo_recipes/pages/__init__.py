@@ -1,0 +1,1 @@
+"""Fills the templates of all pages."""

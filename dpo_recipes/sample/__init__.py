@@ -1,0 +1,1 @@
+"""Writes answers of a model: pairs for a next round, or the files that public benchmarks judge."""
