@@ -1,6 +1,6 @@
 """Tasks with known optima for a policy over a dozen words: what the tests solve, and the figure of docs/ppo.md.
 
-.venv/bin/python tests/ppo_tasks.py   # draws docs/ppo_tasks.png anew; some minutes
+.venv/bin/python tests/helpers/ppo_tasks.py   # draws docs/ppo_tasks.png anew; some minutes
 """
 
 import statistics
@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_recipes.ppo import PPOConfig, PPOTrainer
 
-FIGURE = Path(__file__).parent.parent / "docs" / "ppo_tasks.png"
+FIGURE = Path(__file__).parents[2] / "docs" / "ppo_tasks.png"
 PAD, EOS = 0, 1
 PROMPTS = ["w", "x", "y", "z"]
 WORDS = ["<pad>", "<eos>", *"abcdefgh", *PROMPTS]

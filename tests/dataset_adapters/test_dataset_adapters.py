@@ -17,7 +17,7 @@ from dpo_recipes.dataset_adapters.adapting import DROP_REASONS, check_pair, rena
 from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.errors import RecipeError
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 DATA = os.environ.get("DPO_RECIPES_DATA")
 
 

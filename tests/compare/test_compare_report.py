@@ -247,7 +247,7 @@ def test_distinct_and_repetition_by_hand():
     assert statistics.distinct(["a b a"], 2).tolist() == [1.0]
 
 
-NULL = json.loads((Path(__file__).parent / "fixtures" / "null_answers.json").read_text())
+NULL = json.loads((Path(__file__).parents[1] / "fixtures" / "null_answers.json").read_text())
 
 
 REWARDS = np.array([[int(digit) / 4 for digit in row] for row in NULL["rewards"]])

@@ -24,7 +24,7 @@ from dpo_recipes.models.pair_ids import prepare_dataset, split_tokens
 from dpo_recipes.shared_prefix import SharedPrefixDPOTrainer
 
 DATA = os.environ.get("DPO_RECIPES_DATA")
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 TEMPLATES = sorted(Path(trl.__file__).with_name("chat_templates").glob("*.jinja"))
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 

@@ -35,7 +35,7 @@ from dpo_recipes.models import rewards
 from dpo_recipes.models.likelihood import generate
 from dpo_recipes.recipe import RecipeArguments
 
-REVIEWS = Path(__file__).parent / "fixtures" / "imdb.jsonl"
+REVIEWS = Path(__file__).parents[1] / "fixtures" / "imdb.jsonl"
 PREFIXES = ["This film", "The cat, who has no lines,", "My"]
 SMALL = ["--pairs_per_update", "4", "--per_device_train_batch_size", "4", "--eval_pairs", "4", "--logging_steps", "1"]
 SMALL += ["--warmup_steps", "0", "--max_steps", "4"]

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from PIL import Image
-from test_page import HOSTILE, Page, hostile, preflight
+from test_preflight_page import HOSTILE, Page, hostile, preflight
 
 from dpo_recipes.health.rules import Finding
 from dpo_recipes.runs.page import write_run_page

@@ -246,7 +246,7 @@ def test_the_test_split_is_cut_by_seed_and_the_rest_accounted_for(tokenizer, tmp
 
 
 def test_the_account_on_the_screen_fits_a_screen_and_adds_up(tokenizer, tmp_path, capsys):
-    fixture = Path(__file__).parent / "fixtures" / "hh_rlhf.jsonl"
+    fixture = Path(__file__).parents[1] / "fixtures" / "hh_rlhf.jsonl"
     rows = [json.loads(line) for line in fixture.read_text(encoding="utf-8").splitlines()]
     rows += [{side: text.replace("egg", "x" * 200) if text else text for side, text in row.items()} for row in rows]
     rows += [{side: f"\n\nHuman: {n}\n\nAssistant: {side}" for side in ("chosen", "rejected")} for n in range(22)]

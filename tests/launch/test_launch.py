@@ -21,7 +21,7 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.launch import launch, processes
 from dpo_recipes.launch.launch import Launch
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 STAND_IN = '''"""A stand-in that trains nothing."""
 import json, os, signal, sys, time

@@ -1,6 +1,6 @@
 """Plain TRL against shared prompts, on one batch: what the tests compare, and the tables of docs/shared_prefix.md.
 
-.venv/bin/python tests/equivalence.py   # writes the tables anew; a few minutes
+.venv/bin/python tests/helpers/equivalence.py   # writes the tables anew; a few minutes
 """
 
 import copy
@@ -19,7 +19,7 @@ from dpo_recipes.shared_prefix.trainer import PLAN, SharedPrefixDPOTrainer
 
 __all__ = ["ROWS", "examples"]  # with the others, what the tests take from here
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "shared_prefix.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "shared_prefix.md"
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 METHODS = ["full", "LoRA", "LoRA with modules_to_save", "LoRA from LoRA (ref)", "LoRA on 4 bits"]
 

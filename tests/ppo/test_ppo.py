@@ -558,7 +558,7 @@ def test_updates_stop_where_the_policy_has_moved_too_far(build):
 
 SCRIPT = """
 import sys, torch
-sys.path[:0] = [{tests!r}]
+sys.path[:0] = {tests!r}
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from ppo_tasks import ANSWERS_ONLY, PROMPTS, PPOConfig, PPOTrainer
@@ -598,7 +598,9 @@ print("both have the same weights", flush=True)
 def test_two_processes_are_one(start, tmp_path):
     """Their gradient is that of one process with both batches, and their weights stay equal."""
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(REPOSITORY / "tests"), start=str(start)))
+    script.write_text(
+        SCRIPT.format(tests=[str(REPOSITORY / "tests" / room) for room in ("helpers", "ppo", "")], start=str(start))
+    )
     accelerate = REPOSITORY / "recipes" / "accelerate" / "cpu2.yaml"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", accelerate, script]
     result = run_command(*launch, cwd=tmp_path)
