@@ -1,6 +1,6 @@
 """Win rates and length-controlled win rates of AlpacaEval 2, computed again from its annotations.
 
-It asks whether `dpo_recipes.statistics` says what AlpacaEval's leaderboard says (Dubois et al. 2024), for every model
+It asks whether `dpo_recipes.estimates` says what AlpacaEval's leaderboard says (Dubois et al. 2024), for every model
 whose annotations by the default judge are there. Win rates are means of the judge's preference. Length-controlled ones
 are computed in two ways: by `length_controlled`, whose regression knows the difference in length alone; and, in this
 script only, with what AlpacaEval's regression knows beside it. That is how hard an instruction is, and the answers of
@@ -30,7 +30,7 @@ from scipy.special import expit, logit
 from scipy.stats import kendalltau
 from sklearn.linear_model import LogisticRegression
 
-from dpo_recipes.statistics import length_controlled, mean
+from dpo_recipes.estimates import length_controlled, mean
 
 JUDGE, BASELINE = "weighted_alpaca_eval_gpt4_turbo", "gpt4_1106_preview"
 LEADERBOARD = f"src/alpaca_eval/leaderboards/data_AlpacaEval_2/{JUDGE}_leaderboard.csv"

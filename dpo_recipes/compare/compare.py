@@ -16,10 +16,10 @@ from dpo_recipes.compare.plan import ALGORITHMS, ONLINE, Recipe, Stage, plan_sta
 from dpo_recipes.compare.report import write_report
 from dpo_recipes.compare.results import NAMES, collect, stage_cost, verdict
 from dpo_recipes.compare.stages import Clock, run_stages
+from dpo_recipes.estimates import Estimate
 from dpo_recipes.evaluate.answers import Entry, Sampling, answer_all, draw_prompts, exact_judge, records
 from dpo_recipes.evaluate.measures import columns
 from dpo_recipes.files import read_json, write_json, write_jsonl
-from dpo_recipes.intervals import Estimate
 from dpo_recipes.launch.launch import prepare
 from dpo_recipes.launch.sweep import STOPPED
 from dpo_recipes.loading import digest, prompt_hashes

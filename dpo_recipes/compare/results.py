@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_recipes import statistics
+from dpo_recipes import estimates
 from dpo_recipes.compare.plan import ALGORITHMS, ONLINE, Stage
 from dpo_recipes.evaluate.measures import against, of_model
 from dpo_recipes.files import read_json
@@ -143,7 +143,7 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
 
 
 def _in_words(pair: Mapping[str, Any], one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    rate, noise = pair["win_rate"], statistics.is_noise(pair["win_rate"])
+    rate, noise = pair["win_rate"], estimates.is_noise(pair["win_rate"])
     turned = rate["mean"] < 0.5 and not noise
     winner, loser = (pair["other"], pair["one"]) if turned else (pair["one"], pair["other"])
 
@@ -159,7 +159,7 @@ def _in_words(pair: Mapping[str, Any], one: Mapping[str, Any], other: Mapping[st
     result = (
         f"Neither won: {winner} is no better than noise against {loser}" if noise else f"{winner} won against {loser}"
     )
-    more = "no more" if statistics.is_noise(pair["difference"], 0.0) else "more"
+    more = "no more" if estimates.is_noise(pair["difference"], 0.0) else "more"
     words = [
         f"{result}: the judge prefers its answer to {_percent(share(rate['mean']))} of {rate['n']} prompts, ties "
         f"counting one half (95 % interval {interval(rate['low'], rate['high'])} over prompts{over_seeds}).",

@@ -26,12 +26,11 @@ from sklearn.metrics import cohen_kappa_score
 from tqdm.auto import tqdm
 
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.estimates import wilson, wins
 from dpo_recipes.evaluate.answers import Scorer, exact_judge
 from dpo_recipes.files import read_jsonl, write_jsonl
-from dpo_recipes.intervals import wilson
 from dpo_recipes.models.rewards import Text, check_reward_model, model_judge, read_reward_config
 from dpo_recipes.secrecy import hide, secrets_in
-from dpo_recipes.statistics import wins
 from dpo_recipes.terminal import say
 
 Array = NDArray[np.float64]

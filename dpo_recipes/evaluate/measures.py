@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_recipes import statistics
+from dpo_recipes import estimates
 
 MEASURES = {  # key: label, decimals, and what a reader should know of it
     "judge": ("judge's reward", 3, "higher is better"),
@@ -15,8 +15,8 @@ MEASURES = {  # key: label, decimals, and what a reader should know of it
     "tokens": ("tokens of an answer", 1, ""),
     "unended": ("share without an end token", 3, "cut at the token limit"),
     "preference_accuracy": ("preference accuracy", 3, "of the log-probs on held-out pairs, ties one half"),
-    "distinct_1": ("distinct-1", 3, f"different words, in {statistics.GROUP} answers together"),
-    "distinct_2": ("distinct-2", 3, f"different pairs of words, in {statistics.GROUP} answers together"),
+    "distinct_1": ("distinct-1", 3, f"different words, in {estimates.GROUP} answers together"),
+    "distinct_2": ("distinct-2", 3, f"different pairs of words, in {estimates.GROUP} answers together"),
     "repetition": ("self-repetition", 3, "4-grams of an answer that it has said before"),
     "surprise": (
         "surprise to the start",
@@ -44,8 +44,8 @@ def columns(records: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> d
         "unended": [float(not record["ended"]) for record in records],
         "nll": [-record["start"] for record in records],
         "scored": [float(record["scored"]) for record in records],
-        "preference_accuracy": statistics.wins(np.array(found["chosen"]), np.array(found["rejected"])).tolist(),
-        **{f"distinct_{n}": statistics.distinct(texts, n).tolist() for n in (1, 2)},
+        "preference_accuracy": estimates.wins(np.array(found["chosen"]), np.array(found["rejected"])).tolist(),
+        **{f"distinct_{n}": estimates.distinct(texts, n).tolist() for n in (1, 2)},
     }
 
 
@@ -64,9 +64,9 @@ def of_model(runs: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, An
                 [run["nll"], run["scored"], np.array(start["nll"]), np.array(start["scored"])]
                 for run, start in zip(arrays, starts, strict=True)
             ]
-            measured[name] = statistics.estimate(statistics.ratio, by_seed)
+            measured[name] = estimates.estimate(estimates.ratio, by_seed)
         elif all(name in run for run in arrays):
-            measured[name] = statistics.estimate(statistics.mean, [[run[name]] for run in arrays])
+            measured[name] = estimates.estimate(estimates.mean, [[run[name]] for run in arrays])
     over_prompts = np.mean([run["kl"] for run in arrays], axis=0)
     measured["kl"]["standard_error"] = float(np.std(over_prompts, ddof=1) / len(over_prompts) ** 0.5)
     return measured
@@ -87,15 +87,15 @@ def against(
         both = zip(one, other, strict=True)
         return [[np.array(run[name])[rows] for run in runs] for runs in both]
 
-    won = [statistics.wins(*scores) for scores in pair("judge")]
+    won = [estimates.wins(*scores) for scores in pair("judge")]
     longer = [first - second for first, second in pair("tokens")]
     return {
-        "win_rate": statistics.estimate(statistics.mean, [[rate] for rate in won]),
-        "length_controlled": statistics.estimate(
-            statistics.length_controlled,
+        "win_rate": estimates.estimate(estimates.mean, [[rate] for rate in won]),
+        "length_controlled": estimates.estimate(
+            estimates.length_controlled,
             [list(both) for both in zip(won, longer, strict=True)],
-            resamples=statistics.RESAMPLES_OF_FITS,
+            resamples=estimates.RESAMPLES_OF_FITS,
         ),
-        "ties": statistics.estimate(statistics.mean, [[(rate == 0.5).astype(float)] for rate in won]),
-        "difference": statistics.estimate(statistics.mean, [[first - second] for first, second in pair("judge")]),
+        "ties": estimates.estimate(estimates.mean, [[(rate == 0.5).astype(float)] for rate in won]),
+        "difference": estimates.estimate(estimates.mean, [[first - second] for first, second in pair("judge")]),
     }

@@ -7,12 +7,12 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from dpo_recipes import statistics
+from dpo_recipes import estimates
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.estimates import Estimate, wilson
 from dpo_recipes.evaluate.answers import Scorer, records
 from dpo_recipes.evaluate.judges import Judge, Judged
 from dpo_recipes.evaluate.measures import MEASURES, columns, of_model
-from dpo_recipes.intervals import Estimate, wilson
 from dpo_recipes.models.likelihood import PreferenceLogps, calibration
 
 SIDES = ("before", "after")
@@ -46,7 +46,7 @@ def judging(found: Mapping[str, Any], pairs: Dataset, judge: Judge | None, judge
     return {
         "verdict": verdict(rate),
         "win_rate": rate,
-        "length_controlled": _estimate(statistics.length_controlled, won, longer) if np.ptp(won) else rate,
+        "length_controlled": _estimate(estimates.length_controlled, won, longer) if np.ptp(won) else rate,
         "ties": wilson(float((won == 0.5).sum()), len(won)),
         "judging": facts,
     }
@@ -56,13 +56,13 @@ def _as_labelled(pairs: Dataset, scorer: Scorer) -> Estimate | None:
     """The share of held-out pairs that the judge ranks as their labels do, of those that it ranks."""
     sides = [*pairs["chosen"], *pairs["rejected"]]
     texts = [side if isinstance(side, str) else side[0]["content"] for side in sides]
-    won = statistics.wins(*np.split(scorer([*pairs["prompt"]] * 2, texts), 2))
+    won = estimates.wins(*np.split(scorer([*pairs["prompt"]] * 2, texts), 2))
     won = won[~np.isnan(won)]
     return wilson(float(won.sum()), len(won)) if len(won) else None
 
 
-def _estimate(statistic: statistics.Statistic, *arrays: NDArray[np.float64]) -> Estimate:
-    return _of(statistics.estimate(statistic, [arrays], resamples=statistics.RESAMPLES_OF_FITS))
+def _estimate(statistic: estimates.Statistic, *arrays: NDArray[np.float64]) -> Estimate:
+    return _of(estimates.estimate(statistic, [arrays], resamples=estimates.RESAMPLES_OF_FITS))
 
 
 def _of(estimated: Mapping[str, Any]) -> Estimate:

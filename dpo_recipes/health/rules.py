@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from dpo_recipes.estimates import wilson
 from dpo_recipes.files import read_json
-from dpo_recipes.intervals import wilson
 
 RULES: dict[str, dict[str, Any]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 HEALTH_FILE = "health.json"

@@ -27,7 +27,7 @@ from trl.trainer.utils import add_fused_lm_head, pad, use_adapter
 
 from dpo_recipes.dataset_adapters import Drop
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
-from dpo_recipes.intervals import Estimate, wilson
+from dpo_recipes.estimates import Estimate, wilson
 from dpo_recipes.models.rewards import Text, context_length
 
 

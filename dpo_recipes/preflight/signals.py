@@ -13,7 +13,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from dpo_recipes.intervals import wilson
+from dpo_recipes.estimates import wilson
 from dpo_recipes.preflight.findings import CHECKS, Finding, judge
 
 _MARKS = {name: check["pattern"] for name, check in CHECKS.items() if "pattern" in check}

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, Trainer
 from trl import DPOTrainer, RewardTrainer
 
+from dpo_recipes.estimates import Estimate, mean_with_interval
 from dpo_recipes.health.guards import ReferenceGuard
-from dpo_recipes.intervals import Estimate, mean_with_interval
 from dpo_recipes.models import rewards
 from dpo_recipes.models.likelihood import (
     calibration,

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from scipy.optimize import minimize
 
-from dpo_recipes import statistics
+from dpo_recipes import estimates
 from dpo_recipes.compare import results as made
 from dpo_recipes.compare.plan import Stage
 from dpo_recipes.compare.report import write_report
@@ -29,7 +29,7 @@ PROMPTS, PAIRS, BETAS, SEEDS = 60, 80, ("0.1", "0.3"), (0, 1, 2)
 def few_fits():
     """A regression for every resample is what takes the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "RESAMPLES_OF_FITS", 10)
+        patch.setattr(estimates, "RESAMPLES_OF_FITS", 10)
         yield
 
 
@@ -203,18 +203,18 @@ def test_the_bootstrap_interval_is_as_wide_as_theory_says():
     """Of a mean: 1.96 standard errors to each side, within a few per cent, and paired over seeds."""
     draw = np.random.default_rng(0)
     one = draw.normal(size=400)
-    found = statistics.estimate(statistics.mean, [[one]])
+    found = estimates.estimate(estimates.mean, [[one]])
     expected = 1.96 * one.std() / 20
     assert found["high"] - found["mean"] == pytest.approx(expected, rel=0.12)
     assert found["mean"] - found["low"] == pytest.approx(expected, rel=0.12)
-    twice = statistics.estimate(statistics.mean, [[one], [one]])  # the same prompts: a second copy adds nothing
+    twice = estimates.estimate(estimates.mean, [[one], [one]])  # the same prompts: a second copy adds nothing
     assert twice["high"] - twice["low"] == pytest.approx(found["high"] - found["low"])
-    against = statistics.estimate(statistics.mean, [[one], [-one]])  # resampled together: they cancel
+    against = estimates.estimate(estimates.mean, [[one], [-one]])  # resampled together: they cancel
     assert (against["low"], against["high"]) == (pytest.approx(0, abs=1e-12), pytest.approx(0, abs=1e-12))
 
 
 def test_ties_count_one_half():
-    rates = statistics.wins(np.array([1.0, 0.5, 0.2]), np.array([0.5, 0.5, 0.4]))
+    rates = estimates.wins(np.array([1.0, 0.5, 0.2]), np.array([0.5, 0.5, 0.4]))
     assert rates.tolist() == [1.0, 0.5, 0.0]
 
 
@@ -223,7 +223,7 @@ def test_the_length_controlled_rate_is_the_regressions_at_equal_length():
     longer = draw.normal(10, 10, 4000)
     chance = 1 / (1 + np.exp(-(0.4 + 1.5 * np.tanh(longer / longer.std()))))
     won = (draw.uniform(size=4000) < chance).astype(float)
-    found = statistics.length_controlled(won, longer)
+    found = estimates.length_controlled(won, longer)
     assert won.mean() > 0.7  # most of it is length
     assert found == pytest.approx(1 / (1 + math.exp(-0.4)), abs=0.03)
     won[:500] = 0.5
@@ -234,17 +234,17 @@ def test_the_length_controlled_rate_is_the_regressions_at_equal_length():
         return (won * np.logaddexp(0, -logit) + (1 - won) * np.logaddexp(0, logit)).sum() + penalty
 
     best = minimize(loss, np.zeros(2)).x
-    assert statistics.length_controlled(won, longer) == pytest.approx(1 / (1 + math.exp(-best[0])), abs=1e-3)
-    assert statistics.length_controlled(won, np.zeros(4000)) == pytest.approx(won.mean())
-    assert statistics.length_controlled(np.ones(9), np.arange(9.0)) == 1.0
+    assert estimates.length_controlled(won, longer) == pytest.approx(1 / (1 + math.exp(-best[0])), abs=1e-3)
+    assert estimates.length_controlled(won, np.zeros(4000)) == pytest.approx(won.mean())
+    assert estimates.length_controlled(np.ones(9), np.arange(9.0)) == 1.0
 
 
 def test_distinct_and_repetition_by_hand():
-    assert statistics.repetition("a b c d a b c d") == pytest.approx(1 - 4 / 5)  # 5 4-grams, abcd twice
-    assert statistics.repetition("a b") == 0.0
-    shares = statistics.distinct(["a b a", "a b"] * 15, 1)
+    assert estimates.repetition("a b c d a b c d") == pytest.approx(1 - 4 / 5)  # 5 4-grams, abcd twice
+    assert estimates.repetition("a b") == 0.0
+    shares = estimates.distinct(["a b a", "a b"] * 15, 1)
     assert shares.tolist() == pytest.approx([2 / 50, 2 / 25])  # groups of 20 and of 10 answers
-    assert statistics.distinct(["a b a"], 2).tolist() == [1.0]
+    assert estimates.distinct(["a b a"], 2).tolist() == [1.0]
 
 
 NULL = json.loads((Path(__file__).parents[1] / "fixtures" / "null_answers.json").read_text())
@@ -257,8 +257,8 @@ def reported_alike(pairs_of_seeds):
     """The share of comparisons of one model with itself that name no winner."""
     said = []
     for pairs in pairs_of_seeds:
-        won = [[statistics.wins(REWARDS[one], REWARDS[other])] for one, other in pairs]
-        said.append(statistics.is_noise(statistics.estimate(statistics.mean, won, resamples=400)))
+        won = [[estimates.wins(REWARDS[one], REWARDS[other])] for one, other in pairs]
+        said.append(estimates.is_noise(estimates.estimate(estimates.mean, won, resamples=400)))
     return plain.mean(said)
 
 
@@ -281,12 +281,12 @@ def test_a_better_model_is_not_reported_as_no_different():
     draw = np.random.default_rng(0)
     better[draw.uniform(size=better.shape) < 0.3] = 1.0
     found = [
-        statistics.estimate(statistics.mean, [[statistics.wins(better[2 * n], REWARDS[2 * n + 1])]], resamples=400)
+        estimates.estimate(estimates.mean, [[estimates.wins(better[2 * n], REWARDS[2 * n + 1])]], resamples=400)
         for n in range(20)
     ]
-    assert sum(not statistics.is_noise(each) and each["mean"] > 0.5 for each in found) >= 15
-    three = [[statistics.wins(better[2 * n], REWARDS[2 * n + 1])] for n in range(20)]
-    assert not statistics.is_noise(statistics.estimate(statistics.mean, three))
+    assert sum(not estimates.is_noise(each) and each["mean"] > 0.5 for each in found) >= 15
+    three = [[estimates.wins(better[2 * n], REWARDS[2 * n + 1])] for n in range(20)]
+    assert not estimates.is_noise(estimates.estimate(estimates.mean, three))
 
 
 def test_the_verdict_names_the_winner_by_how_much_and_at_what_cost():
@@ -310,10 +310,10 @@ def test_the_verdict_says_when_it_is_noise():
 
 def test_prompts_alone_do_not_make_a_winner_where_the_seeds_disagree():
     found = {"low": 0.55, "high": 0.65, "seeds_low": 0.45, "seeds_high": 0.75}
-    assert statistics.is_noise(found)
-    assert not statistics.is_noise(found | {"seeds_low": 0.51})
-    assert statistics.is_noise(found | {"seeds_low": None, "seeds_high": None, "low": 0.5})
-    assert not statistics.is_noise(found | {"seeds_low": None, "seeds_high": None})
+    assert estimates.is_noise(found)
+    assert not estimates.is_noise(found | {"seeds_low": 0.51})
+    assert estimates.is_noise(found | {"seeds_low": None, "seeds_high": None, "low": 0.5})
+    assert not estimates.is_noise(found | {"seeds_low": None, "seeds_high": None})
 
 
 def test_one_seed_failures_and_an_unequal_match_are_told_first():

@@ -20,9 +20,9 @@ from test_judges import Server
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from dpo_recipes.cli import main
+from dpo_recipes.estimates import Estimate, wilson
 from dpo_recipes.evaluate import general
 from dpo_recipes.evaluate.results import verdict
-from dpo_recipes.intervals import Estimate, wilson
 from dpo_recipes.models.pair_ids import encode_pairs
 from dpo_recipes.preflight.tokens import render
 

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer
 
-from dpo_recipes.intervals import mean_with_interval, wilson
+from dpo_recipes.estimates import length_controlled, mean_with_interval, wilson, wins
 from dpo_recipes.models.likelihood import (
     PreferenceLogps,
     generate,
@@ -17,7 +17,6 @@ from dpo_recipes.models.likelihood import (
     sample_tokens,
     sampled_kl,
 )
-from dpo_recipes.statistics import length_controlled, wins
 
 
 @pytest.mark.parametrize(("wins", "n"), [(0, 10), (7, 10), (10, 10), (512, 1000)])
