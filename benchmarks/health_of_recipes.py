@@ -34,7 +34,7 @@ from transformers import AutoTokenizer
 from dpo_recipes.cli import main as dpo_recipes
 from dpo_recipes.files import write_jsonl
 from dpo_recipes.health.rules import HEALTH_FILE
-from dpo_recipes.runs.model_card import hardware
+from dpo_recipes.machine import hardware
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 BRIGHT = re.compile(

@@ -43,6 +43,16 @@ def find_recipe(name: str, *, beside: Path | None = None) -> Path:
     raise RecipeError(f"There is no recipe {name}.{meant} There are:\n{as_table(known)}")
 
 
+def as_recipe(name: str) -> Path | None:
+    """The file of the recipe; None if the name is a file, a folder, or has a slash or a dot, as data and models have.
+
+    Raises:
+        RecipeError: If it is none of these, and there is no such recipe.
+    """
+    is_other = not name.endswith(".py") and (Path(name).exists() or "/" in name or "." in name)
+    return None if is_other else find_recipe(name)
+
+
 def find_settings(kind: str, name: str, *, recipe: Path) -> Path:
     """The YAML file `name`: a path, or NAME.yaml in the folder `kind` beside the recipe or in a recipe folder.
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 from transformers.hf_argparser import HfArg
@@ -29,6 +29,7 @@ from dpo_recipes.settings import check_settings
 from dpo_recipes.terminal import outlive_the_terminal, say, shown
 from dpo_recipes.tracking import check_hub, check_trackers
 
+Result = TypeVar("Result")
 _SECRETS: set[str] = set()
 """Secrets among the flags of this process, which no message may show."""
 
@@ -447,8 +448,8 @@ def _unreachable(name: str, error: BaseException) -> str:
     )
 
 
-def run(main: Callable[[], object]) -> None:
-    """Run a recipe's `main` and end with the exit status that a script can rely on.
+def run(main: Callable[[], Result]) -> Result:
+    """Returns what `main` returns, or ends the process with the exit status that a script can rely on.
 
     0 done; 1 the work failed; 2 the call or the data was wrong and nothing was started; 130 or 143 interrupted.
     """
@@ -457,7 +458,7 @@ def run(main: Callable[[], object]) -> None:
     outlive_the_terminal()
     secrets = secrets_of(sys.argv)
     try:
-        main()
+        return main()
     except RecipeError as error:
         _leave(2, hide(str(error), secrets))
     except UnhealthyRunError as error:

@@ -113,7 +113,9 @@ def test_an_unknown_flag_of_list_is_refused(capsys: pytest.CaptureFixture) -> No
 def test_train_passes_on_every_flag_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple] = []
     prepared = SimpleNamespace(run=lambda: 7)
-    monkeypatch.setattr("dpo_recipes.cli.prepare", lambda *names, **given: calls.append((names, given)) or prepared)
+    monkeypatch.setattr(
+        "dpo_recipes.launch.command.prepare", lambda *names, **given: calls.append((names, given)) or prepared
+    )
     flags = ["--beta", "0.3", "--pro", "x", "--learning_rate", "-1e-6", "--loss_type", "sigmoid", "sft", "--lora_r=4"]
     assert main(["train", "quickstart", *flags, "--profile", "cpu"]) == 7
     assert calls == [(("quickstart",), {"profile": "cpu", "accelerate": None, "flags": flags})]

@@ -9,6 +9,4 @@ miniature.py    random tiny models, rows in every published schema, and the flag
 report.py       tables for the screen, as Markdown and as JSON, without anything private
 """
 
-from dpo_recipes.doctor.command import add_parser as add_parser
-from dpo_recipes.doctor.command import doctor as doctor
 from dpo_recipes.doctor.miniature import miniature_flags as miniature_flags

@@ -17,7 +17,9 @@ from dpo_recipes import __version__
 from dpo_recipes.catalog import find_recipe, list_recipes, read_yaml
 from dpo_recipes.doctor.report import Part, on_screen, scrub, write_report
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.launch.launch import Launch, prepare, set_environment
+from dpo_recipes.flags import at_least, listed
+from dpo_recipes.launch.launch import Launch, prepare
+from dpo_recipes.machine import set_environment
 from dpo_recipes.terminal import duration, say
 
 
@@ -26,20 +28,13 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",
         help="is this machine ready: versions, arithmetic, speed, every recipe in miniature",
-        allow_abbrev=False,
     )
     parser.add_argument("--model", metavar="NAMES", help="to time: tiny, qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-7b")
-    parser.add_argument("--pairs", type=_numbers, metavar="N,N", help="pairs of a timed step: 8,32; on a CPU 4")
+    parser.add_argument("--pairs", type=listed(at_least(1)), metavar="N,N", help="pairs a timed step: 8,32; on a CPU 4")
     parser.add_argument("--quick", action="store_true", help="one architecture, a tiny model, two rounds")
     parser.add_argument("--profile", metavar="P", help="as in train; by default what the machine has")
     parser.add_argument("--out", metavar="FILE", help="Markdown file to write; JSON goes beside it")
-
-
-def _numbers(text: str) -> list[int]:
-    numbers = [int(word) for word in text.split(",")]
-    if min(numbers) < 1:
-        raise ValueError
-    return numbers
+    parser.set_defaults(call=lambda options, flags: doctor(options))
 
 
 def doctor(options: argparse.Namespace) -> int:

@@ -2,9 +2,7 @@
 
 import os
 import platform
-import re
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -12,7 +10,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from dpo_recipes.doctor.report import Finding, Part
-from dpo_recipes.launch.launch import Launch, free_threads, gpu_cards
+from dpo_recipes.launch.launch import Launch
+from dpo_recipes.machine import ask_driver, free_threads, gpu_cards, processor
 
 CONSTRAINTS = Path(__file__).parent.parent.parent / "constraints.txt"  # in a clone; an installed wheel has none
 LEAST_DISK = 20  # GB: an install with CUDA, a 1.5B model and the checkpoints of one run
@@ -58,16 +57,13 @@ def look_at_machine(launch: Launch) -> Part:
     import psutil
     import torch
 
-    from dpo_recipes.runs.model_card import hardware
-
     part = Part("Machine", ["", ""])
-    processor = hardware(torch.device("cpu")).partition(", ")[0]
-    cards, names = gpu_cards(), _card_names()
+    cards, names = gpu_cards(), ask_driver("name,driver_version", r"^(.+), ([\d.]+)\s*$")
     disk = shutil.disk_usage(Path.cwd()).free / 1e9
     threads = free_threads(1)
     memory = psutil.virtual_memory()
     part.rows += [
-        ["processor", f"{processor}, {os.cpu_count()} cores, {threads} free threads"],
+        ["processor", f"{processor()}, {os.cpu_count()} cores, {threads} free threads"],
         ["memory", f"{memory.total / 2**30:.0f} GiB, {memory.available / 2**30:.0f} GiB free"],
         ["disk", f"{disk:.0f} GB free in this folder"],
         *(
@@ -90,13 +86,3 @@ def look_at_machine(launch: Launch) -> Part:
 def _read_pins() -> dict[str, str]:
     lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines() if CONSTRAINTS.exists() else []
     return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
-
-
-def _card_names() -> list[tuple[str, str]]:
-    """Name and driver version of each NVIDIA card."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [(name, driver) for name, driver in re.findall(r"^(.+), ([\d.]+)\s*$", answer, re.MULTILINE)]

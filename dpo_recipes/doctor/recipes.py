@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dpo_recipes.doctor.miniature import miniature_flags
 from dpo_recipes.doctor.report import Finding, Part
-from dpo_recipes.launch.launch import free_threads
+from dpo_recipes.machine import free_threads
 from dpo_recipes.terminal import duration
 
 PRELOAD = ["trl.trainer.dpo_trainer", "trl.trainer.sft_trainer", "trl.trainer.reward_trainer"]

@@ -17,9 +17,9 @@ from trl import DPOConfig, ModelConfig, get_peft_config
 
 from dpo_recipes.doctor.compute import ROWS, character_tokenizer, examples
 from dpo_recipes.doctor.report import Finding, Part
+from dpo_recipes.machine import peak_memory
 from dpo_recipes.preflight.memory import count_weights, memory_parts
 from dpo_recipes.presets import LORA
-from dpo_recipes.runs.model_card import peak_memory
 from dpo_recipes.shared_prefix.trainer import SharedPrefixDPOTrainer
 
 QWEN: dict[str, Any] = dict(model_type="qwen2", vocab_size=151_936, tie_word_embeddings=True)

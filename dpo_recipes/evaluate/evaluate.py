@@ -25,13 +25,14 @@ from dpo_recipes.evaluate.judges import Judged, expected_cost, open_judge
 from dpo_recipes.evaluate.report import write_report
 from dpo_recipes.evaluate.results import SIDES, answer_pairs, judging, measures, preference
 from dpo_recipes.files import MANIFEST, check_writable, read_json
+from dpo_recipes.machine import hardware
 from dpo_recipes.manifest import claim
 from dpo_recipes.models.chat import find_start
 from dpo_recipes.models.open import changes_layers, check_weights, identify, read_adapter, run_settings
 from dpo_recipes.preflight.inspect import dataset_recipe, parse_namespace
 from dpo_recipes.preflight.prepare import measure_pairs
 from dpo_recipes.recipe import DONE_FILE, load_tokenizer
-from dpo_recipes.runs.model_card import LIBRARIES, hardware, weights_hash
+from dpo_recipes.runs.model_card import LIBRARIES, weights_hash
 from dpo_recipes.terminal import say
 
 OF_DATA = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "columns", "max_length")

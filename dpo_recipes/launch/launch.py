@@ -18,19 +18,15 @@ from dpo_recipes.catalog import find_recipe, find_settings, read_yaml, recipe_se
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json
 from dpo_recipes.launch.processes import supervise
+from dpo_recipes.machine import ENVIRONMENT, default_profile, free_threads, gpu_cards
 from dpo_recipes.secrecy import hide_flags
 from dpo_recipes.terminal import say
 
 # Flags that change the way to a result, not the result.
 HOW_NOT_WHAT = ("overwrite", "resume_from_checkpoint", "dry_run", "threshold", "hub_token")
 STARTS = ("model_name_or_path", "reward_model_name_or_path")  # each may name the output of another recipe
-BFLOAT16 = 8.0  # compute capability; a card below it computes in float16
-LOCAL_CARD = 30_000  # MiB; below it the profile for one 24 GB card, above it the one for 80 GB
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's share: microseconds of CPU time in a period, or "max"
 # glibc gives each large tensor back to the kernel, which clears it before the next use: a third of a step's time.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # bytes
-ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}  # its threads survive no fork
-MOST_THREADS = 8  # a model small enough to train on a CPU gains little beyond
 
 
 def prepare(
@@ -227,67 +223,6 @@ class Launch:
         if "OMP_NUM_THREADS" not in os.environ:
             defaults["OMP_NUM_THREADS"] = str(free_threads(self._processes()))
         return defaults | os.environ | {"DPO_RECIPES_REQUEST": self.request()}
-
-
-def default_profile(cards: list[tuple[int, float]]) -> str:
-    """The profile for a machine with these cards, as `gpu_cards` gives them."""
-    if not cards:
-        return "cpu"
-    if min(capability for _, capability in cards) < BFLOAT16:
-        return "turing"
-    return "local" if min(memory for memory, _ in cards) < LOCAL_CARD else "gpu"
-
-
-def gpu_cards() -> list[tuple[int, float]]:
-    """Memory in MiB and compute capability of each NVIDIA card that CUDA_VISIBLE_DEVICES leaves visible."""
-    query = ["nvidia-smi", "--query-gpu=memory.total,compute_cap", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = re.findall(r"^\s*(\d+)\s*,\s*(\d+\.\d+)\s*$", answer, re.MULTILINE)
-    cards = [(int(memory), float(capability)) for memory, capability in rows]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return cards if visible is None else cards[: sum(card.strip() not in ("", "-1") for card in visible.split(","))]
-
-
-def card_memory(card: str) -> int:
-    """MiB of a card named by its memory: "24GB" has 24 GiB, as sold.
-
-    Raises:
-        RecipeError: If it is not of that form.
-    """
-    match = re.fullmatch(r"([1-9]\d*)(?:GB|GiB|G)?", card.replace(" ", ""), re.IGNORECASE)
-    if match is None:
-        raise RecipeError(f"--gpu {card} names no card. Give its memory: --gpu 24GB.")
-    return int(match[1]) * 1024
-
-
-def set_environment() -> None:
-    """What a launched recipe is given, for a command that works in this process; processes it starts choose anew."""
-    for variable, value in ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
-    if "OMP_NUM_THREADS" not in os.environ:
-        import torch
-
-        torch.set_num_threads(free_threads(1))
-
-
-def free_threads(processes: int) -> int:
-    """CPU threads for each of `processes` that nobody else uses at the moment; at least 1.
-
-    Too many cost more than they bring: two threads beside one busy core were over ten times slower than one.
-    """
-    import psutil
-
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    busy = psutil.cpu_percent(interval=0.5, percpu=True)
-    free = sum(1 - busy[core] / 100 for core in cores if core < len(busy))
-    free = min(free, psutil.cpu_count(logical=False) or free)
-    with suppress(OSError, ValueError):
-        quota, period = CPU_QUOTA.read_text().split()
-        free = min(free, int(quota) / int(period))
-    return max(1, min(MOST_THREADS, int(free / processes + 0.2)))  # a core that is 20 % busy counts as free
 
 
 def grouped(flags: Sequence[str]) -> list[tuple[str, list[str]]]:

@@ -2,11 +2,6 @@
 
 import hashlib
 import json
-import platform
-import re
-import resource
-import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +10,7 @@ from datasets import Dataset
 from transformers import Trainer
 
 from dpo_recipes.files import read_json
+from dpo_recipes.machine import peak_memory
 from dpo_recipes.pages.markdown import code, fence, inline, one_line, yaml_text
 
 LIBRARIES = ("dpo-recipes", "trl", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "torch")
@@ -25,17 +21,6 @@ SHOWN_SETTINGS = (
     "temperature", "gamma", "lam", "vf_coef", "adam_beta2", "weight_decay", "use_peft", "lora_r", "lora_alpha",
     "load_in_4bit", "dtype", "bf16", "seed",
 )  # fmt: skip
-
-
-def peak_memory() -> int:
-    """The largest resident memory that this process has had, in bytes.
-
-    On Linux `getrusage` keeps the peak of the process that started this one, which /proc does not.
-    """
-    with suppress(OSError):
-        if found := re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE):
-            return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def cost(trainer: Trainer) -> dict[str, Any]:
@@ -52,18 +37,6 @@ def cost(trainer: Trainer) -> dict[str, Any]:
     if torch.cuda.is_available():
         spent["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
     return spent
-
-
-def hardware(device: torch.device, processes: int = 1) -> str:
-    """The machine in words: cards, or processor and threads."""
-    if device.type == "cuda":
-        return f"{processes} x {torch.cuda.get_device_name()}"
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {processes} process(es) x {torch.get_num_threads()} thread(s)"
 
 
 def data_hash(dataset: Dataset) -> str:

@@ -32,6 +32,7 @@ from dpo_recipes.files import write_json, write_jsonl, write_text
 from dpo_recipes.health.callback import HealthCallback
 from dpo_recipes.health.guards import add_guards
 from dpo_recipes.health.rules import read_findings
+from dpo_recipes.machine import hardware
 from dpo_recipes.manifest import NEW_FILES, claim, clear, declare, settle
 from dpo_recipes.models.checkpoints import MERGING, check_saved, merge_adapter, replace_adapter, trained_weights
 from dpo_recipes.models.likelihood import sharded
@@ -41,7 +42,7 @@ from dpo_recipes.ppo.trainer import PPOTrainer
 from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, RecipeArguments, is_disk_full, settings_hash
 from dpo_recipes.runs.before_after import Outcome, Score, measure, not_measured, readable
 from dpo_recipes.runs.curves import plot_curves, side_by_side, table
-from dpo_recipes.runs.model_card import LIBRARIES, cost, data_hash, hardware, model_card, weights_hash
+from dpo_recipes.runs.model_card import LIBRARIES, cost, data_hash, model_card, weights_hash
 from dpo_recipes.runs.page import write_run_page
 from dpo_recipes.terminal import say
 from dpo_recipes.tracking import start_tracking

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from trl import DPOConfig, ModelConfig, RLOOConfig, TrlParser
 
 from dpo_recipes.catalog import find_recipe, find_settings, recipe_setting
-from dpo_recipes.cli import _parser
+from dpo_recipes.cli import build_parser
 from dpo_recipes.compare.plan import read_recipes
 from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.errors import RecipeError
@@ -138,7 +138,7 @@ def check_inspect(words: list[str]) -> None:
 
 def check_compare(words: list[str]) -> None:
     """The recipe and its siblings are there, and every flag is known to one of them."""
-    options, flags = _parser().parse_known_args(words)
+    options, flags = build_parser().parse_known_args(words)
     launch = prepare(options.recipe, profile="cpu")
     recipes = read_recipes(launch, options.stages or ["dpo", "ppo"], flags=flags)
     assert {"dpo", "reward", "ppo"} <= {*recipes}
@@ -164,12 +164,12 @@ def check_command(command: str) -> None:
         case [".venv/bin/dpo-recipes", "compare", *_]:
             check_compare(words[1:])
         case [".venv/bin/dpo-recipes", "evaluate", *_]:
-            options, flags = _parser().parse_known_args(words[1:])
+            options, flags = build_parser().parse_known_args(words[1:])
             check_flags(find_recipe("hh-rlhf-lora" if "/" in options.model else options.model), flags)
         case [".venv/bin/dpo-recipes", "copy", name, "mine.py"]:
             assert find_recipe(name).is_file()
         case [".venv/bin/dpo-recipes", "answer" | "merge" | "sample" | "try", *_]:
-            _parser().parse_args(words[1:])
+            build_parser().parse_args(words[1:])
         case [".venv/bin/accelerate", "launch", *rest]:
             check_launch(rest)
         case [".venv/bin/python", file, "--help"]:

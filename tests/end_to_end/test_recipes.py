@@ -207,8 +207,8 @@ def test_no_recipe_imports_another_and_nothing_imports_a_recipe():
 
 ROOMS = [  # imports point from a later line to an earlier one
     {"errors", "__init__"},
-    {"estimates", "files", "presets", "secrecy", "terminal"},
-    {"catalog", "dataset_adapters", "manifest", "pages", "playground", "settings"},
+    {"estimates", "files", "machine", "presets", "secrecy", "terminal"},
+    {"catalog", "dataset_adapters", "flags", "manifest", "pages", "playground", "settings"},
     {"loading", "models", "tracking"},
     {"ppo", "recipe", "shared_prefix"},
     {"preflight"},

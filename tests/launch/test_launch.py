@@ -17,6 +17,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
+from dpo_recipes import machine
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.launch import launch, processes
 from dpo_recipes.launch.launch import Launch
@@ -577,31 +578,31 @@ def test_threads_are_the_free_cores(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(len(busy))), raising=False)
     monkeypatch.setattr(psutil, "cpu_percent", lambda interval, percpu: [float(share) for share in busy])
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: len(busy))
-    monkeypatch.setattr(launch, "CPU_QUOTA", Path("no such file"))
-    assert launch.free_threads(processes_) == threads
+    monkeypatch.setattr(machine, "CPU_QUOTA", Path("no such file"))
+    assert machine.free_threads(processes_) == threads
 
 
 def test_a_containers_quota_limits_the_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     quota = tmp_path / "cpu.max"
-    monkeypatch.setattr(launch, "CPU_QUOTA", quota)
+    monkeypatch.setattr(machine, "CPU_QUOTA", quota)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(psutil, "cpu_percent", lambda interval, percpu: [0.0] * 8)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: 8)
     quota.write_text("200000 100000\n")
-    assert launch.free_threads(1) == 2
+    assert machine.free_threads(1) == 2
     quota.write_text("max 100000\n")
-    assert launch.free_threads(1) == 8
+    assert machine.free_threads(1) == 8
 
 
 def test_a_command_in_this_process_takes_the_free_threads_and_hands_none_on(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
-    monkeypatch.setattr(launch, "free_threads", lambda processes: before + 1)
+    monkeypatch.setattr(machine, "free_threads", lambda processes: before + 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    launch.set_environment()
+    machine.set_environment()
     assert torch.get_num_threads() == before, "the user's choice"
     monkeypatch.delenv("OMP_NUM_THREADS")
     try:
-        launch.set_environment()
+        machine.set_environment()
         assert torch.get_num_threads() == before + 1
         assert "OMP_NUM_THREADS" not in os.environ
     finally:
@@ -650,7 +651,7 @@ def test_a_broken_driver_is_no_card(folder: Path, monkeypatch: pytest.MonkeyPatc
     (folder / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
     (folder / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    assert launch.gpu_cards() == []
+    assert machine.gpu_cards() == []
 
 
 # Clear ends

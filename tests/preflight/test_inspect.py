@@ -19,8 +19,8 @@ from trl import SFTConfig
 from dpo_recipes.cli import main
 from dpo_recipes.dataset_adapters import hh_rlhf, preference_jsonl
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.launch.launch import card_memory
 from dpo_recipes.loading import load_rows, split_pairs
+from dpo_recipes.machine import card_memory
 from dpo_recipes.models.pair_ids import encode_pairs
 from dpo_recipes.preflight.cost import cost_findings, estimate_cost
 from dpo_recipes.preflight.findings import (

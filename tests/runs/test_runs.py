@@ -9,7 +9,8 @@ from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file, save_file
 
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.runs.model_card import data_hash, peak_memory
+from dpo_recipes.machine import peak_memory
+from dpo_recipes.runs.model_card import data_hash
 from dpo_recipes.runs.run import _lock
 
 ROWS = [{"prompt": f"p{number}", "chosen": f"c{number}", "rejected": "no", "id": number} for number in range(2500)]
@@ -52,7 +53,7 @@ def test_peak_memory_is_that_of_the_process_itself():
     """Not that of the process that started it, which getrusage keeps on Linux."""
     held = bytearray(2**31)
     held[:: 2**12] = b"x" * (2**31 // 2**12)  # touched, so that it is resident
-    code = "from dpo_recipes.record import peak_memory; print(peak_memory())"
+    code = "from dpo_recipes.machine import peak_memory; print(peak_memory())"
     peak = int(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1]
     )

@@ -1,0 +1,75 @@
+"""Types and groups of flags that several verbs of `dpo-recipes` share."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dpo_recipes.secrecy import hide_flags
+
+
+def given(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that have a value, by name, without what `cli` reads itself."""
+    held = {name: value for name, value in vars(options).items() if value is not None}
+    return {name: held[name] for name in held if name not in ("call", "takes_flags")}
+
+
+def refuse(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
+    """Ends the process with status 2 if there are words that no argument of the parser took."""
+    if flags:
+        parser.error(f"unrecognized arguments: {' '.join(hide_flags(flags))}")
+
+
+def add_sampling(
+    parser: argparse.ArgumentParser,
+    *,
+    temperature: float | None,
+    max_new_tokens: int = 256,
+    default: str | None = None,
+) -> None:
+    """Adds the flags of sampled answers, with these defaults; `default` describes the temperature's where it varies."""
+    warmth = f"{default or temperature}; 0 is greedy"
+    parser.add_argument("--temperature", type=at_least(0.0), default=temperature, help=warmth)
+    longest = f"tokens at which an answer is cut: {max_new_tokens}"
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=max_new_tokens, help=longest)
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the sampling: 0")
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Adds --trust_remote_code."""
+    words = "let code that comes with the model run; no file can allow that"
+    parser.add_argument("--trust_remote_code", **YES_OR_NO, help=words)
+
+
+def at_least(least: float) -> Callable[[str], float]:
+    """A type of numbers: the type of `least`, and no smaller than it."""
+
+    def number(text: str) -> float:
+        value = type(least)(text)
+        if not value >= least:
+            raise ValueError
+        return value
+
+    return number
+
+
+def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A type of lists: different values with commas between them."""
+
+    def values(text: str) -> list[Any]:
+        found = [kind(word.strip()) for word in text.split(",")]
+        if len({*found}) < len(found):
+            raise ValueError
+        return found
+
+    return values
+
+
+def true_or_false(text: str) -> bool:
+    """The truth value that the word names."""
+    if text not in ("true", "false"):
+        raise ValueError
+    return text == "true"
+
+
+YES_OR_NO: dict[str, Any] = dict(nargs="?", type=true_or_false, const=True, default=False, metavar="true|false")
+"""Arguments of `add_argument` for a flag that may stand alone, which says true."""

@@ -1,0 +1,103 @@
+"""The verbs around one recipe and its run: list, copy, inspect, train, page."""
+
+import argparse
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dpo_recipes.catalog import as_recipe, as_table, find_recipe, find_settings, list_recipes
+from dpo_recipes.errors import RecipeError
+from dpo_recipes.flags import YES_OR_NO
+from dpo_recipes.launch.launch import prepare
+from dpo_recipes.launch.sweep import sweep
+from dpo_recipes.machine import BFLOAT16, card_memory, default_profile, gpu_cards, set_environment
+from dpo_recipes.terminal import say
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the verbs to the subparsers of `dpo-recipes`."""
+    listing = commands.add_parser("list", help="the recipes there are")
+    listing.set_defaults(call=lambda options, flags: say(as_table(list_recipes())))
+
+    copying = commands.add_parser("copy", help="copy a recipe here, to make it yours")
+    copying.add_argument("recipe", metavar="RECIPE", help="a name from `dpo-recipes list`")
+    copying.add_argument("destination", nargs="?", metavar="DEST", help="file or folder; by default the current folder")
+    copying.set_defaults(call=lambda options, flags: say(copy_recipe(options.recipe, options.destination)))
+
+    inspecting = commands.add_parser(
+        "inspect",
+        help="look at a recipe's data, or at any preference pairs, before training",
+        usage="%(prog)s RECIPE_OR_DATASET [--gpu 24GB] [--with_model true] [--profile P] [--max_length 512 ...]",
+        epilog="Every other flag is a flag of `train`; a dataset needs --model_name_or_path.",
+    )
+    inspecting.add_argument("data", metavar="RECIPE_OR_DATASET", help="a recipe, a file, a folder or a Hub name")
+    inspecting.add_argument("--gpu", metavar="24GB", help="the card to fit; by default this machine")
+    inspecting.add_argument("--with_model", **YES_OR_NO, help="load the model for off-distribution pairs")
+    inspecting.add_argument("--profile", metavar="P", help="as in train; by default what the machine or --gpu has")
+    inspecting.set_defaults(call=_inspect, takes_flags=True)
+
+    training = commands.add_parser(
+        "train",
+        help="train a recipe, and the stages it starts from",
+        usage="%(prog)s RECIPE [--profile P] [--accelerate A] [--beta 0.3 --max_steps 100 ...] [--sweep beta=0.05,0.1]",
+        epilog="Every other flag is a TRL argument and goes to the recipe, where it beats the profile and RECIPE.",
+    )
+    training.add_argument("recipe", metavar="RECIPE", help="a name from `dpo-recipes list`, or the path of your own")
+    profile = "cpu, turing, local, gpu or a YAML file; by default what the machine has"
+    training.add_argument("--profile", metavar="P", help=profile)
+    training.add_argument("--accelerate", metavar="A", help="cpu2, multi_gpu, fsdp2, zero3, ... or a YAML file")
+    training.add_argument("--sweep", nargs="+", metavar="KEY=A,B", help="train with every combination of these values")
+    training.set_defaults(call=_train, takes_flags=True)
+
+    paging = commands.add_parser("page", help="write a run's curves, model card and page again")
+    paging.add_argument("run", metavar="RUN", help="a run's folder")
+    paging.set_defaults(call=_page)
+
+
+def copy_recipe(name: str, destination: str | None = None) -> str:
+    """Copies a recipe to a file or folder, by default here, and returns what to run next.
+
+    Raises:
+        RecipeError: If there is no such recipe, or the copy would replace a file.
+    """
+    recipe = find_recipe(name)
+    copy = Path(destination or recipe.name)
+    if copy.is_dir():
+        copy = copy / recipe.name
+    if copy.suffix != ".py":
+        raise RecipeError(f"Got {copy} as the copy's name, which must end in .py, or be a folder that exists.")
+    if copy.exists():
+        raise RecipeError(
+            f"{copy} exists already, and it may hold your changes. Name another file: copy {name} FILE.py."
+        )
+    try:
+        shutil.copyfile(recipe, copy)
+    except OSError as error:
+        raise RecipeError(f"Cannot write {copy}: {error.strerror}.") from error
+    return f"{copy} is yours to change. Train it with: dpo-recipes train {copy}"
+
+
+def _inspect(options: argparse.Namespace, flags: list[str]) -> None:
+    recipe = as_recipe(options.data)
+    card = card_memory(options.gpu) if options.gpu else 0
+    profile = options.profile or default_profile([(card, BFLOAT16)] if card else gpu_cards())
+    profile_file = find_settings("profiles", profile, recipe=recipe or Path(options.data))
+    set_environment()
+    from dpo_recipes.preflight.inspect import inspect  # imports torch and TRL
+    from dpo_recipes.recipe import run
+
+    device = (f"the {options.gpu} card", card * 2**20) if card else None
+    at: dict[str, Any] = dict(recipe=recipe, profile=profile_file, card=device, with_model=options.with_model)
+    run(partial(inspect, options.data, flags=flags, **at))
+
+
+def _train(options: argparse.Namespace, flags: list[str]) -> int:
+    launch = prepare(options.recipe, profile=options.profile, accelerate=options.accelerate, flags=flags)
+    return sweep(launch, options.sweep) if options.sweep else launch.run()
+
+
+def _page(options: argparse.Namespace, flags: list[str]) -> None:
+    from dpo_recipes.runs.page import remake  # imports torch
+
+    remake(options.run)

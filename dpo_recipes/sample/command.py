@@ -1,0 +1,70 @@
+"""The verbs `sample` and `answer`."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from dpo_recipes.flags import add_sampling, add_trust, at_least, given
+from dpo_recipes.machine import set_environment
+
+if TYPE_CHECKING:
+    from dpo_recipes.recipe import RecipeArguments
+
+DATASET_FLAGS = ("dataset_name", "dataset_config", "dataset_train_split", "columns")
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the verbs to the subparsers of `dpo-recipes`."""
+    words = "write a model's answers to the prompts of a dataset"
+    sampling = commands.add_parser("sample", help=words)
+    sampling.add_argument("model", metavar="MODEL", help="a folder, a Hub name, or a run that left a LoRA adapter")
+    sampling.add_argument("--output", metavar="FILE", help="samples.jsonl, or pairs.jsonl with --pairs")
+    sampling.add_argument("--pairs", action="store_true", help="write pairs: the answer as rejected, chosen as it was")
+    judge = "write pairs: answers ranked by a reward model or classifier"
+    sampling.add_argument("--judge", metavar="MODEL", help=judge)
+    first = "plain text to go on with: the first A to B words of each prompt"
+    sampling.add_argument("--first_words", nargs=2, type=at_least(1), metavar=("A", "B"), help=first)
+    sampling.add_argument("--num_samples", type=at_least(1), default=1, help="answers to each prompt: 1")
+    _add_shared(sampling)
+    add_sampling(sampling, temperature=1.0)
+    sampling.set_defaults(call=_sample)
+
+    answering = commands.add_parser("answer", help="write answers for AlpacaEval or MT-Bench")
+    answering.add_argument("model", metavar="MODEL", help="as in sample")
+    answering.add_argument("--benchmark", required=True, choices=("alpaca_eval", "mt_bench"), help="who is to judge")
+    answering.add_argument("--name", help="of the model in the benchmark; by default that of its folder")
+    answering.add_argument("--output_dir", metavar="DIR", help="by default outputs/BENCHMARK")
+    _add_shared(answering)
+    by_category = "0.7, and for MT-Bench that of the category"
+    add_sampling(answering, temperature=None, max_new_tokens=1024, default=by_category)
+    answering.set_defaults(call=_answer)
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> None:
+    add_trust(parser)
+    parser.add_argument("--batch_size", type=at_least(1), default=16, help="answers at a time: 16")
+    for name in DATASET_FLAGS:
+        parser.add_argument(f"--{name}", required=name == "dataset_name", help="as for a recipe")
+
+
+def _sample(options: argparse.Namespace, flags: list[str]) -> None:
+    model, dataset, arguments = _read(options)
+    from dpo_recipes.sample.sampling import sample  # imports torch
+
+    sample(model, dataset, **{"output": None} | arguments)
+
+
+def _answer(options: argparse.Namespace, flags: list[str]) -> None:
+    model, dataset, arguments = _read(options)
+    from dpo_recipes.sample.benchmarks import answer  # imports torch
+
+    answer(model, dataset, **arguments)
+
+
+def _read(options: argparse.Namespace) -> tuple[str, "RecipeArguments", dict[str, Any]]:
+    """The model's name, the dataset's settings and the other options."""
+    set_environment()
+    from dpo_recipes.recipe import RecipeArguments  # imports torch
+
+    arguments = given(options)
+    dataset = RecipeArguments(**{name: arguments.pop(name) for name in DATASET_FLAGS if name in arguments})
+    return arguments.pop("model"), dataset, arguments
