@@ -1,10 +1,22 @@
-"""Types and groups of flags that several verbs of `dpo-recipes` share."""
+"""Flags: how their words are read, and the types and groups of flags that several verbs share."""
 
 import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from dpo_recipes.secrecy import hide_flags
+
+
+def grouped(flags: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each flag's name without dashes, with its values: `--a 1 --b=2` -> [("a", ["1"]), ("b", ["2"])]."""
+    groups: list[tuple[str, list[str]]] = []
+    for word in flags:
+        name, joined, value = word.partition("=")
+        if word.startswith("--"):
+            groups.append((name[2:].replace("-", "_"), [value] if joined else []))
+        elif groups:
+            groups[-1][1].append(word)
+    return groups
 
 
 def given(options: argparse.Namespace) -> dict[str, Any]:

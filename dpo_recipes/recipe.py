@@ -1,15 +1,13 @@
 """What every recipe shares: its settings, its tokenizer, and how it ends when something is wrong."""
 
 import errno
-import hashlib
-import json
 import os
 import re
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -21,27 +19,22 @@ from trl import ModelConfig, RewardConfig, ScriptArguments, TrlParser
 from dpo_recipes.catalog import read_yaml
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.files import check_writable, read_json
+from dpo_recipes.flags import grouped
 from dpo_recipes.manifest import refuse_strangers, was_cut_short
 from dpo_recipes.models.checkpoints import WEIGHTS_ALONE, checkpoints_of, incomplete_reason, latest_checkpoint
 from dpo_recipes.models.open import check_weights, full_model
 from dpo_recipes.secrecy import hide, hide_flags, secrets_of, take_secrets
-from dpo_recipes.settings import check_settings
+from dpo_recipes.settings import check_settings, effective_settings, settings_differences
 from dpo_recipes.terminal import outlive_the_terminal, say, shown
 from dpo_recipes.tracking import check_hub, check_trackers
 
+FLAG = 2  # the place of a setting that a flag gave
 Result = TypeVar("Result")
 _SECRETS: set[str] = set()
 """Secrets among the flags of this process, which no message may show."""
 
 SETTINGS_FILE = "settings.json"
 DONE_FILE = "done.json"
-
-BOOKKEEPING = (
-    *("request", "output_dir", "overwrite", "dry_run", "threshold", "health", "resume_from_checkpoint"),
-    *("run_name", "report_to", "project", "logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "disable_tqdm"),
-    "dataloader_num_",
-)
-"""What the names of settings begin with that do not change what is trained: runs that differ in these are the same."""
 
 
 class FinishedRun(SystemExit):
@@ -52,36 +45,27 @@ class FinishedRun(SystemExit):
 class RecipeArguments(ScriptArguments):
     """The few settings that no TRL dataclass has a field for."""
 
-    pairs_per_update: int = HfArg(
-        default=64, help="Pairs per optimizer step over all processes. Gradient accumulation follows from it."
-    )
-    eval_pairs: int = HfArg(
-        default=512, help="Held-out pairs to evaluate on, drawn by seed where the test split has more."
-    )
-    columns: str | None = HfArg(
-        default=None, help="The dataset's names of columns: prompt=instruction,chosen=good,rejected=bad."
-    )
-    control_tokens_as_text: bool = HfArg(
-        default=False, help="Break up control tokens that messages spell, by a zero-width space, so that they are text."
-    )
-    part: str | None = field(
-        default=None,
-        metadata={"help": "Of the training prompts: two thirds, or the others.", "choices": ["learn", "judge"]},
+    pairs_per_update: int = HfArg(default=64, help="Pairs per optimizer step; gradient accumulation follows from it.")
+    eval_pairs: int = HfArg(default=512, help="Held-out pairs to evaluate on, drawn by seed where there are more.")
+    columns: str | None = HfArg(default=None, help="Your columns: prompt=instruction,chosen=good,rejected=bad.")
+    control_tokens_as_text: bool = HfArg(default=False, help="Break up control tokens in messages into plain text.")
+    part: str | None = HfArg(
+        default=None, metadata={"choices": ["learn", "judge"]}, help="Two thirds of the training prompts, or the rest."
     )
     overwrite: bool = HfArg(default=False, help="Replace the run that the output folder holds.")
-    dry_run: bool = HfArg(
-        default=False, help="Print the settings, the account of the pairs and what the run would need; start nothing."
-    )
+    dry_run: bool = HfArg(default=False, help="Print settings, the account of the pairs and the needs; start nothing.")
     threshold: list[str] | None = field(
         default=None, metadata={"help": "Where the preflight warns or refuses: without_eos=0.1 longer=0.8."}
     )
-    shared_prefix: str = field(
+    shared_prefix: str = HfArg(
         default="auto",
-        metadata={"help": "Encode a pair's prompt once: auto where tested.", "choices": ["auto", "true", "false"]},
+        metadata={"choices": ["auto", "true", "false"]},
+        help="Encode a pair's prompt once: auto where tested.",
     )
-    health: str = field(
+    health: str = HfArg(
         default="warn",
-        metadata={"help": "Say what goes wrong, or stop where it is fatal.", "choices": ["warn", "stop", "off"]},
+        metadata={"choices": ["warn", "stop", "off"]},
+        help="Say what goes wrong, or stop where it is fatal.",
     )
     settings: dict[str, Any] = field(init=False, default_factory=dict)
     """All settings in force, set by `parse_recipe`; not a flag."""
@@ -89,17 +73,11 @@ class RecipeArguments(ScriptArguments):
 
 @dataclass
 class OnlineArguments(RecipeArguments):
-    """Those of a recipe that samples answers and scores them; `pairs_per_update` counts answers there."""
+    """Settings of a recipe that samples answers and scores them; its `pairs_per_update` counts answers."""
 
-    reward_model_name_or_path: str | None = HfArg(
-        default=None, help="Folder or Hub name of the reward model that scores the answers."
-    )
-    max_prompt_length: int = HfArg(
-        default=512, help="Tokens of a prompt. Its oldest turns go first; one that is still longer is dropped."
-    )
-    max_pair_length: int | None = HfArg(
-        default=None, help="Take the prompts of the pairs that DPO keeps at this max_length; for a comparison."
-    )
+    reward_model_name_or_path: str | None = HfArg(default=None, help="Reward model that scores the answers.")
+    max_prompt_length: int = HfArg(default=512, help="Most tokens of a prompt. Its oldest turns go first.")
+    max_pair_length: int | None = HfArg(default=None, help="Take the prompts of the pairs that fit into these tokens.")
 
 
 @dataclass
@@ -118,7 +96,11 @@ def argument_classes(namespace: Mapping[str, Any]) -> list[type]:
 
 
 def parse_recipe(
-    recipe: Mapping[str, Any], dataclass_types: Sequence[type], *, to_train: bool = True
+    recipe: Mapping[str, Any],
+    dataclass_types: Sequence[type],
+    *,
+    argv: Sequence[str] | None = None,
+    to_train: bool = True,
 ) -> tuple[Any, ...]:
     """An instance of each dataclass, from RECIPE < `--config profile.yaml` < flags.
 
@@ -128,6 +110,7 @@ def parse_recipe(
     Args:
         recipe: The RECIPE of a recipe file.
         dataclass_types: RecipeArguments, a TRL config and, where a model is loaded by name, ModelConfig.
+        argv: The command line, the recipe's file first; by default the command line of this process.
         to_train: Look at what the output folder holds.
 
     Raises:
@@ -135,11 +118,35 @@ def parse_recipe(
             folder holds anything but this run, or no checkpoint there can be resumed from.
         FinishedRun: If the output folder holds this run, finished.
     """
+    argv = list(sys.argv if argv is None else argv)
+    _SECRETS.update(secrets_of(argv))
+    parsed, given = _parse(recipe, dataclass_types, argv)
+    sys.argv[1:] = hide_flags(sys.argv[1:])  # trackers keep the command line
+    script_args = next(args for args in parsed if isinstance(args, RecipeArguments))
+    training_args = next(args for args in parsed if isinstance(args, TrainingArguments))
+    take_secrets(training_args)
+    check_trackers(training_args)
+    check_hub(training_args)
+    _set_accumulation(script_args, training_args)
+    if isinstance(script_args, OnlineArguments):
+        _set_rollout(script_args, training_args, given)
+    for model_args in (args for args in parsed if isinstance(args, ModelConfig)):
+        _set_model(script_args, training_args, model_args, keep_dtype=given.get("dtype") == FLAG)
+    script_args.settings = effective_settings(parsed) | {"request": os.environ.get("DPO_RECIPES_REQUEST")}
+    if to_train:
+        _look_at_folder(script_args, training_args)
+    return parsed
+
+
+def _parse(
+    recipe: Mapping[str, Any], dataclass_types: Sequence[type], argv: list[str]
+) -> tuple[tuple[Any, ...], dict[str, int]]:
+    """The dataclasses, and for each setting that was given its place: 0 RECIPE, 1 profile, 2 flags."""
     profile: dict[str, Any] = {}
-    if "--config" in sys.argv[1:-1]:
-        file = Path(sys.argv[sys.argv.index("--config") + 1])
+    if "--config" in argv[1:-1]:
+        file = Path(argv[argv.index("--config") + 1])
         profile = read_yaml(file) if file.is_file() else {}
-    flags = [word.partition("=")[0][2:].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")]
+    flags = [name for name, _ in grouped(argv[1:])]
     given = {name: place for place, names in enumerate((recipe, profile, flags)) for name in names}
     for old in given.keys() & {"gradient_checkpointing", "gradient_checkpointing_kwargs"}:
         # Accepted by transformers, and without effect beside a profile's newer name.
@@ -147,63 +154,20 @@ def parse_recipe(
     loads_by_name = any(issubclass(part, ModelConfig) for part in dataclass_types)
     parts = [*dataclass_types, *([] if loads_by_name else [_LoadedByName])]
     usage = "%(prog)s [--config PROFILE.yaml] [--SETTING VALUE ...]"  # not all of them, above a message of one line
-    parser = TrlParser(parts, allow_abbrev=False, usage=usage)
+    parser = TrlParser(parts, allow_abbrev=False, prog=Path(argv[0]).name, usage=usage)
     if unknown := parser.set_defaults_with_config(**recipe):
         raise RecipeError(f"RECIPE has keys that TRL does not know: {' '.join(unknown)}. Correct or remove them.")
     parser.set_defaults_with_config(**profile)
-    check_settings(vars(parser.parse_known_args()[0]), dataclass_types, given)
+    check_settings(vars(parser.parse_known_args(argv[1:])[0]), dataclass_types, given)
     try:
-        parsed: tuple[Any, ...] = parser.parse_args_and_config()[: len(dataclass_types)]
+        parsed: tuple[Any, ...] = parser.parse_args_and_config(argv[1:])[: len(dataclass_types)]
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:
         hint = " Use the profile cpu without a GPU, turing on a card without bfloat16." if "bf16" in str(error) else ""
-        told = hide(f"{error}{hint}", secrets_of(sys.argv))
-        raise RecipeError(f"{told} `python {sys.argv[0]} --help` lists the settings.") from error
-    _SECRETS.update(secrets_of(sys.argv))
-    sys.argv[1:] = hide_flags(sys.argv[1:])  # which trackers keep
-    script_args = next(args for args in parsed if isinstance(args, RecipeArguments))
-    training_args = next(args for args in parsed if isinstance(args, TrainingArguments))
-    model_args = next((args for args in parsed if isinstance(args, ModelConfig)), None)
-
-    take_secrets(training_args)
-    check_trackers(training_args)
+        told = hide(f"{error}{hint}", _SECRETS)
+        raise RecipeError(f"{told} `python {argv[0]} --help` lists the settings.") from error
     if not loads_by_name and (unused := {*flags, *recipe} & {entry.name for entry in fields(_LoadedByName)}):
         raise RecipeError(f"{unused.pop()} has no effect here: this recipe makes its own model. Leave it out.")
-    check_hub(training_args)
-    _set_accumulation(script_args, training_args)
-    if isinstance(script_args, OnlineArguments):
-        _set_rollout(script_args, training_args, given)
-    if model_args is not None:
-        _check_task_type(training_args, model_args)
-        _check_attention(model_args.attn_implementation)
-        if model_args.model_name_or_path is None:
-            raise RecipeError("No model is named. Give a folder or a Hub name with --model_name_or_path.")
-        if "dtype" not in flags:
-            _load_as_saved(script_args, model_args)
-        training_args.model_init_kwargs = {
-            "revision": model_args.model_revision,
-            "attn_implementation": model_args.attn_implementation,
-            "dtype": model_args.dtype,
-            **(training_args.model_init_kwargs or {}),
-        }
-    script_args.settings = _effective_settings(parsed) | {"request": os.environ.get("DPO_RECIPES_REQUEST")}
-    if not to_train:
-        return parsed
-    asked = _is_asked(training_args.resume_from_checkpoint)
-    try:
-        if _is_finished(script_args, training_args, asked=asked):
-            folder = Path(training_args.output_dir)
-            lacks = "" if (folder / "report.html").exists() else f" Its page is missing: dpo-recipes page {folder}."
-            say(f"{folder} holds this run, finished: nothing to do.{lacks} --overwrite true trains it again.")
-            if not script_args.dry_run:
-                raise FinishedRun(0)
-            return parsed
-        training_args.resume_from_checkpoint = _checkpoint_to_resume(training_args)
-        _refuse_another_run(script_args, training_args, asked=asked)
-    except RecipeError as error:
-        if not script_args.dry_run:
-            raise
-        say(f"This run would not start: {error}")
-    return parsed
+    return parsed, given
 
 
 def _set_accumulation(script_args: RecipeArguments, training_args: TrainingArguments) -> None:
@@ -237,6 +201,28 @@ def _set_rollout(script_args: OnlineArguments, training_args: Any, given: Mappin
     training_args.steps_per_generation = answers // at_a_time  # pairs_per_update is a multiple of it
 
 
+def _set_model(script_args: RecipeArguments, training_args: Any, model_args: ModelConfig, *, keep_dtype: bool) -> None:
+    """Checks what ModelConfig says, and hands it to the trainer as `model_init_kwargs`."""
+    needed = "SEQ_CLS" if isinstance(training_args, RewardConfig) else "CAUSAL_LM"
+    if model_args.use_peft and model_args.lora_task_type != needed:
+        raise RecipeError(
+            f"lora_task_type is {model_args.lora_task_type}, and {type(training_args).__name__} needs {needed}: a "
+            "score head is trained and saved with SEQ_CLS alone. Set it in RECIPE or with --lora_task_type."
+        )
+    attention = model_args.attn_implementation
+    known = {"eager", *ALL_ATTENTION_FUNCTIONS.keys()}  # and the functions that a recipe has registered
+    if attention and "/" not in attention and attention.rpartition("|")[2] not in known:
+        raise RecipeError(f"There is no attn_implementation {attention}. There are: {', '.join(sorted(known))}.")
+    if model_args.model_name_or_path is None:
+        raise RecipeError("No model is named. Give a folder or a Hub name with --model_name_or_path.")
+    if not keep_dtype:
+        _load_as_saved(script_args, model_args)
+    training_args.model_init_kwargs = {
+        **{"revision": model_args.model_revision, "attn_implementation": attention, "dtype": model_args.dtype},
+        **(training_args.model_init_kwargs or {}),
+    }
+
+
 def _load_as_saved(script_args: RecipeArguments, model_args: ModelConfig) -> None:
     """Lets a float32 model of an earlier run keep its dtype, where a profile would round off what training changed."""
     if model_args.dtype not in ("bfloat16", "float16") or model_args.load_in_4bit or model_args.load_in_8bit:
@@ -253,55 +239,47 @@ def _load_as_saved(script_args: RecipeArguments, model_args: ModelConfig) -> Non
             return
 
 
-def _check_task_type(training_args: TrainingArguments, model_args: ModelConfig) -> None:
-    needed = "SEQ_CLS" if isinstance(training_args, RewardConfig) else "CAUSAL_LM"
-    if model_args.use_peft and model_args.lora_task_type != needed:
-        raise RecipeError(
-            f"lora_task_type is {model_args.lora_task_type}, and {type(training_args).__name__} needs {needed}: a "
-            "score head is trained and saved with SEQ_CLS alone. Set it in RECIPE or with --lora_task_type."
-        )
+def _look_at_folder(script_args: RecipeArguments, training_args: TrainingArguments) -> None:
+    """Sets the checkpoint to resume from, and refuses an output folder that holds anything but this run.
+
+    A dry run says what would be refused.
+    """
+    folder, wanted = Path(training_args.output_dir), training_args.resume_from_checkpoint
+    asked = str(wanted or "false").lower() != "false"
+    try:
+        if _is_finished(script_args, folder, asked=asked):
+            lacks = "" if (folder / "report.html").exists() else f" Its page is missing: dpo-recipes page {folder}."
+            say(f"{folder} holds this run, finished: nothing to do.{lacks} --overwrite true trains it again.")
+            if not script_args.dry_run:
+                raise FinishedRun(0)
+            return
+        checkpoint = training_args.resume_from_checkpoint = _checkpoint(folder, str(wanted)) if asked else None
+        _check_place(folder, script_args.settings)
+        if script_args.overwrite and asked:
+            raise RecipeError("--overwrite removes the run that --resume_from_checkpoint continues. Give one of them.")
+        _refuse_another_run(folder, script_args, checkpoint=checkpoint, asked=asked)
+    except RecipeError as error:
+        if not script_args.dry_run:
+            raise
+        say(f"This run would not start: {error}")
 
 
-def _check_attention(name: str | None) -> None:
-    known = {"eager", *ALL_ATTENTION_FUNCTIONS.keys()}  # with those that a recipe has registered
-    if name and "/" not in name and name.rpartition("|")[2] not in known:
-        raise RecipeError(f"There is no attn_implementation {name}. There are: {', '.join(sorted(known))}.")
+def _is_finished(script_args: RecipeArguments, folder: Path, *, asked: bool) -> bool:
+    """Returns True if the output folder holds this run, finished, and the run is to be kept."""
+    held, done = read_json(folder / SETTINGS_FILE), read_json(folder / DONE_FILE)
+    requests = {script_args.settings["request"], done.get("request")} - {None}  # None: without the launcher
+    same = bool(done and held) and not settings_differences(held, script_args.settings)
+    return same and not script_args.overwrite and (asked or len(requests) < 2)
 
 
-def _effective_settings(parsed: Sequence[Any]) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for args in parsed:
-        values = args.to_dict() if isinstance(args, TrainingArguments) else asdict(args)
-        settings |= {entry.name: values[entry.name] for entry in fields(args) if entry.init and entry.name in values}
-    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
-    return plain
-
-
-def settings_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The settings in which two runs differ, as `name: one -> other`; bookkeeping does not count."""
-    return [
-        f"{name}: {one.get(name)} -> {other.get(name)}"
-        for name in sorted({*one, *other})
-        if one.get(name) != other.get(name) and not name.startswith(BOOKKEEPING)
-    ]
-
-
-def settings_hash(settings: Mapping[str, Any]) -> str:
-    """A hash of what determines the result; bookkeeping does not count."""
-    return hashlib.sha256("\n".join(settings_differences({}, settings)).encode()).hexdigest()[:16]
-
-
-def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
-    wanted = training_args.resume_from_checkpoint
-    if not _is_asked(wanted):
-        return None
-    if str(wanted).lower() != "true":
+def _checkpoint(folder: Path, wanted: str) -> str | None:
+    """The checkpoint that is named, or with `true` the latest complete one in the folder; None if it holds none."""
+    if wanted.lower() != "true":
         if not Path(wanted).is_dir():
             raise RecipeError(f"There is no checkpoint {wanted}. --resume_from_checkpoint true finds the latest one.")
         if reason := incomplete_reason(wanted):
             raise RecipeError(f"{wanted} is {reason}. {_other_ways(Path(wanted))}")
-        return str(wanted)
-    folder = training_args.output_dir
+        return wanted
     if found := latest_checkpoint(folder):
         say(f"Resuming from {found}.")
         return str(found)
@@ -312,61 +290,52 @@ def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     return None
 
 
-def _is_asked(resume_from_checkpoint: str | bool | None) -> bool:
-    return str(resume_from_checkpoint or "false").lower() != "false"
-
-
 def _other_ways(checkpoint: Path) -> str:
-    merged = f"{checkpoint.parent}_{checkpoint.name}"
-    merge = f"make a model of its weights (dpo-recipes merge {checkpoint} --output_dir {merged}) and train on from that"
-    way, start = f"train on from its weights with --model_name_or_path {checkpoint}", checkpoint / "adapter_config.json"
-    way = f"{merge} with --model_name_or_path {merged}" if start.exists() else way
+    """Advice for a checkpoint that cannot be resumed from."""
     if incomplete_reason(checkpoint) != WEIGHTS_ALONE:
         way = "name a complete one with --resume_from_checkpoint FOLDER"
+    elif (checkpoint / "adapter_config.json").exists():
+        merged = f"{checkpoint.parent}_{checkpoint.name}"
+        merge = f"dpo-recipes merge {checkpoint} --output_dir {merged}"
+        way = f"make a model of its weights ({merge}) and train on from that with --model_name_or_path {merged}"
+    else:
+        way = f"train on from its weights with --model_name_or_path {checkpoint}"
     return f"Nothing was changed. Start again with --overwrite true, or {way}."
 
 
-def _refuse_another_run(script_args: RecipeArguments, training_args: TrainingArguments, *, asked: bool) -> None:
-    folder = Path(training_args.output_dir)
+def _check_place(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raises RecipeError unless files can be written into the folder and none of the run's models is in it."""
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"{folder} is a file. Name a folder with --output_dir.")
     check_writable(next(path for path in (folder, *folder.absolute().parents) if path.exists()))
-    starts = {"model to start from": "model_name_or_path", "reward model": "reward_model_name_or_path"}
-    for what, key in starts.items():
-        start = script_args.settings.get(key)
-        if start and folder.resolve() == Path(start).resolve():
+    models = {"initial model": "model_name_or_path", "reward model": "reward_model_name_or_path"}
+    for what, key in models.items():
+        if settings.get(key) and folder.resolve() == Path(settings[key]).resolve():
             raise RecipeError(f"{folder} is the {what}, which the run would replace. Choose another --output_dir.")
-    if script_args.overwrite and asked:
-        raise RecipeError("--overwrite removes the run that --resume_from_checkpoint goes on with. Give one of them.")
+
+
+def _refuse_another_run(folder: Path, script_args: RecipeArguments, *, checkpoint: str | None, asked: bool) -> None:
+    """Raises RecipeError if the folder holds a run that this one neither resumes nor may overwrite."""
     held = read_json(folder / SETTINGS_FILE)
     held = held if "pairs_per_update" in held else {}  # another program's settings have that name too
     differences = settings_differences(held, script_args.settings) if held else []
-    checkpoint = training_args.resume_from_checkpoint
     if held and checkpoint and Path(checkpoint).resolve().parent == folder.resolve():
         refuse_strangers(folder, changed_only=True)
         if differences:
             say("The resumed run had other settings: " + "; ".join(differences))
         return
-    ways_out = "Choose another --output_dir, or replace it with --overwrite true."
-    if differences and not script_args.overwrite:
-        raise RecipeError(f"{folder} holds another run, which differs in {'; '.join(differences)}. {ways_out}")
-    if held and (folder / DONE_FILE).exists() and not script_args.overwrite:
-        raise RecipeError(f"{folder} holds a finished run of other data, code or flags. {ways_out}")
-    if held and checkpoints_of(folder) and not (asked or script_args.overwrite):
-        raise RecipeError(
-            f"{folder} holds this run, unfinished. Continue it with --resume_from_checkpoint true, or start again "
-            "with --overwrite true."
-        )
+    if held and not script_args.overwrite:
+        ways_out = "Choose another --output_dir, or replace it with --overwrite true."
+        if differences:
+            raise RecipeError(f"{folder} holds another run, which differs in {'; '.join(differences)}. {ways_out}")
+        if (folder / DONE_FILE).exists():
+            raise RecipeError(f"{folder} holds a finished run of other data, code or flags. {ways_out}")
+        if checkpoints_of(folder) and not asked:
+            raise RecipeError(
+                f"{folder} holds this run, unfinished. Continue it with --resume_from_checkpoint true, or start again "
+                "with --overwrite true."
+            )
     refuse_strangers(folder)
-
-
-def _is_finished(script_args: RecipeArguments, training_args: TrainingArguments, *, asked: bool) -> bool:
-    """Returns True if the output folder holds this run, finished, and the run is to be kept."""
-    folder = Path(training_args.output_dir)
-    held, done = read_json(folder / SETTINGS_FILE), read_json(folder / DONE_FILE)
-    requests = {script_args.settings["request"], done.get("request")} - {None}  # None: without the launcher
-    same = bool(done and held) and not settings_differences(held, script_args.settings)
-    return same and not script_args.overwrite and (asked or len(requests) < 2)
 
 
 def check_start(settings: Mapping[str, Any], training_args: TrainingArguments) -> None:
@@ -396,6 +365,25 @@ def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) ->
             reward model (which RewardConfig may go on with).
     """
     name = str(model_args.model_name_or_path)
+    options: dict[str, Any] = dict(
+        revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+    )
+    _check_kind(name, is_reward_model=isinstance(training_args, RewardConfig), **options)
+    try:
+        load = AutoTokenizer.from_pretrained
+        tokenizer = load(name, **options)
+        if template := getattr(training_args, "chat_template_path", None):  # DPOConfig has none
+            file = Path(template)
+            tokenizer.chat_template = file.read_text("utf-8") if file.is_file() else load(template).chat_template
+    except (OSError, ValueError) as error:
+        raise RecipeError(_unreachable(name, error)) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one where there is none
+        raise RecipeError(f"{_NO_TOKENIZER} ({name})")
+    return tokenizer
+
+
+def _check_kind(name: str, *, is_reward_model: bool, **options: Any) -> None:
+    """Raises RecipeError unless the name is a full model of the kind that the trainer goes on with."""
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
         raise RecipeError(f"{name} holds no config.json; a full model is needed. Name its folder.")
@@ -404,36 +392,17 @@ def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) ->
             f"There is no model in {name}. If a recipe makes it, train that one first: make train "
             f"RECIPE={folder.name.replace('_', '-')}."
         )
-    options: dict[str, Any] = dict(
-        revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
-    )
-    wanted = None if isinstance(training_args, RewardConfig) else False
     try:
-        artifact = full_model(name, reward_model=wanted, **options)
+        artifact = full_model(name, reward_model=None if is_reward_model else False, **options)
     except RecipeError as error:
         if folder.is_dir():
             raise
         raise RecipeError(_unreachable(name, error.__cause__ or error)) from error
-    if artifact.is_reward_model and wanted is False:
+    if artifact.is_reward_model and not is_reward_model:
         raise RecipeError(
             f"{name} holds a reward model, whose score head is no language model's. Name the model to train with "
             "--model_name_or_path, and the one that scores with --reward_model_name_or_path."
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        chat_template_path = getattr(training_args, "chat_template_path", None)  # DPOConfig has none
-        if chat_template_path is not None:
-            source = Path(chat_template_path)
-            tokenizer.chat_template = (
-                source.read_text(encoding="utf-8")
-                if source.is_file()
-                else AutoTokenizer.from_pretrained(chat_template_path).chat_template
-            )
-    except (OSError, ValueError) as error:
-        raise RecipeError(_unreachable(name, error)) from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one where there is none
-        raise RecipeError(f"{_NO_TOKENIZER} ({name})")
-    return tokenizer
 
 
 def _unreachable(name: str, error: BaseException) -> str:
@@ -456,30 +425,37 @@ def run(main: Callable[[], Result]) -> Result:
     # trl 1.16 and peft 0.21 read the old names of what transformers 5.23 calls activation checkpointing.
     warnings.filterwarnings("ignore", r"`(is_gradient_checkpointing|gradient_checkpointing_\w+)` is", FutureWarning)
     outlive_the_terminal()
-    secrets = secrets_of(sys.argv)
+    _SECRETS.update(secrets_of(sys.argv))
     try:
         return main()
     except RecipeError as error:
-        _leave(2, hide(str(error), secrets))
+        _leave(2, str(error))
     except UnhealthyRunError as error:
         _leave(1, str(error))
     except KeyboardInterrupt:
         _leave(130, "Interrupted outside of training. What was saved before is kept.")
     except Exception as error:
-        text = str(error)
-        if is_disk_full(error):
-            _leave(1, f"A disk is full. {_about_the_disk(error)}")
-        if blamed := _blame(text):
-            _leave(2, blamed)
-        if isinstance(error, OSError) and "huggingface.co" in text:
-            _leave(2, _unreachable("the model or dataset", error))
-        if type(error).__name__ == "OutOfMemoryError":
-            _leave(
-                1,
-                f"Out of memory: {text.splitlines()[0]} Halve --per_device_train_batch_size (the pairs per update stay "
-                "the same), lower --max_length, or use a 4-bit recipe.",
-            )
+        if meaning := _meaning(error):
+            _leave(*meaning)
         raise
+
+
+def _meaning(error: Exception) -> tuple[int, str] | None:
+    """The exit status and the message for an error of a library; None if its cause is not known."""
+    text = str(error)
+    if is_disk_full(error):
+        return 1, f"A disk is full. {_about_the_disk(error)}"
+    if blamed := _blame(text):
+        return 2, blamed
+    if isinstance(error, OSError) and "huggingface.co" in text:
+        return 2, _unreachable("the model or dataset", error)
+    if type(error).__name__ == "OutOfMemoryError":
+        way_out = (
+            "Halve --per_device_train_batch_size (the pairs per update stay the same), lower --max_length, or use a "
+            "4-bit recipe."
+        )
+        return 1, f"Out of memory: {text.splitlines()[0]} {way_out}"
+    return None
 
 
 _NO_TOKENIZER = (
@@ -528,6 +504,5 @@ def is_disk_full(error: Exception) -> bool:
 
 def _leave(status: int, message: str) -> NoReturn:
     if int(os.environ.get("RANK", "0")) == 0:
-        message = hide(message, _SECRETS)
-        sys.stderr.write(f"{shown(message)}\n")
+        sys.stderr.write(f"{shown(hide(message, _SECRETS))}\n")
     raise SystemExit(status)

@@ -25,8 +25,8 @@ from dpo_recipes.recipe import (
     load_tokenizer,
     parse_recipe,
     run,
-    settings_hash,
 )
+from dpo_recipes.settings import settings_hash
 
 TYPES = (RecipeArguments, DPOConfig, ModelConfig)
 
@@ -82,7 +82,7 @@ def test_an_unknown_key_anywhere_is_refused_by_name(parse, flags, profile, setti
         (["--bf16", "true", "--use_cpu", "false"], "profile cpu"),
         (["--gradient_checkpointing", "true"], "is called activation_checkpointing"),
         (["--gradient-checkpointing", "true"], "is called activation_checkpointing"),
-        (["--output_dir", "some/model"], "is the model to start from"),
+        (["--output_dir", "some/model"], "is the initial model"),
         (["--bet", "0.3"], "bet"),
     ],
 )

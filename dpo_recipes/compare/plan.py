@@ -12,7 +12,8 @@ from typing import Any
 from dpo_recipes.catalog import find_recipe
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json
-from dpo_recipes.launch.launch import Launch, grouped
+from dpo_recipes.flags import grouped
+from dpo_recipes.launch.launch import Launch
 from dpo_recipes.preflight.inspect import parse_namespace
 from dpo_recipes.recipe import argument_classes
 

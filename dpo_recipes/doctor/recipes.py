@@ -121,7 +121,7 @@ def _train(words: list[str], place: Path) -> None:
         os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT), number)
     os.chdir(place)
     torch.set_num_threads(1)
-    sys.argv = words
+    sys.argv[:] = words  # the command line of this process, which is the recipe's own
     try:
         runpy.run_path(words[0], run_name="__main__")
     except Exception as error:

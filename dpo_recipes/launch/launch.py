@@ -17,6 +17,7 @@ from pathlib import Path
 from dpo_recipes.catalog import find_recipe, find_settings, read_yaml, recipe_setting
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json
+from dpo_recipes.flags import grouped
 from dpo_recipes.launch.processes import supervise
 from dpo_recipes.machine import ENVIRONMENT, default_profile, free_threads, gpu_cards
 from dpo_recipes.secrecy import hide_flags
@@ -225,18 +226,6 @@ class Launch:
         return defaults | os.environ | {"DPO_RECIPES_REQUEST": self.request()}
 
 
-def grouped(flags: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Each flag's name without dashes, with its values: `--a 1 --b=2` -> [("a", ["1"]), ("b", ["2"])]."""
-    groups: list[tuple[str, list[str]]] = []
-    for word in flags:
-        name, joined, value = word.partition("=")
-        if word.startswith("--"):
-            groups.append((name[2:].replace("-", "_"), [value] if joined else []))
-        elif groups:
-            groups[-1][1].append(word)
-    return groups
-
-
 def check_settings() -> None:
     """Reads the recipe in sys.argv[1] with each request and flags of sys.argv[2], as itself would; trains nothing."""
     from dpo_recipes.recipe import FinishedRun, RecipeArguments, argument_classes, parse_recipe
@@ -246,9 +235,9 @@ def check_settings() -> None:
     parts = argument_classes(recipe)
     ours = any(issubclass(part, RecipeArguments) for part in parts)
     for flags in calls if "RECIPE" in recipe and ours else []:
-        os.environ["DPO_RECIPES_REQUEST"], *sys.argv[1:] = flags
+        os.environ["DPO_RECIPES_REQUEST"], *words = flags
         with suppress(FinishedRun):
-            parse_recipe(recipe["RECIPE"], parts)
+            parse_recipe(recipe["RECIPE"], parts, argv=[sys.argv[1], *words])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from typing import Any
 
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json, write_json, write_text
-from dpo_recipes.launch.launch import HOW_NOT_WHAT, Launch, grouped
+from dpo_recipes.flags import grouped
+from dpo_recipes.launch.launch import HOW_NOT_WHAT, Launch
 from dpo_recipes.manifest import claim
 from dpo_recipes.terminal import say
 

@@ -2,7 +2,6 @@
 
 import re
 import runpy
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -111,8 +110,8 @@ def parse_namespace(
     """RecipeArguments, the TRL config and ModelConfig, parsed as the recipe itself would."""
     words = ["--output_dir", f"outputs/inspect/{script.stem}"]
     words += [] if torch.cuda.is_available() else ["--use_cpu", "true"]
-    sys.argv = [str(script), "--config", str(profile), *words, *flags]  # a flag of the user's comes later, and wins
-    parsed = parse_recipe(namespace["RECIPE"], argument_classes(namespace), to_train=False)
+    argv = [str(script), "--config", str(profile), *words, *flags]  # a flag of the user's comes later, and wins
+    parsed = parse_recipe(namespace["RECIPE"], argument_classes(namespace), argv=argv, to_train=False)
     kinds = (RecipeArguments, TrainingArguments, ModelConfig)
     script_args, training_args, model_args = (next(args for args in parsed if isinstance(args, kind)) for kind in kinds)
     return script_args, training_args, model_args

@@ -39,11 +39,12 @@ from dpo_recipes.models.likelihood import sharded
 from dpo_recipes.models.open import open_model
 from dpo_recipes.models.rewards import Text, check_reloads
 from dpo_recipes.ppo.trainer import PPOTrainer
-from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, RecipeArguments, is_disk_full, settings_hash
+from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, RecipeArguments, is_disk_full
 from dpo_recipes.runs.before_after import Outcome, Score, measure, not_measured, readable
 from dpo_recipes.runs.curves import plot_curves, side_by_side, table
 from dpo_recipes.runs.model_card import LIBRARIES, cost, data_hash, model_card, weights_hash
 from dpo_recipes.runs.page import write_run_page
+from dpo_recipes.settings import settings_hash
 from dpo_recipes.terminal import say
 from dpo_recipes.tracking import start_tracking
 
