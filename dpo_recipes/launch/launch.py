@@ -26,6 +26,8 @@ from dpo_recipes.terminal import say
 # Flags that change the way to a result, not the result.
 HOW_NOT_WHAT = ("overwrite", "resume_from_checkpoint", "dry_run", "threshold", "hub_token")
 STARTS = ("model_name_or_path", "reward_model_name_or_path")  # each may name the output of another recipe
+# Rooms that train nothing: their code may change without making a run another one. A wheel holds the recipes, too.
+TRAIN_NOTHING = {"recipes", "compare", "evaluate", "sample", "doctor", "pages"}
 # glibc gives each large tensor back to the kernel, which clears it before the next use: a third of a step's time.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # bytes
 
@@ -65,12 +67,12 @@ class Launch:
     flags: tuple[str, ...]
 
     def run(self) -> int:
-        """Trains the stages before where they are missing or were asked for differently, then this recipe.
+        """Trains each stage that this recipe needs and that is missing or out of date, then this recipe.
 
         Returns:
             The exit status of the first training that fails, or 128 + n if signal n ended it.
         """
-        if not (self.is_dry_run() or "overwrite" in dict(grouped(self.flags))) and self.is_done(self.folder()):
+        if not (self.is_dry_run() or "overwrite" in self.given()) and self.is_done(self.folder()):
             say(f"{self.folder()} holds this run, finished: nothing to do. --overwrite true trains it again.")
             return 0
         needed = self._stages_to_train()
@@ -86,8 +88,113 @@ class Launch:
         say(shlex.join(["accelerate", "launch", *hide_flags(command)]))
         return supervise(command, self._environment())
 
+    def given(self) -> dict[str, list[str]]:
+        """The flags by name, each with its values."""
+        return dict(grouped(self.flags))
+
+    def setting(self, key: str) -> str | None:
+        """A setting that is a string, from the flags, else the profile, else the recipe."""
+        given = self.given()
+        return (
+            " ".join(given[key])
+            if key in given
+            else read_yaml(self.profile).get(key) or recipe_setting(self.recipe, key)
+        )
+
+    def is_dry_run(self) -> bool:
+        """Returns True if the flags ask to start nothing."""
+        words = self.given().get("dry_run", ["false"]) or ["true"]  # the flag alone is yes
+        return words[-1].lower() in ("true", "t", "1", "yes", "y")
+
+    def folder(self) -> Path:
+        """The run's output folder."""
+        return Path(self.setting("output_dir") or Path("outputs") / self.recipe.stem)
+
+    def is_done(self, folder: Path) -> bool:
+        """Returns True if the folder holds the run that is asked for, finished."""
+        return read_json(folder / "done.json").get("request") == self.request()
+
+    def request(self) -> str:
+        """A hash of what is asked for: recipe, profile, flags, local dataset, this package, and the stages before."""
+        root = Path(__file__).parents[1]
+        parts = [*root.rglob("*.py"), *root.rglob("*.toml")]
+        package = [path for path in parts if not TRAIN_NOTHING & {*path.relative_to(root).parts}]
+        name = self.setting("dataset_name") or os.devnull
+        data = {Path(re.sub(r":\d+$", "", part)).expanduser() for part in (name, *name.split("+"))}  # a mixture's parts
+        data_files = [path for part in data for path in (part, *part.rglob("*")) if path.is_file()]
+        flags = [group for group in grouped(self.flags) if group[0] not in HOW_NOT_WHAT]
+        asked = " ".join([str(flags), *(stage.request() for stage in self.stages_before().values())])
+        digest = hashlib.sha256(asked.encode())
+        for file in [self.recipe, self.profile, *sorted(package), *sorted(data_files)]:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+    def stages_before(self) -> dict[str, "Launch"]:
+        """The launches whose outputs this one starts from, by the setting that names `outputs/NAME`, another recipe."""
+        stages = {}
+        for key in STARTS:
+            named = re.fullmatch(r"(?:\./)?outputs/([\w-]+)/?", self.setting(key) or "")
+            if named is None or named[1].replace("-", "_") == self.recipe.stem:
+                continue
+            with suppress(RecipeError):
+                recipe = find_recipe(named[1], beside=self.recipe.parent)
+                stage = Launch(recipe, self.profile, self.accelerate, flags=())
+                stages[key] = stage.going_on(keep=key in self.given())
+        return stages
+
+    def going_on(self, *, anew: bool = False, keep: bool = False) -> "Launch":
+        """This launch with a flag for what its output folder holds: continue the same run, replace another.
+
+        Args:
+            anew: Replace the same run, too.
+            keep: Replace nothing. The run itself refuses a folder that it would have to replace.
+        """
+        folder = self.folder()
+        request = read_json(folder / "settings.json").get("request")
+        unfinished = not (folder / "done.json").exists() and request == self.request()
+        word = "resume_from_checkpoint" if unfinished and not anew else "overwrite"
+        # A folder without our settings belongs to somebody else: the run itself refuses to replace it.
+        if not request or (keep and word == "overwrite"):
+            return self
+        return replace(self, flags=(*self.flags, f"--{word}", "true"))
+
+    def is_given(self, key: str) -> bool:
+        """Returns True if a flag names a model that exists: the launch takes it as it is."""
+        return key in self.given() and (Path(self.setting(key) or "") / "config.json").exists()
+
+    def check(self, *others: "Launch") -> int:
+        """2 if the recipe would refuse the settings, 0 if not: better known before a stage trains for minutes.
+
+        Args:
+            others: Launches of the same recipe to look at as well.
+        """
+        launches = (self, *others)
+        calls = json.dumps([[each.request(), "--config", str(each.profile), *each.flags] for each in launches])
+        command = [sys.executable, "-P", "-m", "dpo_recipes.launch.launch", str(self.recipe), calls]
+        return subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+
+    def _stages_to_train(self) -> dict[str, tuple["Launch", str]]:
+        """Each stage that must be trained before this one, with the reason, by its name; first what others need."""
+        needed: dict[str, tuple[Launch, str]] = {}
+        for key, stage in self.stages_before().items():
+            if not self.is_given(key) and (reason := stage._why_train(Path(self.setting(key) or ""), flag=key)):
+                needed |= stage._stages_to_train() | {stage.recipe.stem: (stage, reason)}
+        return needed
+
+    def _why_train(self, model: Path, *, flag: str) -> str | None:
+        """The reason why this stage's model must be trained; None if the finished one will do."""
+        done = read_json(model / "done.json")
+        if not done:
+            return f"{model / 'done.json'} is missing or cannot be read"
+        if done.get("request") in (None, self.request()):  # None: trained without the launcher
+            return None
+        if (model / "adapter_config.json").exists():
+            return None  # a LoRA adapter alone, which another training would leave again: the recipe says what to do
+        return f"it was made from another recipe, profile, flags, data or code (--{flag} {model} keeps it)"
+
     def _dry_run(self, needed: dict[str, tuple["Launch", str]]) -> int:
-        """The plans of the stages before, then this one's, with the tokenizers and configurations that those have."""
+        """Shows the plans of the stages before, then this launch's plan, which reads the tokenizers that they leave."""
         with tempfile.TemporaryDirectory() as folder:
             planned: dict[str, str] = {}
             for name, (stage, reason) in needed.items():
@@ -105,137 +212,36 @@ class Launch:
         before = {key: stage.recipe.stem for key, stage in self.stages_before().items()}
         return [word for key, name in before.items() if name in planned for word in (f"--{key}", planned[name])]
 
-    def is_dry_run(self) -> bool:
-        """Whether nothing is to be started."""
-        words = dict(grouped(self.flags)).get("dry_run", ["false"]) or ["true"]  # the flag alone is yes
-        return words[-1].lower() in ("true", "t", "1", "yes", "y")
-
-    def check(self, *others: "Launch") -> int:
-        """2 if the recipe would refuse the settings, 0 if not: better known before a stage trains for minutes.
-
-        Args:
-            others: Launches of the same recipe to look at as well.
-        """
-        launches = (self, *others)
-        calls = json.dumps([[each.request(), "--config", str(each.profile), *each.flags] for each in launches])
-        command = [sys.executable, "-P", "-m", "dpo_recipes.launch.launch", str(self.recipe), calls]
-        return subprocess.run(command, stdout=subprocess.DEVNULL).returncode
-
-    def request(self) -> str:
-        """A hash of what is asked for: recipe, profile, flags, local dataset, this package, and the stages before."""
-        root = Path(__file__).parents[1]
-        parts = [*root.rglob("*.py"), *root.rglob("*.toml")]
-        # A comparison trains nothing itself: its report may change without a run being another.
-        package = [path for path in parts if not {"recipes", "compare"} & {*path.relative_to(root).parts}]
-        name = self.setting("dataset_name") or os.devnull
-        data = {Path(re.sub(r":\d+$", "", part)).expanduser() for part in (name, *name.split("+"))}  # a mixture's parts
-        data_files = [path for part in data for path in (part, *part.rglob("*")) if path.is_file()]
-        files = [self.recipe, self.profile, *sorted(package), *sorted(data_files)]
-        flags = [group for group in grouped(self.flags) if group[0] not in HOW_NOT_WHAT]
-        asked = " ".join([str(flags), *(stage.request() for stage in self.stages_before().values())])
-        digest = hashlib.sha256(asked.encode())
-        for file in files:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()
-
-    def setting(self, key: str) -> str | None:
-        """A setting that is a string, from the flags, else the profile, else the recipe."""
-        given = [" ".join(values) for name, values in grouped(self.flags) if name == key]
-        return given[-1] if given else read_yaml(self.profile).get(key) or recipe_setting(self.recipe, key)
-
-    def stages_before(self) -> dict[str, "Launch"]:
-        """The launches whose outputs this one starts from, by the setting that names `outputs/NAME`, another recipe."""
-        stages = {}
-        for key in STARTS:
-            named = re.fullmatch(r"(?:\./)?outputs/([\w-]+)/?", self.setting(key) or "")
-            if named is None or named[1].replace("-", "_") == self.recipe.stem:
-                continue
-            with suppress(RecipeError):
-                recipe = find_recipe(named[1], beside=self.recipe.parent)
-                stage = Launch(recipe, self.profile, self.accelerate, flags=())
-                stages[key] = stage.going_on(keep=key in dict(grouped(self.flags)))
-        return stages
-
-    def _stages_to_train(self) -> dict[str, tuple["Launch", str]]:
-        """Each stage that must be trained before this one, with the reason, by its name; first what others need."""
-        needed: dict[str, tuple[Launch, str]] = {}
-        for key, stage in self.stages_before().items():
-            if reason := self._why_retrain(stage, Path(self.setting(key) or ""), flag=key):
-                needed |= stage._stages_to_train() | {stage.recipe.stem: (stage, reason)}
-        return needed
-
-    def going_on(self, *, anew: bool = False, keep: bool = False) -> "Launch":
-        """This run, told what to do with what its output folder holds: continue the same one, replace another.
-
-        Args:
-            anew: Replace the same one too.
-            keep: Replace nothing. The run itself refuses a folder that it would have to replace.
-        """
-        folder = self.folder()
-        request = read_json(folder / "settings.json").get("request")
-        unfinished = not (folder / "done.json").exists() and request == self.request()
-        word = "resume_from_checkpoint" if unfinished and not anew else "overwrite"
-        # A folder without settings is none of ours: the run itself refuses to replace it.
-        if not request or (keep and word == "overwrite"):
-            return self
-        return replace(self, flags=(*self.flags, f"--{word}", "true"))
-
-    def folder(self) -> Path:
-        """The run's output folder."""
-        return Path(self.setting("output_dir") or Path("outputs") / self.recipe.stem)
-
-    def is_done(self, folder: Path) -> bool:
-        """Whether the folder holds the run that is asked for, finished."""
-        return read_json(folder / "done.json").get("request") == self.request()
-
-    def is_given(self, key: str) -> bool:
-        """Returns True where a flag names a model that is there: it is taken as it stands."""
-        return key in dict(grouped(self.flags)) and (Path(self.setting(key) or "") / "config.json").exists()
-
-    def _why_retrain(self, stage: "Launch", model: Path, *, flag: str) -> str | None:
-        """Why the stage's finished model, if there is one, will not do; None if it will."""
-        if self.is_given(flag):
-            return None
-        done = read_json(model / "done.json")
-        if not done:
-            return f"{model / 'done.json'} is missing or cannot be read"
-        if done.get("request") in (None, stage.request()):  # None: trained without the launcher
-            return None
-        if (model / "adapter_config.json").exists():
-            return None  # a LoRA adapter alone, which another training would leave again: the recipe says what to do
-        return f"it was made from another recipe, profile, flags, data or code (--{flag} {model} keeps it)"
-
-    def _processes(self) -> int:
-        return int(read_yaml(self.accelerate).get("num_processes") or max(1, len(gpu_cards())))
-
     def _arguments(self) -> list[str]:
-        """What follows `accelerate launch` when the line is typed by hand."""
+        """The words that follow `accelerate launch` when the line is typed by hand."""
         on_all_cards = "num_processes" not in read_yaml(self.accelerate)
         processes = ["--num_processes", str(self._processes())] if on_all_cards else []
         files = ["--config_file", str(self.accelerate), *processes, str(self.recipe), "--config", str(self.profile)]
         return [*files, *self.flags]
 
     def _environment(self) -> dict[str, str]:
-        """The user's environment, with defaults for what it does not set."""
-        defaults = dict(ENVIRONMENT)
-        if read_yaml(self.profile).get("use_cpu"):
-            defaults |= KEEP_MEMORY
+        """The user's environment, with defaults for the variables that it lacks."""
+        defaults = ENVIRONMENT | (KEEP_MEMORY if read_yaml(self.profile).get("use_cpu") else {})
         if "OMP_NUM_THREADS" not in os.environ:
             defaults["OMP_NUM_THREADS"] = str(free_threads(self._processes()))
         return defaults | os.environ | {"DPO_RECIPES_REQUEST": self.request()}
 
+    def _processes(self) -> int:
+        return int(read_yaml(self.accelerate).get("num_processes") or max(1, len(gpu_cards())))
 
-def check_settings() -> None:
-    """Reads the recipe in sys.argv[1] with each request and flags of sys.argv[2], as itself would; trains nothing."""
+
+def read_settings() -> None:
+    """Parses the recipe in sys.argv[1] with each request and flags of sys.argv[2], as its training would.
+
+    `Launch.check` calls it in a process of its own, which trains nothing.
+    """
     from dpo_recipes.recipe import FinishedRun, RecipeArguments, argument_classes, parse_recipe
 
-    calls = json.loads(sys.argv[2])
     recipe = runpy.run_path(sys.argv[1])
     parts = argument_classes(recipe)
     ours = any(issubclass(part, RecipeArguments) for part in parts)
-    for flags in calls if "RECIPE" in recipe and ours else []:
-        os.environ["DPO_RECIPES_REQUEST"], *words = flags
+    for request, *words in json.loads(sys.argv[2]) if "RECIPE" in recipe and ours else []:
+        os.environ["DPO_RECIPES_REQUEST"] = request
         with suppress(FinishedRun):
             parse_recipe(recipe["RECIPE"], parts, argv=[sys.argv[1], *words])
 
@@ -243,4 +249,4 @@ def check_settings() -> None:
 if __name__ == "__main__":
     from dpo_recipes.recipe import run
 
-    run(check_settings)
+    run(read_settings)

@@ -1,9 +1,9 @@
 """Runs `accelerate launch` so that signals reach the training and its exit status comes back.
 
 accelerate turns the status of the training process into a CalledProcessError, and leaves that process behind when it is
-stopped itself. Here `supervise` starts `_inside` in a session of its own, hands it every signal once, and ends what is
-left of the session afterwards; `_inside` calls accelerate, passes the signals on to the training processes and exits
-with their status.
+stopped itself. Here `supervise` starts `_inside` in a session of its own, hands it every signal once, and afterwards
+ends the processes that are left in the session. `_inside` calls accelerate, passes the signals on to the training
+processes and exits with their status.
 """
 
 import os
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STANDSTILL = 30.0  # seconds without work, after a signal, that show a process to be frozen
-LITTLE = 0.01  # of a processor and megabytes a second: what processes use that wait for one another
+LITTLE = 0.01  # share of a processor, and megabytes a second, that processes use while they wait for one another
 
 
 def supervise(arguments: Sequence[str], environment: dict[str, str]) -> int:
@@ -31,7 +31,7 @@ def supervise(arguments: Sequence[str], environment: dict[str, str]) -> int:
 
     Ctrl-C, SIGTERM and a closed terminal reach every training process once; the third Ctrl-C kills them, and so does a
     standstill after a signal, where a process is frozen and the others wait for it. No process of the run outlives this
-    call, nor this process by more than a few seconds if it is killed itself.
+    call. If this process is killed, the run ends a few seconds later.
     """
     received: list[int] = []
     heeded = [number for number in FORWARDED if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
@@ -45,24 +45,7 @@ def supervise(arguments: Sequence[str], environment: dict[str, str]) -> int:
     for relay in relays:
         relay.start()
     try:
-        handled, frozen, work, since = 0, False, dict[int, float](), time.monotonic()
-        while process.poll() is None:
-            if handled and time.monotonic() - since > STANDSTILL and not frozen:
-                done, states = _work(process.pid)
-                frozen, work, since = _is_frozen(work, done, states), done, time.monotonic()
-                if frozen:
-                    sys.stderr.write(f"{_FROZEN}\n")
-                    _kill(process.pid)
-            for number in received[handled:]:
-                if not handled:
-                    work, since = _work(process.pid)[0], time.monotonic()
-                handled += 1
-                third = number == signal.SIGINT and received[:handled].count(signal.SIGINT) >= 3
-                if third:
-                    _kill(process.pid)
-                else:
-                    process.send_signal(number)
-            time.sleep(0.05)
+        is_frozen = _wait(process, received)
         end_session(process.pid)
         for relay in relays:
             relay.join(timeout=10)
@@ -71,7 +54,29 @@ def supervise(arguments: Sequence[str], environment: dict[str, str]) -> int:
         os.close(held)
         for number, handler in before.items():
             signal.signal(number, handler)
-    return 128 + received[0] if frozen else _status(process.returncode)
+    return 128 + received[0] if is_frozen else _status(process.returncode)
+
+
+def _wait(process: subprocess.Popen[Any], received: list[int]) -> bool:
+    """Hands on each signal as it is received until the process ends; returns True if the run was frozen and killed."""
+    handled, is_frozen, work, since = 0, False, dict[int, float](), time.monotonic()
+    while process.poll() is None:
+        if handled and time.monotonic() - since > STANDSTILL and not is_frozen:
+            done, states = _work(process.pid)
+            is_frozen, work, since = _is_frozen(work, done, states), done, time.monotonic()
+            if is_frozen:
+                sys.stderr.write(f"{_FROZEN}\n")
+                _kill(process.pid)
+        for number in received[handled:]:
+            if not handled:
+                work, since = _work(process.pid)[0], time.monotonic()
+            handled += 1
+            if number == signal.SIGINT and received[:handled].count(signal.SIGINT) >= 3:
+                _kill(process.pid)
+            else:
+                process.send_signal(number)
+        time.sleep(0.05)
+    return is_frozen
 
 
 _FROZEN = (
@@ -81,7 +86,7 @@ _FROZEN = (
 
 
 def _descendants(leader: int) -> "list[psutil.Process]":
-    """The training processes and their helpers; torch's launcher starts each in a session of its own."""
+    """The training processes and their helpers. torch's launcher starts each of them in a session of its own."""
     import psutil
 
     with suppress(psutil.Error):
@@ -97,7 +102,7 @@ def _kill(leader: int) -> None:
 
 
 def _work(leader: int) -> tuple[dict[int, float], set[str]]:
-    """Seconds of processor time plus megabytes written, by process below the leader; and their states."""
+    """The work of each process below the leader, in seconds of processor time plus megabytes written; their states."""
     import psutil
 
     work, states = {}, set()
@@ -111,7 +116,7 @@ def _work(leader: int) -> tuple[dict[int, float], set[str]]:
 
 
 def _is_frozen(before: dict[int, float], now: dict[int, float], states: set[str]) -> bool:
-    """Returns True if a process is stopped, or all together did next to nothing and wait for no disk."""
+    """Returns True if a process is stopped, or if all processes together did almost nothing and wait for no disk."""
     done = sum(work - before.get(process, 0.0) for process, work in now.items())  # one that ended counts no more
     return "stopped" in states or (done < LITTLE * STANDSTILL and "disk-sleep" not in states)
 
@@ -129,7 +134,7 @@ def _relayed_streams() -> dict[str, Any]:
 
 
 def _relay(source: Any, target: int) -> None:
-    """Copies what is read until the end, and drops what cannot be written."""
+    """Copies a pipe to a file descriptor until the pipe ends, and drops the bytes that cannot be written."""
     while data := source.read1(2**16):
         with suppress(OSError):
             while data:
@@ -138,7 +143,7 @@ def _relay(source: Any, target: int) -> None:
 
 
 def end_session(leader: int, *, grace: float = 10.0) -> None:
-    """Ends what is left of a session after its leader: SIGTERM, and SIGKILL to what is there `grace` seconds later."""
+    """Ends the processes of a session whose leader has ended: SIGTERM, then SIGKILL after `grace` seconds."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + grace
         for process in _members(leader):
@@ -183,7 +188,7 @@ def _inside(lifeline: int, arguments: list[str]) -> int:
 
 
 def _pass_on(number: int, _: object) -> None:
-    """Signal handler: to the training processes alone, as a data loader's workers would die and fail the training."""
+    """Passes a signal on to the training processes alone, because it would kill the workers of a data loader."""
     import psutil
 
     if not (children := psutil.Process().children()):

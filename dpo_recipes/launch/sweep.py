@@ -1,4 +1,4 @@
-"""Trains one recipe with every combination of some settings, one after the other, and tabulates what came of it."""
+"""Trains one recipe with every combination of some settings, one after the other, and tabulates the results."""
 
 import itertools
 import signal
@@ -10,7 +10,6 @@ from typing import Any
 
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json, write_json, write_text
-from dpo_recipes.flags import grouped
 from dpo_recipes.launch.launch import HOW_NOT_WHAT, Launch
 from dpo_recipes.manifest import claim
 from dpo_recipes.terminal import say
@@ -31,10 +30,10 @@ STOPPED = [128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGT
 def sweep(launch: Launch, words: Sequence[str]) -> int:
     """Trains the launch once for each combination, and writes sweep.md and sweep.json beside the runs' folders.
 
-    A finished run of the same request is left as it is, an unfinished one is resumed; with `overwrite` all begin anew.
+    A finished run of the same request is left as it is and an unfinished one is resumed. `overwrite` trains all again.
 
     Args:
-        launch: Its output_dir is where the runs' folders go; by default `sweep` in the recipe's own.
+        launch: The recipe; the runs' folders go into its output_dir, by default into `sweep` in the recipe's own.
         words: "beta=0.05,0.1" and the like.
 
     Returns:
@@ -43,30 +42,31 @@ def sweep(launch: Launch, words: Sequence[str]) -> int:
     Raises:
         RecipeError: If a word makes no sense.
     """
-    given = dict(grouped(launch.flags))
+    given = launch.given()
     values = read_grid(words, taken={*given, "output_dir", "config", *HOW_NOT_WHAT})
     root = Path(launch.setting("output_dir") or "outputs", *([] if "output_dir" in given else ["sweep"]))
-    points = [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
-    folders = [root / ",".join(f"{key}={point[key].replace('/', '_')}" for key in point) for point in points]
-    launches = [_at(launch, point, folder) for point, folder in zip(points, folders, strict=True)]
+    points = [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
+    launches = [_at(launch, point, root) for point in points]
     if launch.is_dry_run():
-        say("\n".join([f"{len(folders)} runs, of which this is the first:", *map(str, folders)]))
+        folders = [str(each.folder()) for each in launches]
+        say("\n".join([f"{len(points)} runs, of which this is the first:", *folders]))
         return launches[0].run()
-    finished = [_is_done(each, folder) for each, folder in zip(launches, folders, strict=True)]
-    missing = [each for each, done in zip(launches, finished, strict=True) if not done]
+    is_done = [each.is_done(each.folder()) and "overwrite" not in given for each in launches]
+    missing = [each for each, done in zip(launches, is_done, strict=True) if not done]
     if missing and (status := missing[0].check(*missing[1:])):
         return status
     if "output_dir" not in given:  # the folder of the recipe's own run
         claim(root.parent, root.name)
     results: list[dict[str, Any]] = []
-    for number, (point, folder, done) in enumerate(zip(points, folders, finished, strict=True), start=1):
-        say(f"\nSweep, run {number} of {len(points)}: {folder}{', finished before' if done else ''}")
-        status = 0 if done else launches[number - 1].run()
+    for point, each, done in zip(points, launches, is_done, strict=True):
+        folder = each.folder()
+        say(f"\nSweep, run {len(results) + 1} of {len(points)}: {folder}{', finished before' if done else ''}")
+        status = 0 if done else each.run()
         if status in STOPPED:
             say(f"The sweep was stopped in {folder}. The same command goes on there.")
             return status
-        results.append({"settings": point, "folder": str(folder), "status": status})
-        results[-1] |= _measures(read_json(folder / "metrics.json")) if not status else {}
+        measured = {} if status else _measures(read_json(folder / "metrics.json"))
+        results.append({"settings": point, "folder": str(folder), "status": status} | measured)
     _report(root, results)
     return int(any(result["status"] for result in results))
 
@@ -95,18 +95,15 @@ def spelling(value: str) -> str:
         return value.strip()
 
 
-def _at(launch: Launch, point: dict[str, str], folder: Path) -> Launch:
-    """The launch at a point of the grid, told to resume what it finds there of itself."""
-    chosen = [part for key, value in point.items() for part in (f"--{key}", value)]
+def _at(launch: Launch, point: dict[str, str], root: Path) -> Launch:
+    """The launch with these settings: it resumes its own run where it finds it, unless a flag says what to do."""
+    folder = root / ",".join(f"{key}={value.replace('/', '_')}" for key, value in point.items())
+    chosen = [word for key, value in point.items() for word in (f"--{key}", value)]
     there = replace(launch, flags=(*launch.flags, *chosen, "--output_dir", str(folder)))
-    begun = read_json(folder / "settings.json").get("request") == there.request()
-    if begun and not {"overwrite", "resume_from_checkpoint"} & {*dict(grouped(launch.flags))}:
+    is_same = read_json(folder / "settings.json").get("request") == there.request()
+    if is_same and not {"overwrite", "resume_from_checkpoint"} & {*launch.given()}:
         there = replace(there, flags=(*there.flags, "--resume_from_checkpoint", "true"))
     return there
-
-
-def _is_done(launch: Launch, folder: Path) -> bool:
-    return launch.is_done(folder) and "overwrite" not in dict(grouped(launch.flags))
 
 
 def _measures(metrics: Any) -> dict[str, float]:

@@ -28,6 +28,7 @@ from dpo_recipes.compare import compare as comparing
 from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluate import answers
+from dpo_recipes.flags import grouped
 from dpo_recipes.launch import launch
 from dpo_recipes.launch.launch import Launch
 from dpo_recipes.loading import keep_part, prompt_hashes
@@ -83,7 +84,7 @@ def planned(*, betas=("0.1",), seeds=(0,), judge=True, root="out", **flags_of):
 
 
 def flags(stage):
-    return {name: " ".join(values) for name, values in launch.grouped(stage.launch.flags)}
+    return {name: " ".join(values) for name, values in grouped(stage.launch.flags)}
 
 
 @pytest.fixture
@@ -256,7 +257,7 @@ def test_a_flag_goes_to_every_recipe_that_knows_it_or_to_one(dpo_launch, monkeyp
     assert {recipes[kind].training_args.max_length for kind in ("dpo", "reward")} == {200}
     assert {recipe.model_args.lora_r for recipe in recipes.values()} == {8}
     assert (recipes["dpo"].training_args.max_steps, recipes["reward"].training_args.max_steps) == (7, -1)
-    assert "max_length" not in dict(launch.grouped(recipes["ppo"].launch.flags))
+    assert "max_length" not in dict(grouped(recipes["ppo"].launch.flags))
     assert recipes["ppo"].script_args.max_pair_length == 200
     assert {recipe.model_args.model_name_or_path for recipe in recipes.values()} == {"outputs/quickstart_sft"}
 

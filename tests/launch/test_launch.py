@@ -19,6 +19,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 
 from dpo_recipes import machine
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.flags import grouped
 from dpo_recipes.launch import launch, processes
 from dpo_recipes.launch.launch import Launch
 
@@ -551,7 +552,7 @@ def test_a_wrong_flag_is_refused_before_a_stage_is_trained(folder: Path, start: 
 
 def test_flags_are_grouped_with_their_values() -> None:
     flags = ["--beta", "0.3", "--loss-type", "sigmoid", "sft", "--a=b=c", "--flag"]
-    assert launch.grouped(flags) == [
+    assert grouped(flags) == [
         ("beta", ["0.3"]),
         ("loss_type", ["sigmoid", "sft"]),
         ("a", ["b=c"]),
