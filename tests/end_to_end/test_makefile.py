@@ -218,14 +218,20 @@ def test_an_unreachable_index_is_named_as_the_cause(copy: Path, fake_python: Cal
     assert "the package index cannot be reached" in said
 
 
-def test_lint_counts_lines_of_code_and_refuses_too_many(tmp_path: Path) -> None:
-    (tmp_path / "room.py").write_text('"""What it is.\n\nMore."""\n\n# why\nx = 1\ny = """two\nlines"""\n')
+def test_lint_counts_lines_of_code_by_part_and_refuses_too_many(tmp_path: Path) -> None:
     assert "count_lines.py dpo_recipes $(MOST_LINES)" in (REPOSITORY / "Makefile").read_text()
+    text = '"""What it is.\n\nMore."""\n\n# why\nx = 1\ny = """two\nlines"""\n'
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/page.py", "cli.py", "files.py", "doctor.py"):
+        (tmp_path / name).write_text(text)
     count = [sys.executable, REPOSITORY / ".ci" / "count_lines.py", tmp_path]
-    assert subprocess.run([*count, "4"], check=False).returncode == 0
-    refused = subprocess.run([*count, "3"], capture_output=True, text=True, check=False)
-    assert refused.returncode == 1
-    assert "has 3 lines of code" in refused.stderr
+    limits = ["layer=3", "commands=3", "ground=3", "doctor=3"]
+    assert subprocess.run([*count, *limits], check=False).returncode == 0
+    for part in limits:
+        less = [part.replace("3", "2") if limit == part else limit for limit in limits]
+        refused = subprocess.run([*count, *less], capture_output=True, text=True, check=False)
+        assert refused.returncode == 1
+        assert f"Too many lines of code in {tmp_path}: {part.removesuffix('=3')}." in refused.stderr
 
 
 def test_constraints_pin_every_requirement_exactly() -> None:
