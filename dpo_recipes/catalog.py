@@ -12,7 +12,7 @@ from dpo_recipes.errors import RecipeError
 
 
 def recipe_folders() -> list[Path]:
-    """Where recipes live: ./recipes of the current folder first, then the ones that came with the package."""
+    """The folders of recipes: ./recipes of the current folder first, then the folder that came with the package."""
     package = Path(__file__).parent
     packaged = package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
     return [folder for folder in (Path("recipes"), packaged) if folder.is_dir()]
@@ -70,7 +70,7 @@ def find_settings(kind: str, name: str, *, recipe: Path) -> Path:
 
 
 def recipe_setting(recipe: Path, key: str) -> str | None:
-    """The string that `RECIPE = dict(...)` gives to `key`; None where it has none or computes it."""
+    """The string that `RECIPE = dict(...)` gives to `key`; None if the key is missing or its value is computed."""
     for statement in _parse(recipe).body:
         match statement:
             case ast.Assign(targets=[ast.Name(id="RECIPE")], value=ast.Call(keywords=keywords)):
@@ -112,7 +112,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def as_table(rows: dict[str, str]) -> str:
-    """Names and what they mean, one to a line."""
+    """Names with their meaning, one to a line."""
     width = max(map(len, rows), default=0)
     return "\n".join(f"  {name:<{width}}  {meaning}".rstrip() for name, meaning in rows.items())
 

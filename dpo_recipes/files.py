@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and JSON read where it is there."""
+"""Writes files whole or not at all, and reads JSON that may be missing."""
 
 import hashlib
 import json
@@ -12,17 +12,17 @@ from typing import IO, Any
 from dpo_recipes.errors import RecipeError
 
 MANIFEST = ".dpo_recipes.json"
-"""In a folder of ours: what runs wrote there, as `manifest` reads it."""
+"""Name of the file that lists what runs wrote into its folder; the module `manifest` reads it."""
 TEMPORARY = r"\..+\.\d+\.tmp"
-"""Pattern of the temporary names of `write_bytes`, which a kill leaves behind."""
+"""Pattern of the temporary files of `write_bytes`, which a kill leaves behind."""
 SAMPLED = 2**20  # bytes at either end of a file that its fingerprint reads
 
 
 def write_bytes(path: str | Path, data: bytes, *, listed: bool = True) -> Path:
-    """The path, holding the data: readers see the old file or the new one, never a part of it.
+    """Writes the data and returns the path. Readers see the old file or the new one, never a part of it.
 
-    In a folder with a manifest the file is listed first, with its old and its new content. `listed=False` leaves it
-    out, as something of the user's that no run may remove.
+    In a folder with a manifest the file is listed first, with its old and its new content. `listed=False` does not list
+    it: the file then belongs to the user, and no run removes it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def check_writable(folder: Path) -> None:
 
 
 def fingerprint(file: Path | IO[bytes]) -> str:
-    """A hash of a file's size and of its first and last MiB: of weights that were trained, every part changes."""
+    """A hash of a file's size and of its first and last MiB: enough for weights, of which training changes all."""
     if isinstance(file, Path):
         with file.open("rb") as stream:
             return fingerprint(stream)
@@ -64,28 +64,28 @@ def fingerprint(file: Path | IO[bytes]) -> str:
 
 
 def write_text(path: str | Path, text: str, *, listed: bool = True) -> Path:
-    """The path, holding the text."""
+    """Writes the text and returns the path."""
     return write_bytes(path, text.encode(), listed=listed)
 
 
 def write_json(path: str | Path, data: Any) -> Path:
-    """The path, holding the data as indented JSON."""
+    """Writes the data as indented JSON and returns the path."""
     return write_text(path, json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Any], *, listed: bool = True) -> Path:
-    """The path, holding one JSON object a line."""
+    """Writes one JSON object a line and returns the path."""
     return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), listed=listed)
 
 
 def read_jsonl(file: Path) -> list[Any]:
-    """The rows of a file of JSON lines, without one that was cut short; none where it is missing."""
+    """The rows of a file of JSON lines, without a last line that was cut short; empty if the file is missing."""
     lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
     return [json.loads(line) for line in lines]
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """What a JSON file holds; nothing where it is missing or broken."""
+    """The object in a JSON file; an empty one if the file is missing or broken."""
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

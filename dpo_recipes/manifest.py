@@ -1,4 +1,4 @@
-"""The list of the files that runs of ours wrote into a folder: nothing else in it is ever replaced or removed."""
+"""The list of the files that runs wrote into a folder: no other file there is ever replaced or removed."""
 
 import re
 from pathlib import Path
@@ -14,25 +14,25 @@ OF_A_SAVE = re.compile(
     r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|critic\.safetensors|training_args\.bin|README\.md|"
     r".*(config|tokenizer|vocab|tokens|tokens_map)\.json|merges\.txt|(spiece|tokenizer)\.model|.*\.jinja"
 )
-"""Names of the files that a killed save of a model and its tokenizer leaves; no other file is taken for its own."""
+"""Names of the files that a save of a model and its tokenizer may leave when it is killed."""
 
 
 def claim(folder: str | Path, *kept: str) -> None:
-    """Begins the list of a folder, and adds names that runs use and never remove, such as a tracker's folder."""
+    """Starts the list of a folder, and adds names that runs use and never remove, such as a tracker's folder."""
     held = _read(folder)
     if not (Path(folder) / MANIFEST).exists() or set(kept) - set(held["kept"]):
         write_json(Path(folder) / MANIFEST, held | {"kept": sorted({*held["kept"], *kept})})
 
 
 def declare(folder: str | Path, *names: str) -> None:
-    """Declares what is about to be written, so that it is known as the run's if the process is killed meanwhile."""
+    """Lists names that are about to be written: they count as the run's own even if the process is killed meanwhile."""
     others = strangers(Path(folder)) if NEW_FILES in names else []
     held = _read(folder)
     write_json(Path(folder) / MANIFEST, held | {"open": sorted({*held["open"], *names}), "others": others})
 
 
 def settle(folder: str | Path, *names: str) -> None:
-    """Lists the files that were written under names that `declare` was given, as they are now."""
+    """Lists the files that were written under declared names, as they are now, and closes the declaration."""
     held, folder = _read(folder), Path(folder)
     files = {name: known for name, known in held["files"].items() if (folder / name).exists()}
     for top in _tops(folder, held):
@@ -45,16 +45,16 @@ def settle(folder: str | Path, *names: str) -> None:
 
 
 def was_cut_short(path: Path) -> bool:
-    """Returns True where the writer of a declared name was stopped before it had written all of it."""
+    """Returns True if the path was declared and never settled: its writer was stopped before it was complete."""
     return path.name in _read(path.parent)["open"]
 
 
 def strangers(folder: Path, *, changed_only: bool = False) -> list[str]:
-    """Names in a folder that are, or hold, something that no run wrote or that was changed since.
+    """Names in a folder of files that no run wrote or that somebody changed since, and of folders that hold such files.
 
     Args:
-        folder: A run's folder, or one that shall become it.
-        changed_only: Leave out what no run ever wrote.
+        folder: A run's folder, or a folder that is to become one.
+        changed_only: Leave out files that no run ever wrote.
     """
     held, found = _read(folder), []
     for top in _tops(folder, held):
@@ -66,17 +66,8 @@ def strangers(folder: Path, *, changed_only: bool = False) -> list[str]:
     return found
 
 
-def _is_own(path: Path, folder: Path, files: dict[str, list[str]], changed_only: bool) -> bool:
-    name = path.relative_to(folder).as_posix()
-    if name in files:
-        same = not files[name] or (path.is_file() and fingerprint(path) in files[name])
-        return same and not path.is_symlink()
-    is_folder = path.is_dir() and not path.is_symlink()
-    return changed_only or (is_folder and any(file.startswith(f"{name}/") for file in files))
-
-
 def refuse_strangers(folder: Path, *, changed_only: bool = False) -> None:
-    """Raises RecipeError if the folder holds something that no run wrote, or that was changed since."""
+    """Raises RecipeError if the folder holds a file that no run wrote, or that somebody changed since."""
     if found := strangers(folder, changed_only=changed_only):
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         is_old = (folder / "done.json").exists() and not (folder / MANIFEST).exists()
@@ -88,7 +79,7 @@ def refuse_strangers(folder: Path, *, changed_only: bool = False) -> None:
 
 
 def clear(folder: Path, *, but: str) -> list[str]:
-    """Names of what was removed from a folder: what runs wrote there, except `but` and the names that are kept."""
+    """Removes the files of runs from a folder, except `but` and the kept names, and returns the removed names."""
     held, foreign = _read(folder), {name.rstrip("/") for name in strangers(folder)}
     own = [top for top in _tops(folder, held) if top.name not in {*foreign, but}]
     for path in sorted((path for top in own for path in (top, *top.rglob("*"))), reverse=True):
@@ -106,7 +97,17 @@ def _read(folder: str | Path) -> dict[str, Any]:
 
 
 def _tops(folder: Path, held: dict[str, Any]) -> list[Path]:
-    """Entries of the folder itself, without the list, the names that are kept, and temporary files of a kill."""
+    """Entries of the folder itself, without the list, the names that are kept, and temporary files that a kill left."""
     there = sorted(folder.iterdir()) if folder.is_dir() else []
     ours = {MANIFEST, *held["kept"]}
     return [path for path in there if not (path.name in ours or re.fullmatch(TEMPORARY, path.name))]
+
+
+def _is_own(path: Path, folder: Path, files: dict[str, list[str]], changed_only: bool) -> bool:
+    """Returns True if runs wrote the path as it is, or if it is a folder of such files."""
+    name = path.relative_to(folder).as_posix()
+    if name in files:
+        same = not files[name] or (path.is_file() and fingerprint(path) in files[name])
+        return same and not path.is_symlink()
+    is_folder = path.is_dir() and not path.is_symlink()
+    return changed_only or (is_folder and any(file.startswith(f"{name}/") for file in files))

@@ -31,7 +31,7 @@ from dpo_recipes.tracking import check_hub, check_trackers
 FLAG = 2  # the place of a setting that a flag gave
 Result = TypeVar("Result")
 _SECRETS: set[str] = set()
-"""Secrets among the flags of this process, which no message may show."""
+"""Secrets among the flags of this process; no message shows them."""
 
 SETTINGS_FILE = "settings.json"
 DONE_FILE = "done.json"
@@ -82,7 +82,7 @@ class OnlineArguments(RecipeArguments):
 
 @dataclass
 class _LoadedByName:
-    """Settings of a profile that a recipe without ModelConfig has no use for: it makes its own model."""
+    """Settings of a profile that have no effect on a recipe without ModelConfig, which makes its own model."""
 
     dtype: str | None = None
     attn_implementation: str | None = None
@@ -92,7 +92,7 @@ def argument_classes(namespace: Mapping[str, Any]) -> list[type]:
     """The dataclasses of settings among the names of a recipe file: RecipeArguments, a TRL config, ModelConfig."""
     classes = [value for value in namespace.values() if isinstance(value, type)]
     parts = [part for part in classes if issubclass(part, (TrainingArguments, RecipeArguments, ModelConfig))]
-    return [part for part in parts if not any(part in other.__mro__[1:] for other in parts)]  # one of each kind
+    return [part for part in parts if not any(part in other.__mro__[1:] for other in parts)]  # no base of another
 
 
 def parse_recipe(
@@ -153,7 +153,7 @@ def _parse(
         raise RecipeError(f"{old} is called {old.replace('gradient', 'activation')} today. Use that name.")
     loads_by_name = any(issubclass(part, ModelConfig) for part in dataclass_types)
     parts = [*dataclass_types, *([] if loads_by_name else [_LoadedByName])]
-    usage = "%(prog)s [--config PROFILE.yaml] [--SETTING VALUE ...]"  # not all of them, above a message of one line
+    usage = "%(prog)s [--config PROFILE.yaml] [--SETTING VALUE ...]"  # the full one would bury an error's one line
     parser = TrlParser(parts, allow_abbrev=False, prog=Path(argv[0]).name, usage=usage)
     if unknown := parser.set_defaults_with_config(**recipe):
         raise RecipeError(f"RECIPE has keys that TRL does not know: {' '.join(unknown)}. Correct or remove them.")
@@ -171,6 +171,7 @@ def _parse(
 
 
 def _set_accumulation(script_args: RecipeArguments, training_args: TrainingArguments) -> None:
+    """Sets the gradient accumulation that `pairs_per_update` needs with this batch and number of processes."""
     if training_args.gradient_accumulation_steps != 1 or training_args.auto_find_batch_size:
         raise RecipeError(
             "gradient_accumulation_steps and auto_find_batch_size follow from pairs_per_update here. Set "
@@ -187,7 +188,7 @@ def _set_accumulation(script_args: RecipeArguments, training_args: TrainingArgum
 
 
 def _set_rollout(script_args: OnlineArguments, training_args: Any, given: Mapping[str, int]) -> None:
-    """Answers a rollout, by default those of one update, and the batches that they are learned from in."""
+    """Sets the answers of a rollout, by default as many as an update takes, and the batches they are divided into."""
     if "generation_batch_size" not in given:
         training_args.generation_batch_size = script_args.pairs_per_update
     answers, group = training_args.generation_batch_size, training_args.num_generations
@@ -195,7 +196,7 @@ def _set_rollout(script_args: OnlineArguments, training_args: Any, given: Mappin
     if answers % update or answers % group:
         raise RecipeError(
             f"A rollout of generation_batch_size={answers} answers must be a multiple of pairs_per_update={update}, "
-            f"the answers of an update, and of num_generations={group}, those of a prompt. Change one of them."
+            f"the answers of an update, and of num_generations={group}, the answers to a prompt. Change one of them."
         )
     at_a_time = training_args.per_device_train_batch_size * training_args.world_size
     training_args.steps_per_generation = answers // at_a_time  # pairs_per_update is a multiple of it
@@ -240,7 +241,7 @@ def _load_as_saved(script_args: RecipeArguments, model_args: ModelConfig) -> Non
 
 
 def _look_at_folder(script_args: RecipeArguments, training_args: TrainingArguments) -> None:
-    """Sets the checkpoint to resume from, and refuses an output folder that holds anything but this run.
+    """Sets the checkpoint to resume from, and refuses an output folder that holds something other than this run.
 
     A dry run says what would be refused.
     """
@@ -304,7 +305,7 @@ def _other_ways(checkpoint: Path) -> str:
 
 
 def _check_place(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raises RecipeError unless files can be written into the folder and none of the run's models is in it."""
+    """Raises RecipeError if files cannot be written into the folder, or if it holds a model that the run needs."""
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"{folder} is a file. Name a folder with --output_dir.")
     check_writable(next(path for path in (folder, *folder.absolute().parents) if path.exists()))
@@ -342,7 +343,7 @@ def check_start(settings: Mapping[str, Any], training_args: TrainingArguments) -
     """Raises RecipeError unless the weights of the model to train are whole and fit its configuration.
 
     Args:
-        settings: Those of `RecipeArguments.settings`. Without a model's name, and at the Hub, nothing is looked at.
+        settings: As in `RecipeArguments.settings`. Without a model's name, or with a model at the Hub, no file is read.
         training_args: A TRL config.
     """
     if name := settings.get("model_name_or_path"):
@@ -354,7 +355,7 @@ def check_start(settings: Mapping[str, Any], training_args: TrainingArguments) -
 
 
 def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model that a recipe starts from, with SFTConfig's `chat_template_path` put in.
+    """The tokenizer of a recipe's initial model, with the chat template of SFTConfig's `chat_template_path`.
 
     Args:
         model_args: Names the model: a folder or a Hub name.
@@ -362,7 +363,7 @@ def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) ->
 
     Raises:
         RecipeError: If there is no such model, the Hub cannot be reached, or the folder holds an adapter alone or a
-            reward model (which RewardConfig may go on with).
+            reward model (which RewardConfig accepts).
     """
     name = str(model_args.model_name_or_path)
     options: dict[str, Any] = dict(
@@ -383,7 +384,7 @@ def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) ->
 
 
 def _check_kind(name: str, *, is_reward_model: bool, **options: Any) -> None:
-    """Raises RecipeError unless the name is a full model of the kind that the trainer goes on with."""
+    """Raises RecipeError unless the name is a full model of the kind that the trainer takes."""
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
         raise RecipeError(f"{name} holds no config.json; a full model is needed. Name its folder.")
@@ -406,6 +407,7 @@ def _check_kind(name: str, *, is_reward_model: bool, **options: Any) -> None:
 
 
 def _unreachable(name: str, error: BaseException) -> str:
+    """The message for a model or dataset that cannot be loaded."""
     if blamed := _blame(str(error)):
         return blamed
     said = str(error).splitlines()[0]
@@ -418,9 +420,10 @@ def _unreachable(name: str, error: BaseException) -> str:
 
 
 def run(main: Callable[[], Result]) -> Result:
-    """Returns what `main` returns, or ends the process with the exit status that a script can rely on.
+    """Returns the result of `main`, or ends the process with a message and an exit status that scripts can rely on.
 
-    0 done; 1 the work failed; 2 the call or the data was wrong and nothing was started; 130 or 143 interrupted.
+    The statuses: 0 done; 1 the work failed; 2 the call or the data was wrong and nothing was started; 130 or 143
+    interrupted.
     """
     # trl 1.16 and peft 0.21 read the old names of what transformers 5.23 calls activation checkpointing.
     warnings.filterwarnings("ignore", r"`(is_gradient_checkpointing|gradient_checkpointing_\w+)` is", FutureWarning)
@@ -450,11 +453,10 @@ def _meaning(error: Exception) -> tuple[int, str] | None:
     if isinstance(error, OSError) and "huggingface.co" in text:
         return 2, _unreachable("the model or dataset", error)
     if type(error).__name__ == "OutOfMemoryError":
-        way_out = (
-            "Halve --per_device_train_batch_size (the pairs per update stay the same), lower --max_length, or use a "
-            "4-bit recipe."
+        return 1, (
+            f"Out of memory: {text.splitlines()[0]} Halve --per_device_train_batch_size (the pairs per update stay the "
+            "same), lower --max_length, or use a 4-bit recipe."
         )
-        return 1, f"Out of memory: {text.splitlines()[0]} {way_out}"
     return None
 
 
@@ -471,11 +473,11 @@ _BLAME = {
     r"Target modules .* not found|No modules were targeted": "lora_target_modules names no module of this model. Take "
     "all-linear; a single name is a regular expression of the whole path: '.*q_proj'.",
 }
-"""Meaning of errors of the libraries, by a part of their text."""
+"""The meaning of a library's error for the user, by a pattern of the error's text."""
 
 
 def _blame(text: str) -> str | None:
-    """Meaning of a library's error for the user; None if it is not known."""
+    """The meaning of a library's error for the user, with its first line; None if the error is not known."""
     return next((f"{meant} ({text.splitlines()[0]})" for sign, meant in _BLAME.items() if re.search(sign, text)), None)
 
 
@@ -484,8 +486,8 @@ def _about_the_disk(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     if any(re.search(r"/(datasets|huggingface_hub)/", frame.filename) for frame in frames):
         return (
-            "It is the one that holds the cache of datasets and models. Free some space there, or name a folder on "
-            "another disk with the variable HF_HOME."
+            "That disk holds the cache of datasets and models. Free some space there, or name a folder on another disk "
+            "with the variable HF_HOME."
         )
     return (
         "Complete checkpoints are kept: free some space and continue with --resume_from_checkpoint true, or keep fewer "
@@ -503,6 +505,7 @@ def is_disk_full(error: Exception) -> bool:
 
 
 def _leave(status: int, message: str) -> NoReturn:
+    """Ends the process; the main process alone shows the message, without secrets."""
     if int(os.environ.get("RANK", "0")) == 0:
         sys.stderr.write(f"{shown(hide(message, _SECRETS))}\n")
     raise SystemExit(status)

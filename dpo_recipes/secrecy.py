@@ -1,4 +1,4 @@
-"""Keeps keys, tokens and passwords that are given as flags out of every file and every printed line."""
+"""Keeps keys, tokens and passwords among the flags out of every file and every printed line."""
 
 import json
 import os
@@ -15,7 +15,7 @@ NAMES = re.compile(
 
 
 def hide(text: str, secrets: Iterable[str]) -> str:
-    """The text with stars where a secret stands, also as a URL or JSON writes it."""
+    """The text with stars in place of each secret, also where the secret is quoted for a URL or in JSON."""
     forms = {
         form for secret in secrets if secret for form in (secret, quote(secret, safe=""), json.dumps(secret)[1:-1])
     }
@@ -25,7 +25,7 @@ def hide(text: str, secrets: Iterable[str]) -> str:
 
 
 def hide_flags(words: Sequence[str]) -> list[str]:
-    """The words of a command line with stars where a secret stands."""
+    """The words of a command line with stars in place of each secret."""
     secrets = secrets_of(words)
     return [hide(word, secrets) for word in words]
 
@@ -44,7 +44,7 @@ def secrets_of(words: Sequence[str]) -> list[str]:
 
 
 def secrets_in(value: Any) -> list[str]:
-    """The texts of the fields with a secret's name, however deep they are in dicts and lists."""
+    """The text of every field with a secret's name, at any depth of dicts and lists."""
     if isinstance(value, dict):
         own = [text for name, text in value.items() if isinstance(text, str) and NAMES.search(str(name))]
         return own + [secret for inner in value.values() for secret in secrets_in(inner)]
@@ -57,5 +57,5 @@ def take_secrets(training_args: Any) -> None:
     tokens = [options.pop("use_auth_token", None), options.pop("token", None), training_args.hub_token]  # it wins
     training_args.hub_token = None
     for token in tokens:
-        if isinstance(token, str) and token != HIDDEN:  # as a second call finds it on the command line
+        if isinstance(token, str) and token != HIDDEN:  # a second call finds HIDDEN on the command line
             os.environ["HF_TOKEN"] = token

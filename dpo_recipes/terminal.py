@@ -1,4 +1,4 @@
-"""What a run says."""
+"""Writes to the terminal: control characters spelt out, from one process, and without failing if nobody reads."""
 
 import os
 import re
@@ -6,7 +6,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-# What moves the cursor, changes colours, turns the writing direction or cannot be encoded; not tabs and line breaks.
+# Characters that move the cursor, change colours or direction, or cannot be encoded; no tabs, no line breaks.
 _CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 
 
@@ -16,16 +16,16 @@ def shown(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Write to standard output at once, from the main process only; control characters are spelt out."""
+    """Writes to standard output at once, from the main process only; control characters are spelt out."""
     if int(os.environ.get("RANK", "0")) == 0:
         sys.stdout.write(f"{shown(text)}\n")
         sys.stdout.flush()
 
 
 class Unbroken:
-    """A stream that drops what cannot be written: to a terminal that was closed, a pipe without a reader, a full disk.
+    """A stream that drops text it cannot write: to a terminal that was closed, a pipe without a reader, a full disk.
 
-    Whatever else it is asked for is that of the stream that it was made from.
+    Every other attribute is the attribute of the stream that it wraps.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -38,24 +38,24 @@ class Unbroken:
         return len(text)
 
     def flush(self) -> None:
-        """Writes what is held back, if it can be written."""
+        """Writes the text that is held back, if it can be written."""
         with suppress(OSError):
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
-        """Returns an attribute of the stream that this one was made from."""
+        """Returns an attribute of the wrapped stream."""
         return getattr(self._stream, name)
 
 
 def outlive_the_terminal() -> None:
-    """Lets the work of this process go on where nobody reads what it says any more."""
+    """Lets this process go on with its work when nobody reads its output any more."""
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is not None and not isinstance(stream, Unbroken):
             setattr(sys, name, Unbroken(stream))
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, as a person would say them."""
+    """A time in seconds, minutes or hours, whichever is easiest to read."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""`dpo-recipes train`: decides what to run and with how much of the machine; `processes` runs it."""
+"""`dpo-recipes train`: decides which trainings to run, with which settings and devices; `processes` runs them."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from dpo_recipes.machine import ENVIRONMENT, default_profile, free_threads, gpu_
 from dpo_recipes.secrecy import hide_flags
 from dpo_recipes.terminal import say
 
-# Flags that change the way to a result, not the result.
+# Flags that change how a result is reached, not the result.
 HOW_NOT_WHAT = ("overwrite", "resume_from_checkpoint", "dry_run", "threshold", "hub_token")
 STARTS = ("model_name_or_path", "reward_model_name_or_path")  # each may name the output of another recipe
 # Rooms that train nothing: their code may change without making a run another one. A wheel holds the recipes, too.
@@ -164,10 +164,10 @@ class Launch:
         return key in self.given() and (Path(self.setting(key) or "") / "config.json").exists()
 
     def check(self, *others: "Launch") -> int:
-        """2 if the recipe would refuse the settings, 0 if not: better known before a stage trains for minutes.
+        """Returns 2 if the recipe refuses the settings, else 0; a call before a stage saves minutes of training.
 
         Args:
-            others: Launches of the same recipe to look at as well.
+            others: Further launches of the same recipe.
         """
         launches = (self, *others)
         calls = json.dumps([[each.request(), "--config", str(each.profile), *each.flags] for each in launches])
@@ -175,7 +175,7 @@ class Launch:
         return subprocess.run(command, stdout=subprocess.DEVNULL).returncode
 
     def _stages_to_train(self) -> dict[str, tuple["Launch", str]]:
-        """Each stage that must be trained before this one, with the reason, by its name; first what others need."""
+        """The stages that must be trained first, by name and in their order, each with the reason."""
         needed: dict[str, tuple[Launch, str]] = {}
         for key, stage in self.stages_before().items():
             if not self.is_given(key) and (reason := stage._why_train(Path(self.setting(key) or ""), flag=key)):
@@ -208,7 +208,7 @@ class Launch:
             return replace(self, flags=(*self.flags, *self._named(planned))).run()
 
     def _named(self, planned: dict[str, str]) -> list[str]:
-        """Flags that name the folders of the stages before, where these were planned."""
+        """Flags that name the folders of those stages before that were planned."""
         before = {key: stage.recipe.stem for key, stage in self.stages_before().items()}
         return [word for key, name in before.items() if name in planned for word in (f"--{key}", planned[name])]
 

@@ -1,4 +1,4 @@
-"""Writes texts of others into Markdown so that they stay texts: names, settings, tables."""
+"""Escapes names and settings for Markdown, so that text from data and users stays text."""
 
 import html
 import json
@@ -24,7 +24,7 @@ def code(name: object) -> str:
 
 
 def fence(text: str) -> str:
-    """The text as a block of code, between fences that are longer than any within."""
+    """The text as a block of code, between fences that are longer than any fence in the text."""
     marks = "`" * max([3, *(len(run) + 1 for run in re.findall("`{3,}", text))])
     return f"{marks}\n{shown(text)}\n{marks}"
 
