@@ -1,14 +1,50 @@
-"""Finds recipes, profiles and accelerate files, and reads their settings without running anything."""
+"""The verbs `list` and `copy`; finds recipes, profiles and accelerate files, and reads them without running them."""
 
 import ast
 import difflib
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.terminal import say
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the verbs to the subparsers of `dpo-recipes`."""
+    listing = commands.add_parser("list", help="the recipes there are")
+    listing.set_defaults(call=lambda options, flags: say(as_table(list_recipes())))
+
+    copying = commands.add_parser("copy", help="copy a recipe here, to make it yours")
+    copying.add_argument("recipe", metavar="RECIPE", help="a name from `dpo-recipes list`")
+    copying.add_argument("destination", nargs="?", metavar="DEST", help="file or folder; by default the current folder")
+    copying.set_defaults(call=lambda options, flags: say(copy_recipe(options.recipe, options.destination)))
+
+
+def copy_recipe(name: str, destination: str | None = None) -> str:
+    """Copies a recipe to a file or folder, by default here, and returns what to run next.
+
+    Raises:
+        RecipeError: If there is no such recipe, or the copy would replace a file.
+    """
+    recipe = find_recipe(name)
+    copy = Path(destination or recipe.name)
+    if copy.is_dir():
+        copy = copy / recipe.name
+    if copy.suffix != ".py":
+        raise RecipeError(f"Got {copy} as the copy's name, which must end in .py, or be a folder that exists.")
+    if copy.exists():
+        raise RecipeError(
+            f"{copy} exists already, and it may hold your changes. Name another file: copy {name} FILE.py."
+        )
+    try:
+        shutil.copyfile(recipe, copy)
+    except OSError as error:
+        raise RecipeError(f"Cannot write {copy}: {error.strerror}.") from error
+    return f"{copy} is yours to change. Train it with: dpo-recipes train {copy}"
 
 
 def recipe_folders() -> list[Path]:

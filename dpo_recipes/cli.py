@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from dpo_recipes import __version__
+from dpo_recipes import __version__, catalog
 from dpo_recipes.compare import command as compare
 from dpo_recipes.doctor import command as doctor
 from dpo_recipes.errors import RecipeError
@@ -50,6 +50,6 @@ def build_parser() -> ArgumentParser:
     parser.set_defaults(call=lambda options, flags: parser.print_help(), takes_flags=False)
     subparser: Any = partial(ArgumentParser, allow_abbrev=False)  # argparse's stubs want a class
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=subparser)
-    for room in (launch, evaluate, compare, sample, models, doctor):
+    for room in (catalog, launch, evaluate, compare, sample, models, doctor):
         room.add_parser(commands)
     return parser

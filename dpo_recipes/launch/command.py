@@ -1,30 +1,19 @@
-"""The verbs around one recipe and its run: list, copy, inspect, train, page."""
+"""The verbs around one run: inspect, train, page."""
 
 import argparse
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpo_recipes.catalog import as_recipe, as_table, find_recipe, find_settings, list_recipes
-from dpo_recipes.errors import RecipeError
+from dpo_recipes.catalog import as_recipe, find_settings
 from dpo_recipes.flags import YES_OR_NO
 from dpo_recipes.launch.launch import prepare
 from dpo_recipes.launch.sweep import sweep
 from dpo_recipes.machine import BFLOAT16, card_memory, default_profile, gpu_cards, set_environment
-from dpo_recipes.terminal import say
 
 
 def add_parser(commands: Any) -> None:
     """Adds the verbs to the subparsers of `dpo-recipes`."""
-    listing = commands.add_parser("list", help="the recipes there are")
-    listing.set_defaults(call=lambda options, flags: say(as_table(list_recipes())))
-
-    copying = commands.add_parser("copy", help="copy a recipe here, to make it yours")
-    copying.add_argument("recipe", metavar="RECIPE", help="a name from `dpo-recipes list`")
-    copying.add_argument("destination", nargs="?", metavar="DEST", help="file or folder; by default the current folder")
-    copying.set_defaults(call=lambda options, flags: say(copy_recipe(options.recipe, options.destination)))
-
     inspecting = commands.add_parser(
         "inspect",
         help="look at a recipe's data, or at any preference pairs, before training",
@@ -53,29 +42,6 @@ def add_parser(commands: Any) -> None:
     paging = commands.add_parser("page", help="write a run's curves, model card and page again")
     paging.add_argument("run", metavar="RUN", help="a run's folder")
     paging.set_defaults(call=_page)
-
-
-def copy_recipe(name: str, destination: str | None = None) -> str:
-    """Copies a recipe to a file or folder, by default here, and returns what to run next.
-
-    Raises:
-        RecipeError: If there is no such recipe, or the copy would replace a file.
-    """
-    recipe = find_recipe(name)
-    copy = Path(destination or recipe.name)
-    if copy.is_dir():
-        copy = copy / recipe.name
-    if copy.suffix != ".py":
-        raise RecipeError(f"Got {copy} as the copy's name, which must end in .py, or be a folder that exists.")
-    if copy.exists():
-        raise RecipeError(
-            f"{copy} exists already, and it may hold your changes. Name another file: copy {name} FILE.py."
-        )
-    try:
-        shutil.copyfile(recipe, copy)
-    except OSError as error:
-        raise RecipeError(f"Cannot write {copy}: {error.strerror}.") from error
-    return f"{copy} is yours to change. Train it with: dpo-recipes train {copy}"
 
 
 def _inspect(options: argparse.Namespace, flags: list[str]) -> None:
