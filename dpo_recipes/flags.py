@@ -31,18 +31,11 @@ def refuse(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
         parser.error(f"unrecognized arguments: {' '.join(hide_flags(flags))}")
 
 
-def add_sampling(
-    parser: argparse.ArgumentParser,
-    *,
-    temperature: float | None,
-    max_new_tokens: int = 256,
-    default: str | None = None,
-) -> None:
-    """Adds the flags of sampled answers, with these defaults; `default` describes the temperature's where it varies."""
-    warmth = f"{default or temperature}; 0 is greedy"
-    parser.add_argument("--temperature", type=at_least(0.0), default=temperature, help=warmth)
-    longest = f"tokens at which an answer is cut: {max_new_tokens}"
-    parser.add_argument("--max_new_tokens", type=at_least(1), default=max_new_tokens, help=longest)
+def add_sampling(parser: argparse.ArgumentParser, temperature: float | None, most: int = 256, words: str = "") -> None:
+    """Adds the flags of sampled answers, by default at a temperature that `words` describe, of `most` new tokens."""
+    words = f"{words or temperature}; 0 is greedy"
+    parser.add_argument("--temperature", type=at_least(0.0), default=temperature, help=words)
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=most, help=f"where an answer is cut: {most}")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the sampling: 0")
 
 

@@ -58,14 +58,12 @@ class RecipeArguments(ScriptArguments):
         default=None, metadata={"help": "Where the preflight warns or refuses: without_eos=0.1 longer=0.8."}
     )
     shared_prefix: str = HfArg(
-        default="auto",
-        metadata={"choices": ["auto", "true", "false"]},
-        help="Encode a pair's prompt once: auto where tested.",
+        default="auto", metadata={"choices": ["auto", "true", "false"]}, help="Encode prompts once: auto where tested."
     )
     health: str = HfArg(
         default="warn",
         metadata={"choices": ["warn", "stop", "off"]},
-        help="Say what goes wrong, or stop where it is fatal.",
+        help="Say what goes wrong, or stop if fatal.",
     )
     settings: dict[str, Any] = field(init=False, default_factory=dict)
     """All settings in force, set by `parse_recipe`; not a flag."""
@@ -309,8 +307,7 @@ def _check_place(folder: Path, settings: Mapping[str, Any]) -> None:
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"{folder} is a file. Name a folder with --output_dir.")
     check_writable(next(path for path in (folder, *folder.absolute().parents) if path.exists()))
-    models = {"initial model": "model_name_or_path", "reward model": "reward_model_name_or_path"}
-    for what, key in models.items():
+    for what, key in (("initial model", "model_name_or_path"), ("reward model", "reward_model_name_or_path")):
         if settings.get(key) and folder.resolve() == Path(settings[key]).resolve():
             raise RecipeError(f"{folder} is the {what}, which the run would replace. Choose another --output_dir.")
 

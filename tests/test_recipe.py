@@ -91,6 +91,19 @@ def test_a_value_that_cannot_work_is_refused_before_a_model_is_loaded(parse, fla
         parse(*flags)
 
 
+def test_a_command_line_that_is_given_is_read_and_the_process_keeps_its_own(parse, monkeypatch):
+    parse()  # in an empty folder, from the command line of the process
+    words = ["dpo-recipes", "evaluate", "--beta", "0.7"]
+    monkeypatch.setattr(sys, "argv", [*words])
+    on_cpu = dict(use_cpu=True, bf16=False, activation_checkpointing=False, report_to="none")
+    recipe = dict(model_name_or_path="some/model", **on_cpu, beta=0.1)
+    _, args, _ = parse_recipe(recipe, TYPES, argv=["mine.py", "--config", "profile.yaml", "--output_dir", "mine"])
+    assert (args.beta, args.output_dir, args.seed) == (0.1, "mine", 42)
+    with pytest.raises(RecipeError, match=r"betta.*`python mine.py --help`"):
+        parse_recipe(recipe, TYPES, argv=["mine.py", "--betta", "1"])
+    assert sys.argv == words
+
+
 def test_an_older_name_in_a_profile_is_refused(parse):
     with pytest.raises(RecipeError, match="is called activation_checkpointing"):
         parse(profile="gradient_checkpointing: true")

@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--tasks_path", metavar="DIR", help="task files of your own, in its format")
     parser.add_argument("--output_dir", metavar="DIR", help="a recipe's run; of a model, where the results go")
     parser.add_argument("--profile", metavar="P", help="as in train")
-    add_sampling(parser, temperature=1.0)
+    add_sampling(parser, 1.0)
     parser.set_defaults(call=_evaluate, takes_flags=True)
 
 

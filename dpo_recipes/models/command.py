@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
     trying.add_argument("--base", metavar="MODEL", help="the initial model; by default the one that the run names")
     trying.add_argument("--system", metavar="TEXT", help="a system message in front of the prompt")
     add_trust(trying)
-    add_sampling(trying, temperature=0.7)
+    add_sampling(trying, 0.7)
     trying.set_defaults(call=partial(_try, trying), takes_flags=True)
 
 

@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
     sampling.add_argument("--first_words", nargs=2, type=at_least(1), metavar=("A", "B"), help=first)
     sampling.add_argument("--num_samples", type=at_least(1), default=1, help="answers to each prompt: 1")
     _add_shared(sampling)
-    add_sampling(sampling, temperature=1.0)
+    add_sampling(sampling, 1.0)
     sampling.set_defaults(call=_sample)
 
     answering = commands.add_parser("answer", help="write answers for AlpacaEval or MT-Bench")
@@ -34,8 +34,7 @@ def add_parser(commands: Any) -> None:
     answering.add_argument("--name", help="of the model in the benchmark; by default that of its folder")
     answering.add_argument("--output_dir", metavar="DIR", help="by default outputs/BENCHMARK")
     _add_shared(answering)
-    by_category = "0.7, and for MT-Bench that of the category"
-    add_sampling(answering, temperature=None, max_new_tokens=1024, default=by_category)
+    add_sampling(answering, None, most=1024, words="0.7, and for MT-Bench that of the category")
     answering.set_defaults(call=_answer)
 
 

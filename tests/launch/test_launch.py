@@ -12,12 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from dpo_recipes import machine
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.flags import grouped
 from dpo_recipes.launch import launch, processes
@@ -561,56 +559,6 @@ def test_flags_are_grouped_with_their_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("busy", "processes_", "threads"),
-    [
-        ([0, 0], 1, 2),
-        ([4, 6], 1, 2),
-        ([100, 5], 1, 1),
-        ([60, 60], 1, 1),
-        ([100, 100], 1, 1),
-        ([0, 0], 2, 1),
-        ([0] * 8, 2, 4),
-        ([0] * 64, 1, 8),
-    ],
-)
-def test_threads_are_the_free_cores(
-    monkeypatch: pytest.MonkeyPatch, busy: list[int], processes_: int, threads: int
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(len(busy))), raising=False)
-    monkeypatch.setattr(psutil, "cpu_percent", lambda interval, percpu: [float(share) for share in busy])
-    monkeypatch.setattr(psutil, "cpu_count", lambda logical: len(busy))
-    monkeypatch.setattr(machine, "CPU_QUOTA", Path("no such file"))
-    assert machine.free_threads(processes_) == threads
-
-
-def test_a_containers_quota_limits_the_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    quota = tmp_path / "cpu.max"
-    monkeypatch.setattr(machine, "CPU_QUOTA", quota)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(psutil, "cpu_percent", lambda interval, percpu: [0.0] * 8)
-    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 8)
-    quota.write_text("200000 100000\n")
-    assert machine.free_threads(1) == 2
-    quota.write_text("max 100000\n")
-    assert machine.free_threads(1) == 8
-
-
-def test_a_command_in_this_process_takes_the_free_threads_and_hands_none_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = torch.get_num_threads()
-    monkeypatch.setattr(machine, "free_threads", lambda processes: before + 1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    machine.set_environment()
-    assert torch.get_num_threads() == before, "the user's choice"
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    try:
-        machine.set_environment()
-        assert torch.get_num_threads() == before + 1
-        assert "OMP_NUM_THREADS" not in os.environ
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize(
     ("cards", "visible", "profile", "devices"),
     [
         ([], None, "cpu", "cpu"),
@@ -646,13 +594,6 @@ def test_profile_and_devices_follow_from_the_cards(
     assert ("--num_processes" in arguments) == (devices == "multi_gpu")
     if devices == "multi_gpu":
         assert arguments[arguments.index("--num_processes") + 1] == str(len(cards))
-
-
-def test_a_broken_driver_is_no_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
-    (folder / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    assert machine.gpu_cards() == []
 
 
 # Clear ends
