@@ -36,7 +36,7 @@ compare: $(STAMP) ## DPO against PPO on RECIPE's data; ARGS="--quick", ARGS="--b
 	@exec $(BIN)/dpo-recipes compare $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) \
 	  $(if $(ACCELERATE),--accelerate $(ACCELERATE)) $(ARGS)
 
-evaluate: $(STAMP) ## RECIPE's run beside its start, on held-out pairs and prompts; ARGS="--judge A_REWARD_MODEL"
+evaluate: $(STAMP) ## RECIPE's run against its initial model, on held-out pairs and prompts; ARGS="--judge A_REWARD_MODEL"
 	@exec $(BIN)/dpo-recipes evaluate $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) $(ARGS)
 
 inspect: $(STAMP) ## look at RECIPE's data before training; ARGS="--gpu 24GB --max_length 512"
@@ -54,14 +54,14 @@ test test-all test-faults test-gpu bench: export WANDB_MODE = offline
 test: $(STAMP) ## the tests that need neither GPU nor network nor minutes; ARGS="-k launch" narrows them
 	@exec $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
 
-test-all: $(STAMP) ## those and the slow ones, which train for minutes
+test-all: $(STAMP) ## the tests of `make test` and the slow tests, which train for minutes
 	@exec $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations 25 \
 	  -m "not gpu and not network and (slow or not faults)" $(ARGS)
 
 test-faults: $(STAMP) ## kills, signals, full disks, bad input: docs/reliability.md; ARGS="--fault-seed 7" draws other moments
 	@exec $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations 25 -m faults tests/faults $(ARGS)
 
-test-gpu: $(STAMP) ## those that need a card; without one each is skipped, and says why
+test-gpu: $(STAMP) ## the tests that need a card; without a card each test is skipped and says why
 	@exec $(BIN)/python -m pytest -q -rs -m gpu $(ARGS)
 
 lint: $(STAMP) ## ruff, spelling, and the lines of code of each part of the package
@@ -73,7 +73,7 @@ lint: $(STAMP) ## ruff, spelling, and the lines of code of each part of the pack
 typecheck: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
 
-bench: $(STAMP) ## speed and memory, side by side with what they are compared with
+bench: $(STAMP) ## speed and memory, side by side with plain TRL
 	@set -e; for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" $(ARGS); done
 
 recipes: $(STAMP) ## the recipes there are

@@ -96,7 +96,7 @@ def _run(call: list[str], cwd: Path, files: list[Path]) -> None:
     from accelerate.state import AcceleratorState, GradientState
 
     from dpo_recipes import cli
-    from dpo_recipes.launch import launch
+    from dpo_recipes.launch import processes
 
     def recipe(command: list[str], environment: dict[str, str]) -> int:
         os.environ.update(environment)
@@ -117,7 +117,7 @@ def _run(call: list[str], cwd: Path, files: list[Path]) -> None:
     logging.getLogger().handlers.clear()  # pytest's
     AcceleratorState._reset_state(reset_partial_state=True)  # of the tests before
     GradientState._reset_state()
-    launch.supervise = recipe
+    processes.supervise = recipe
     torch.set_num_threads(1)  # as run_command has it
     sys.exit(cli.main(call))
 

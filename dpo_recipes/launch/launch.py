@@ -18,7 +18,6 @@ from dpo_recipes.catalog import find_recipe, find_settings, read_yaml, recipe_se
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json
 from dpo_recipes.flags import grouped
-from dpo_recipes.launch.processes import supervise
 from dpo_recipes.machine import ENVIRONMENT, default_profile, free_threads, gpu_cards
 from dpo_recipes.secrecy import hide_flags
 from dpo_recipes.terminal import say
@@ -86,6 +85,8 @@ class Launch:
                 return status
         command = self._arguments()
         say(shlex.join(["accelerate", "launch", *hide_flags(command)]))
+        from dpo_recipes.launch.processes import supervise  # imports psutil
+
         return supervise(command, self._environment())
 
     def given(self) -> dict[str, list[str]]:

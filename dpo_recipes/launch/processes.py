@@ -14,12 +14,11 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import psutil
 
 from dpo_recipes.terminal import outlive_the_terminal
-
-if TYPE_CHECKING:
-    import psutil
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STANDSTILL = 30.0  # seconds without work, after a signal, that show a process to be frozen
@@ -85,10 +84,8 @@ _FROZEN = (
 )
 
 
-def _descendants(leader: int) -> "list[psutil.Process]":
+def _descendants(leader: int) -> list[psutil.Process]:
     """The training processes and their helpers. torch's launcher starts each of them in a session of its own."""
-    import psutil
-
     with suppress(psutil.Error):
         found: list[psutil.Process] = psutil.Process(leader).children(recursive=True)
         return found
@@ -103,8 +100,6 @@ def _kill(leader: int) -> None:
 
 def _work(leader: int) -> tuple[dict[int, float], set[str]]:
     """The work of each process below the leader, in seconds of processor time plus megabytes written; their states."""
-    import psutil
-
     work, states = {}, set()
     for process in _descendants(leader):
         with suppress(psutil.Error):
@@ -154,8 +149,6 @@ def end_session(leader: int, *, grace: float = 10.0) -> None:
 
 
 def _members(session: int) -> list[int]:
-    import psutil
-
     members = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
@@ -189,8 +182,6 @@ def _inside(lifeline: int, arguments: list[str]) -> int:
 
 def _pass_on(number: int, _: object) -> None:
     """Passes a signal on to the training processes alone, because it would kill the workers of a data loader."""
-    import psutil
-
     if not (children := psutil.Process().children()):
         raise SystemExit(128 + number)
     for child in children:

@@ -29,7 +29,7 @@ from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluate import answers
 from dpo_recipes.flags import grouped
-from dpo_recipes.launch import launch
+from dpo_recipes.launch import processes
 from dpo_recipes.launch.launch import Launch
 from dpo_recipes.loading import keep_part, prompt_hashes
 from dpo_recipes.models.open import open_model
@@ -96,7 +96,7 @@ def ran(folder, monkeypatch):
         call = [sys.executable, arguments[at], *arguments[at + 1 :]]
         return subprocess.run(call, env=environment, check=False).returncode
 
-    monkeypatch.setattr(launch, "supervise", run_directly)
+    monkeypatch.setattr(processes, "supervise", run_directly)
 
     def call(stages_to_run):
         Path("log").write_text("")
@@ -538,8 +538,8 @@ def test_the_report_does_not_make_a_run_another(folder, monkeypatch):
     """Only what trains is part of the request."""
     stage = planned()[1]
     request = stage.launch.request()
-    package = Path(launch.__file__).parent
-    read = {path for path in package.rglob("*.py") if "compare" in path.relative_to(package).parts}
+    package = Path(processes.__file__).parents[1]
+    read = {path for path in package.rglob("*.py") if {"compare", "pages"} & {*path.relative_to(package).parts}}
     assert read
     hashed = []
     original = hashlib.file_digest

@@ -362,7 +362,7 @@ def stages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[
     def run_directly(arguments: list[str], environment: dict[str, str]) -> int:
         return subprocess.run([sys.executable, *arguments[2:]], env=environment, check=False).returncode
 
-    monkeypatch.setattr(launch, "supervise", run_directly)
+    monkeypatch.setattr(processes, "supervise", run_directly)
 
     def train(*flags: str, name: str = "second", status: int = 0) -> list[str]:
         Path("log").write_text("")
@@ -507,13 +507,13 @@ def test_a_dry_run_plans_each_stage_once_from_what_the_others_would_leave(
     stages: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places: list[str | None] = []
-    directly = launch.supervise
+    directly = processes.supervise
 
     def remember(arguments: list[str], environment: dict[str, str]) -> int:
         places.append(environment.get("DPO_RECIPES_DRY_RUN"))
         return directly(arguments, environment)
 
-    monkeypatch.setattr(launch, "supervise", remember)
+    monkeypatch.setattr(processes, "supervise", remember)
     first, reward, third = stages("--dry_run", "true", name="third")
     assert places[2] is None
     assert first == "first --dry_run true"

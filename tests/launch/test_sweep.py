@@ -12,7 +12,7 @@ import pytest
 from conftest import run_command
 
 from dpo_recipes.cli import main
-from dpo_recipes.launch import launch, sweep
+from dpo_recipes.launch import processes, sweep
 from dpo_recipes.launch.launch import Launch
 
 STAND_IN = '''"""A stand-in that trains nothing, and leaves what a run leaves."""
@@ -57,7 +57,7 @@ def swept(monkeypatch):
     def run_directly(arguments, environment):
         return subprocess.run([sys.executable, *arguments[2:]], env=environment, check=False).returncode
 
-    monkeypatch.setattr(launch, "supervise", run_directly)
+    monkeypatch.setattr(processes, "supervise", run_directly)
     monkeypatch.setattr(Launch, "check", lambda self, *_: 0)
 
     def call(*flags, status=0):
