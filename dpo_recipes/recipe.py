@@ -21,7 +21,7 @@ from trl import ModelConfig, RewardConfig, ScriptArguments, TrlParser
 from dpo_recipes.catalog import read_yaml
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.files import check_writable, read_json
-from dpo_recipes.manifest import refuse_strangers, was_cut_short
+from dpo_recipes.manifest import finished_run, refuse_strangers, was_cut_short
 from dpo_recipes.models.checkpoints import WEIGHTS_ALONE, checkpoints_of, incomplete_reason, latest_checkpoint
 from dpo_recipes.models.open import check_weights, full_model
 from dpo_recipes.secrecy import hide, hide_flags, secrets_of, take_secrets
@@ -190,9 +190,7 @@ def parse_recipe(
     asked = _is_asked(training_args.resume_from_checkpoint)
     try:
         if _is_finished(script_args, training_args, asked=asked):
-            folder = Path(training_args.output_dir)
-            lacks = "" if (folder / "report.html").exists() else f" Its page is missing: dpo-recipes page {folder}."
-            say(f"{folder} holds this run, finished: nothing to do.{lacks} --overwrite true trains it again.")
+            say(finished_run(Path(training_args.output_dir)))
             if not script_args.dry_run:
                 raise FinishedRun(0)
             return parsed

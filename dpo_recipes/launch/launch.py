@@ -18,6 +18,7 @@ from dpo_recipes.catalog import find_recipe, find_settings, read_yaml, recipe_se
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json
 from dpo_recipes.launch.processes import supervise
+from dpo_recipes.manifest import finished_run
 from dpo_recipes.secrecy import hide_flags
 from dpo_recipes.terminal import say
 
@@ -74,7 +75,7 @@ class Launch:
             The exit status of the first training that fails, or 128 + n if signal n ended it.
         """
         if not (self.is_dry_run() or "overwrite" in dict(grouped(self.flags))) and self.is_done(self.folder()):
-            say(f"{self.folder()} holds this run, finished: nothing to do. --overwrite true trains it again.")
+            say(finished_run(self.folder()))
             return 0
         needed = self._stages_to_train()
         if needed and self.is_dry_run():
