@@ -55,7 +55,7 @@ test: $(STAMP) ## the tests that need neither GPU nor network nor minutes; ARGS=
 	@exec $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
 
 test-all: $(STAMP) ## those and the slow ones, which train for minutes
-	@exec $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations 25 \
+	@exec $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --durations 25 \
 	  -m "not gpu and not network and (slow or not faults)" $(ARGS)
 
 test-faults: $(STAMP) ## kills, signals, full disks, bad input: docs/reliability.md; ARGS="--fault-seed 7" draws other moments
