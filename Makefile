@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOG := build/install.log
-MOST_LINES := layer=5466 commands=3874 ground=300 doctor=880
+MOST_LINES := layer=5464 commands=3862 ground=300 doctor=880
 
 # Stale: no Python that runs, or a folder that was moved (console scripts and the editable install hold its path).
 ifneq ($(shell $(BIN)/python -S -c 0 2>/dev/null && cat $(STAMP) 2>/dev/null),$(shell pwd -P))
@@ -55,7 +55,7 @@ test: $(STAMP) ## the tests that need neither GPU nor network nor minutes; ARGS=
 	@exec $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
 
 test-all: $(STAMP) ## the tests of `make test` and the slow tests, which train for minutes
-	@exec $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations 25 \
+	@exec $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --durations 25 \
 	  -m "not gpu and not network and (slow or not faults)" $(ARGS)
 
 test-faults: $(STAMP) ## kills, signals, full disks, bad input: docs/reliability.md; ARGS="--fault-seed 7" draws other moments

@@ -44,6 +44,12 @@ def settle(folder: str | Path, *names: str) -> None:
     write_json(folder / MANIFEST, held | {"files": files, "open": left, "others": []})
 
 
+def finished_run(folder: Path) -> str:
+    """The sentence about a folder that already holds the run that was asked for."""
+    lacks = "" if (folder / "report.html").exists() else f" Its page is missing: dpo-recipes page {folder}."
+    return f"{folder} holds this run, finished: nothing to do.{lacks} --overwrite true trains it again."
+
+
 def was_cut_short(path: Path) -> bool:
     """Returns True if the path was declared and never settled: its writer was stopped before it was complete."""
     return path.name in _read(path.parent)["open"]

@@ -20,7 +20,7 @@ from dpo_recipes.catalog import read_yaml
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.files import check_writable, read_json
 from dpo_recipes.flags import grouped
-from dpo_recipes.manifest import refuse_strangers, was_cut_short
+from dpo_recipes.manifest import finished_run, refuse_strangers, was_cut_short
 from dpo_recipes.models.checkpoints import WEIGHTS_ALONE, checkpoints_of, incomplete_reason, latest_checkpoint
 from dpo_recipes.models.open import check_weights, full_model
 from dpo_recipes.secrecy import hide, hide_flags, secrets_of, take_secrets
@@ -247,8 +247,7 @@ def _look_at_folder(script_args: RecipeArguments, training_args: TrainingArgumen
     asked = str(wanted or "false").lower() != "false"
     try:
         if _is_finished(script_args, folder, asked=asked):
-            lacks = "" if (folder / "report.html").exists() else f" Its page is missing: dpo-recipes page {folder}."
-            say(f"{folder} holds this run, finished: nothing to do.{lacks} --overwrite true trains it again.")
+            say(finished_run(folder))
             if not script_args.dry_run:
                 raise FinishedRun(0)
             return

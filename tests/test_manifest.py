@@ -129,6 +129,14 @@ def test_a_writer_that_was_killed_leaves_nothing_that_a_later_run_would_refuse(r
     assert strangers(run) == ["notes.txt"]
 
 
+def test_a_killed_save_owns_files_of_a_model_and_its_tokenizer_alone(run):
+    declare(run, NEW_FILES)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja"):
+        (run / name).write_text("ha")
+    (run / "thesis.docx").write_text("mine")
+    assert strangers(run) == ["thesis.docx"]
+
+
 def test_answers_that_were_sampled_into_a_runs_folder_are_the_users(run):
     files.write_jsonl(run / "pairs.jsonl", [{"prompt": "Hm?"}], listed=False)
     assert strangers(run) == ["pairs.jsonl"]

@@ -6,7 +6,7 @@ import torch
 from trl import DPOConfig, ModelConfig
 
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.recipe import RecipeArguments, parse_recipe
+from dpo_recipes.recipe import RecipeArguments, parse_recipe, run
 from dpo_recipes.secrecy import hide, hide_flags
 
 SECRET = "hf_Secret+of/the=tests"
@@ -64,3 +64,16 @@ def test_a_flag_that_is_refused_shows_no_secret(monkeypatch):
     with pytest.raises(RecipeError, match=r"hf_token.*\*\*\*") as refused:
         parse_recipe(CPU, (RecipeArguments, DPOConfig, ModelConfig))
     assert SECRET not in str(refused.value)
+
+
+def test_an_error_of_a_library_shows_no_secret(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--hub_token", SECRET])
+    recipe = CPU | {"model_name_or_path": "some/model", "output_dir": str(tmp_path)}
+
+    def main():
+        parse_recipe(recipe, (RecipeArguments, DPOConfig, ModelConfig))
+        raise RecipeError(f"The server refused the token {SECRET}.")
+
+    with pytest.raises(SystemExit):
+        run(main)
+    assert capsys.readouterr().err == "The server refused the token ***.\n"

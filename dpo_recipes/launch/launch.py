@@ -19,6 +19,7 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json
 from dpo_recipes.flags import grouped
 from dpo_recipes.machine import ENVIRONMENT, default_profile, free_threads, gpu_cards
+from dpo_recipes.manifest import finished_run
 from dpo_recipes.secrecy import hide_flags
 from dpo_recipes.terminal import say
 
@@ -72,7 +73,7 @@ class Launch:
             The exit status of the first training that fails, or 128 + n if signal n ended it.
         """
         if not (self.is_dry_run() or "overwrite" in self.given()) and self.is_done(self.folder()):
-            say(f"{self.folder()} holds this run, finished: nothing to do. --overwrite true trains it again.")
+            say(finished_run(self.folder()))
             return 0
         needed = self._stages_to_train()
         if needed and self.is_dry_run():

@@ -12,6 +12,8 @@ from test_readme import README, commands, shown_output
 
 from dpo_recipes import playground
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quickstart")]  # one worker: `first` is trained once
+
 
 def health(folder, name):
     """What the health rules found."""
@@ -60,7 +62,6 @@ def metrics(folder, printed):
     return json.loads((run / "metrics.json").read_text())
 
 
-@pytest.mark.slow
 def test_make_train_prints_what_the_readme_shows(first):
     expected = [line for line in shown_output().splitlines() if "outputs/" in line]
     assert expected
@@ -70,7 +71,6 @@ def test_make_train_prints_what_the_readme_shows(first):
         assert line in printed, "the README shows what a run prints"
 
 
-@pytest.mark.slow
 def test_the_reward_model_is_learned_and_raised(first):
     """What PPO and RLOO gain on the reward model is a gain in the exact reward, which neither sees."""
     folder, trained = first[0], []
@@ -94,7 +94,6 @@ def test_the_reward_model_is_learned_and_raised(first):
     assert measured["warnings"] == []
 
 
-@pytest.mark.slow
 def test_the_quickstart_makes_the_chatbot_safe(first, tmp_path, dpo_recipes):
     """Three seeds of DPO, the second and the third from another start than the first."""
     runs = [metrics(*first)]

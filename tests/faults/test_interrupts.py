@@ -38,7 +38,8 @@ def test_an_interrupted_run_ends_with_its_status_and_goes_on(number, phase, trai
     finished = (there / "done.json").exists()
     assert status in ({0, 130 if number == signal.SIGINT else 143} if finished else {128 + number, 143}), told
     assert not [process for process in processes if process.is_running()], told
-    assert "Traceback" not in told
+    while_importing = phase == "start" and told.rstrip().endswith("KeyboardInterrupt")  # Python's own words
+    assert "Traceback" not in told or while_importing, told
     resume = ["--resume_from_checkpoint", "true"] if any(there.glob("checkpoint-*")) else []
     _, status = run(train("hh-rlhf-sft", *resume), tmp_path, TRAINING, output="run")
     told += (tmp_path / "log").read_text()

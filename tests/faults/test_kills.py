@@ -80,7 +80,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_results(
     assert status == 0, told
     assert results(folder) == results(whole), told
     assert {file: file.stat().st_mtime_ns for file in kept} == kept, told
-    assert len(kept) >= ["answers of the start", "answers of the run", "judging", "pages"].index(phase), told
+    assert len(kept) >= {"answers of the start": 0, "answers of the run": 1}.get(phase, 2), told
     assert names(folder / "run") == names(whole / "run"), told
 
 

@@ -263,3 +263,33 @@ def test_gradients_pass_a_4_bit_base_after_an_evaluation(quantised, build):
     after = gradients()
     assert any(gradient.abs().sum() > 0 for name, gradient in before.items() if "layers.0" in name)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_precomputed_log_probs_of_another_model_are_refused_under_lora_too(build, pairs):
+    """The base in memory is right; the log-probs in the dataset's columns are what the loss compares with."""
+    wrong = pairs.add_column("ref_chosen_logps", [-1.0] * 8).add_column("ref_rejected_logps", [-2.0] * 8)
+    trainer = build(peft_config=LORA, precompute_ref_log_probs=True, train_dataset=pairs)
+    add_guards(trainer)
+    columns = trainer.train_dataset.remove_columns(["ref_chosen_logps", "ref_rejected_logps"])
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        columns = columns.add_column(name, wrong[name][:])
+    trainer.train_dataset = columns
+    with pytest.raises(WrongReferenceError, match="log-probs differ by"):
+        trainer.train()
+
+
+def test_a_reference_is_compared_on_the_same_pairs_after_a_resume_with_smaller_batches(build, caplog):
+    first = build(peft_config=LORA)
+    add_guards(first)
+    first.train()
+    kept = next(log[ReferenceGuard.KEPT] for log in first.state.log_history if ReferenceGuard.KEPT in log)
+    resumed = build(peft_config=LORA)
+    resumed.args.per_device_train_batch_size = 1
+    guard = ReferenceGuard(resumed)
+    resumed.state.global_step, resumed.state.log_history = 1, first.state.log_history
+    guard.on_train_begin(resumed.args, resumed.state, None)
+    assert guard.at_start == kept
+    assert guard.moved() is None
+    with torch.no_grad():
+        resumed.model.base_model.model.model.norm.weight.mul_(3)
+    assert "has moved" in guard.moved()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -382,6 +383,17 @@ def test_a_finished_stage_is_not_trained_again(stages: Callable) -> None:
     stages()
     assert stages() == ["second"]
     assert stages("--beta", "0.3") == ["second --beta 0.3"]
+
+
+def test_a_finished_run_trains_no_stage_before_it(stages: Callable, capfd: pytest.CaptureFixture) -> None:
+    stages()
+    request = launch.prepare("second").request()
+    Path("outputs/second").mkdir()
+    Path("outputs/second/done.json").write_text(json.dumps({"request": request}))
+    shutil.rmtree("outputs/first")
+    assert stages() == []
+    assert "outputs/second holds this run, finished: nothing to do. Its page is missing" in capfd.readouterr().out
+    assert stages("--overwrite", "true") == ["first", "second --overwrite true"]
 
 
 def test_a_stage_trained_by_hand_counts(stages: Callable) -> None:
