@@ -12,7 +12,7 @@ weights. The lengths of the two baselines' answers are there, and in the place o
 that their own fits expect: a logistic regression on the same columns sees no difference. AlpacaEval chooses a strength
 of L1 regularisation by cross-validation; here there is next to none.
 
-Usage: python benchmarks/alpaca_eval_agreement.py PATH_OF_ALPACA_EVAL [--out benchmarks/results/alpaca_eval.md]
+Usage: python benchmarks/alpaca_eval_agreement.py PATH_OF_ALPACA_EVAL [--out docs/results/alpaca_eval.md]
 
 PATH is a clone of github.com/tatsu-lab/alpaca_eval, bare or not. None of its data (CC BY-NC 4.0) is kept.
 """
@@ -119,7 +119,7 @@ def main() -> None:
     """Computes, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repository", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/alpaca_eval.md"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/alpaca_eval.md"))
     options = parser.parse_args()
     leaderboard, weights = (read_table(show(options.repository, file) or "") for file in (LEADERBOARD, WEIGHTS))
     commit = subprocess.check_output(["git", "-C", options.repository, "rev-parse", "HEAD"], text=True).strip()

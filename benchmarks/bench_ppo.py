@@ -399,7 +399,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a few answers, one seed: shows that it works")
     parser.add_argument("--resume", action="store_true", help="take finished trainings of the folder as they are")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "bench_ppo", help="of the trainings")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "results")
     options = parser.parse_args()
     options.grid, options.seeds, options.rounds, options.prompts = GRID, SEEDS, ROUNDS, 200
     if options.quick:

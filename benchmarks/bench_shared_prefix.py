@@ -1,6 +1,6 @@
 """Step time, real tokens a second and memory of SharedPrefixDPOTrainer beside plain TRL, on the same pairs.
 
-    python benchmarks/bench_shared_prefix.py [--quick] [--minutes 11] [--profile] [--out benchmarks/results]
+    python benchmarks/bench_shared_prefix.py [--quick] [--minutes 11] [--profile] [--out docs/results]
 
 All trainers live in one process and take turns on the same batches, in an order that turns round after each round; a
 ratio is that of the two steps on one batch. A step is forward, backward and AdamW on LoRA weights (r=16, all linear
@@ -367,7 +367,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny models, two rounds: shows that it works")
     parser.add_argument("--minutes", type=float, default=11.0, help="rounds stop when their share of it is used up")
     parser.add_argument("--profile", action="store_true", help="also print where the time of a step of ours goes")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "results")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.logging.set_verbosity_error()

@@ -1,6 +1,6 @@
 """Seconds to tokenise pairs: ours beside TRL's own step, on the same rows, in one run.
 
-    python benchmarks/bench_tokenization.py [--rows 7000] [--repeats 3] [--out benchmarks/results]
+    python benchmarks/bench_tokenization.py [--rows 7000] [--repeats 3] [--out docs/results]
 
 The rows are hh-rlhf's of $DPO_RECIPES_DATA, or those of the test fixture without it, repeated with a number each; the
 tokenizer is a byte-level BPE of 32,000 trained on them, with ChatML. Both get fresh rows in each repeat and take turns;
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=7000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "results")
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # as it is where nothing is set
     datasets.disable_progress_bars()

@@ -6,7 +6,7 @@ a model that never saw such text is rightly called off-distribution. oasst1 gets
 fourth tree is held out. SHP's schema is filled with rated pairs of UltraFeedback, since none of its rows are at hand.
 The sentiment task goes on with stories, and a list of words says which continuation is the brighter one.
 
-Usage: python benchmarks/health_of_recipes.py DATA MODEL [--seeds 0,1,2] [--out benchmarks/results/health.md]
+Usage: python benchmarks/health_of_recipes.py DATA MODEL [--seeds 0,1,2] [--out docs/results/health.md]
 
 DATA holds hh-rlhf, oasst2-sample, ultrafeedback-binarized-sample and tinystories-sample; MODEL is stories260k, a
 Llama of 260,000 weights and 512 positions (karpathy/llama2.c). Runs go to the current folder, and are not made
@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("model", type=Path)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "health.md")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "results" / "health.md")
     options = parser.parse_args()
     seeds = [int(seed) for seed in options.seeds.split(",")]
     first = Path("first")
