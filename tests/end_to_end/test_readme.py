@@ -47,7 +47,7 @@ ELSEWHERE = [  # other people's messages that the table of common errors quotes
 
 
 def blocks(document: Path, language: str) -> list[str]:
-    """The fenced blocks of that language."""
+    """Contents of the fenced blocks of one language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL)
 
 
@@ -71,7 +71,7 @@ def section(document: Path, heading: str) -> str:
 
 
 def rows_of(text: str) -> list[list[str]]:
-    """The cells of the Markdown tables in a text, without their headers."""
+    """Cells of the Markdown tables in a text, row by row, without headers."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     rules = [number for number, line in enumerate(lines) if set(line) <= set("|- ")]
     headers = {number - 1 for number in rules}
@@ -95,7 +95,7 @@ def from_make(command: str) -> str:
 
 
 def check_flags(recipe: Path, flags: list[str]) -> None:
-    """Raises where the recipe would refuse a flag; nothing is written and no model is loaded."""
+    """Raises if the recipe would refuse a flag. Writes nothing and loads no model."""
     namespace = runpy.run_path(str(recipe))
     classes = [value for value in namespace.values() if isinstance(value, type)]
     parts = [part for part in classes if issubclass(part, (TrainingArguments, RecipeArguments, ModelConfig))]
@@ -107,7 +107,7 @@ def check_flags(recipe: Path, flags: list[str]) -> None:
 
 
 def check_train(words: list[str]) -> None:
-    """The recipe, the profile and the accelerate file of a `dpo-recipes train` exist, and its flags are known."""
+    """Raises unless recipe, profile and accelerate file of a `dpo-recipes train` exist and its flags are known."""
     name, *flags = words
     recipe = RECIPES / "hh_rlhf_lora.py" if name == "mine.py" else find_recipe(name)
     for flag, kind in (("--profile", "profiles"), ("--accelerate", "accelerate")):
@@ -124,7 +124,7 @@ def check_train(words: list[str]) -> None:
 
 
 def check_inspect(words: list[str]) -> None:
-    """The recipe, or that a model is named for a dataset; the flags are known."""
+    """Raises unless the recipe exists, or a dataset comes with the name of a model, and the flags are known."""
     name, *flags = words
     for own in ("--gpu", "--with_model", "--profile"):
         if own in flags:
@@ -139,7 +139,7 @@ def check_inspect(words: list[str]) -> None:
 
 
 def check_compare(words: list[str]) -> None:
-    """The recipe and its siblings are there, and every flag is known to one of them."""
+    """Raises unless the recipe and its siblings exist and one of them knows each flag."""
     options, flags = _parser().parse_known_args(words)
     launch = prepare(options.recipe, profile="cpu")
     recipes = read_recipes(launch, options.stages or ["dpo", "ppo"], flags=flags)
@@ -156,7 +156,7 @@ def check_launch(words: list[str]) -> None:
 
 
 def check_command(command: str) -> None:
-    """Raises where a documented command could not run."""
+    """Raises if a documented command could not run."""
     words = shlex.split(from_make(command) if command.startswith("make ") else command)
     match words:
         case [".venv/bin/dpo-recipes", "train", *rest]:
@@ -248,7 +248,7 @@ def test_list_and_copy_do_what_the_readme_says(tmp_path, dpo_recipes):
 
 
 def shown_output() -> str:
-    """The lines that the README gives as the end of `make train`."""
+    """Lines that the README shows of the output of `make train`."""
     found = blocks(README, "text")
     assert found, "README.md shows no output of a run"
     return found[0]
@@ -316,7 +316,7 @@ def test_settings_given_as_the_recipes_values_are_theirs():
 
 
 def messages(file: Path) -> list[str]:
-    """The texts in a source file, with `...` for what an f-string or a logging call puts in."""
+    """Texts in a source file, with `...` for each value that an f-string or a logging call inserts."""
     texts = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.JoinedStr):
@@ -436,7 +436,7 @@ def test_the_dataset_adapter_of_the_example_keeps_and_counts_its_rows(tmp_path):
 
 @pytest.mark.slow
 def test_own_rows_train_as_described_and_leave_what_is_listed(tmp_path, tiny_model, dpo_recipes):
-    """The two commands of "Your own data", with the change of two words between them, on the rows shown there."""
+    """Runs the two commands of "Your own data" on the rows shown there; between them two words of the recipe change."""
     [block] = [block for block in blocks(RECIPES_README, "sh") if " copy " in block]
     copy, train = (shlex.split(line)[1:] for line in block.splitlines())
     assert run_command(dpo_recipes, *copy, cwd=tmp_path).returncode == 0
