@@ -361,14 +361,13 @@ def _refusing(what: Callable[[], str], remedy: str) -> Iterator[None]:
 
 
 def _alike(parts: list[Dataset]) -> list[Dataset]:
-    """The parts with the columns and types of all, a missing column being null: messages with tool calls among them."""
-    features: dict[str, Any] = {}
-    for part in parts:
-        rich = {column: kind for column, kind in part.features.items() if kind != PAIR_FEATURES.get(column)}
-        features = {**part.features, **features, **rich}
+    """Returns the parts with the columns of all parts, each of its richest type; a column that was missing is null."""
+    kinds = [item for part in parts for item in part.features.items()]
+    rich = {column: kind for column, kind in kinds if kind != PAIR_FEATURES.get(column)}  # messages with tool calls too
+    features = Features({**dict(kinds), **rich})
     if all(part.features == features for part in parts):
         return parts
-    return [map_rows(part, _fill, features=Features(features), desc="mixing", columns=[*features]) for part in parts]
+    return [map_rows(part, _fill, features=features, desc="mixing", columns=[*features]) for part in parts]
 
 
 def _fill(batch: dict[str, list[Any]], *, columns: list[str]) -> dict[str, list[Any]]:
