@@ -111,7 +111,7 @@ def split_pairs(pairs: Mapping[str, Dataset]) -> DatasetDict:
     is added, reordered or drawn.
 
     Raises:
-        RecipeError: If there is no `train`, or a split besides `train` and `test`.
+        RecipeError: If there is no `train`, or a split of another name than `train` and `test`.
     """
     if not {"train"} <= set(pairs) <= {"train", "test"}:
         raise RecipeError(f"split_pairs needs the splits train and, if there is one, test, got {sorted(pairs)}.")

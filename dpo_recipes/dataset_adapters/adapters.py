@@ -198,7 +198,7 @@ def shp(dataset: Dataset, *, least_ratio: float = 2.0, pairs_per_post: int = 5) 
     """Pairs of stanfordnlp/SHP: two comments on a Reddit post, the one with the higher score being chosen.
 
     As the dataset's card advises, the better score is at least `least_ratio` times the worse, and a post gives at most
-    `pairs_per_post` pairs: those of the highest ratios. The prompt is the post, so that `split_pairs` keeps a post on
+    `pairs_per_post` pairs, by the highest ratios. The prompt is the post, so that `split_pairs` keeps a post on
     one side. The preference strength is the ratio's logarithm to base 2, and the source is the subreddit.
     """
     require_columns(dataset, _SHP_COLUMNS, name="shp")

@@ -45,7 +45,7 @@ class SplitAccount:
             self.drop(reason, dropped)
 
     def drop(self, reason: str, more: Dropped) -> None:
-        """Adds to the rows dropped for a reason; the row numbers stay those of the stage that met the reason first."""
+        """Adds to the rows dropped for a reason; the row numbers are of the first stage that met the reason."""
         self.dropped.setdefault(reason, replace(more, count=0)).count += more.count
 
 
