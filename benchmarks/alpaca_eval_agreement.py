@@ -1,18 +1,18 @@
 """Win rates and length-controlled win rates of AlpacaEval 2, computed again from its annotations.
 
-It asks whether `dpo_recipes.estimates` says what AlpacaEval's leaderboard says (Dubois et al. 2024), for every model
-whose annotations by the default judge are there. Win rates are means of the judge's preference. Length-controlled ones
-are computed in two ways: by `length_controlled`, whose regression knows the difference in length alone; and, in this
-script only, with what AlpacaEval's regression knows beside it. That is how hard an instruction is, and the answers of
-two baselines told to be verbose and concise, which its effects of length and difficulty have to fit too.
+The script compares our win rates with those of AlpacaEval's leaderboard (Dubois et al. 2024), for every model whose
+annotations by the default judge are available. Win rates are means of the judge's preference. Length-controlled win
+rates are computed in two ways: by `length_controlled`, whose regression knows only the difference in length; and, in
+this script only, with two further inputs of AlpacaEval's regression. These are the difficulty of an instruction, and
+the answers of two baselines told to be verbose and concise, which its effects of length and difficulty have to fit too.
 
-The repository holds neither, but both can be had from it. Where annotations hold `glm_preference`, the prediction of
-AlpacaEval's own fit, its log-odds are a bias plus a weight times the difficulty, and both of these are in its table of
-weights. The lengths of the two baselines' answers are there, and in the place of the judge's preferences stand those
-that their own fits expect: a logistic regression on the same columns sees no difference. AlpacaEval chooses a strength
-of L1 regularisation by cross-validation; here there is next to none.
+The repository holds neither input, but both can be computed from it. If annotations hold `glm_preference`, the
+prediction of AlpacaEval's own fit, its log-odds are a bias plus a weight times the difficulty, and the table of weights
+holds both. The lengths of the two baselines' answers are in the repository. The judge's preferences for them are
+replaced by those that their own fits predict, because a logistic regression on the same columns gives the same result.
+AlpacaEval chooses the strength of its L1 regularisation by cross-validation; the regularisation here is negligible.
 
-Usage: python benchmarks/alpaca_eval_agreement.py PATH_OF_ALPACA_EVAL [--out benchmarks/results/alpaca_eval.md]
+Usage: python benchmarks/alpaca_eval_agreement.py PATH_OF_ALPACA_EVAL [--out docs/results/alpaca_eval.md]
 
 PATH is a clone of github.com/tatsu-lab/alpaca_eval, bare or not. None of its data (CC BY-NC 4.0) is kept.
 """
@@ -45,7 +45,7 @@ KINDS = {
 
 
 def show(repository: Path, file: str) -> str | None:
-    """The text of a file in the repository's last commit; None where it is not there."""
+    """The text of a file in the repository's last commit, or None if there is no such file."""
     found = subprocess.run(
         ["git", "-C", repository, "show", f"HEAD:{file}"],
         capture_output=True,
@@ -56,7 +56,7 @@ def show(repository: Path, file: str) -> str | None:
 
 
 def read_table(text: str) -> dict[str, dict[str, float]]:
-    """A CSV file with a model's name first in each line; what is no number is left out."""
+    """Numbers of a CSV file by the model's name, which is first in each line; cells that are no number are left out."""
     rows = {}
     for row in csv.DictReader(io.StringIO(text)):
         name = row.pop("")
@@ -65,12 +65,12 @@ def read_table(text: str) -> dict[str, dict[str, float]]:
 
 
 def annotations(repository: Path, model: str, file: str) -> list[dict[str, Any]]:
-    """The judge's annotations of one model; none where they are not there."""
+    """The judge's annotations of one model, or an empty list if there are none."""
     return json.loads(show(repository, f"results/{model}/{file}") or "[]")
 
 
 def recover_difficulty(repository: Path, weights: dict[str, dict[str, float]]) -> dict[str, float]:
-    """How hard each instruction is, by the predictions of AlpacaEval's own fits; the mean over models that have any."""
+    """Difficulty of each instruction by the predictions of AlpacaEval's own fits, as a mean over models with a fit."""
     found: dict[str, list[float]] = {}
     for model, of in weights.items():
         for row in annotations(repository, model, FITTED):
@@ -102,7 +102,7 @@ def outputs(repository: Path, model: str) -> list[dict[str, Any]]:
 
 
 def with_difficulty(won: Any, longer: Any, hard: Any, *, told: tuple[Any, Any]) -> float:
-    """The mean over instructions of what is predicted at equal length, by AlpacaEval's regression."""
+    """Mean over instructions of the win rate that AlpacaEval's regression predicts at equal length."""
     own = np.stack([np.tanh(-longer / longer.std(ddof=1)), hard, np.ones(len(won))], axis=1)
     features, preferences = np.concatenate([own, told[0]]), np.concatenate([won, told[1]])
     counts = np.concatenate([np.ones(len(won)), np.full(len(told[1]), LAMBDA / 2)])
@@ -116,10 +116,10 @@ def with_difficulty(won: Any, longer: Any, hard: Any, *, told: tuple[Any, Any]) 
 
 
 def main() -> None:
-    """Computes, prints and writes."""
+    """Computes the win rates, prints them and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repository", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/alpaca_eval.md"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/alpaca_eval.md"))
     options = parser.parse_args()
     leaderboard, weights = (read_table(show(options.repository, file) or "") for file in (LEADERBOARD, WEIGHTS))
     commit = subprocess.check_output(["git", "-C", options.repository, "rev-parse", "HEAD"], text=True).strip()
@@ -176,14 +176,14 @@ def as_markdown(rows: list[dict[str, Any]], commit: str) -> str:
     plain = [abs(row["length_controlled"] - row["lc"]) for row in rows if 50 <= row["theirs"] <= 75]
     lines += [
         "",
-        f"By AlpacaEval's regression {sum(by < 0.1 for by in gap.values())} of the {len(rows)} are within a tenth of a",
-        "point. (It takes an instruction's difficulty by the number of the row, which shifts them for the models that",
-        "have fewer than 805; this is done here too.)",
+        f"With AlpacaEval's regression {sum(by < 0.1 for by in gap.values())} of the {len(rows)} models are within a",
+        "tenth of a point. (It finds an instruction's difficulty by the number of the row, which shifts the",
+        "difficulties for the models that have fewer than 805 answers; this script does the same.)",
         "",
-        f"Ours knows the length alone. For the {len(plain)} models that win 50 to 75 % it is at most {max(plain):.1f}",
-        "points from AlpacaEval's; where nearly all comparisons are lost, by answers much shorter too, it says",
-        "more than AlpacaEval does. Most tuned models beside their start are of the first kind; where one is not,",
-        "trust the win rate.",
+        f"Our regression knows only the length. For the {len(plain)} models that win 50 to 75 % it is at most",
+        f"{max(plain):.1f} points from AlpacaEval's. For models that lose nearly all comparisons with much shorter",
+        "answers, it is higher than AlpacaEval's. Most tuned models are of the first kind when they are compared",
+        "with their initial model; for the others, trust the win rate.",
         "",
         "| model | n | win rate, theirs | ours | length-controlled, theirs | ours | by its regression |",
         "|---|---|---|---|---|---|---|",

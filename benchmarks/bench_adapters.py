@@ -1,13 +1,13 @@
-"""Seconds and memory of the dataset adapters: hh_rlhf beside an identity map of the same rows, then each in turn.
+"""Seconds and memory of the dataset adapters: hh_rlhf and an identity map of the same rows, then each in turn.
 
     python benchmarks/bench_adapters.py [--rows 161000] [--repeats 3] [--each 100000]
 
-The second table is of `--each` rows for each dataset adapter, in a process of its own: its rows have the published
-columns, and the texts of hh-rlhf, with 8 rows a post (SHP) and 3 ranked replies a prompt (oasst1).
+The second table has `--each` rows for each dataset adapter, in a process of its own. These rows have the published
+columns and the texts of hh-rlhf, with 8 rows a post (SHP) and 3 ranked replies a prompt (oasst1).
 
-The texts are those of $DPO_RECIPES_DATA/hh-rlhf, or of the test fixture without it, repeated with a suffix each, so
-that no two are the same. The targets are for 161,000 rows on 2 cores: first under 15 s and 2 GiB, from the cache under
-3 s.
+The texts are those of $DPO_RECIPES_DATA/hh-rlhf, or without that folder those of the test fixture. They are repeated,
+each with a suffix, so that no two are equal. The targets are for 161,000 rows on 2 cores: the first pass under 15 s and
+2 GiB, a pass from the cache under 3 s.
 """
 
 import argparse
@@ -38,21 +38,21 @@ EACH = ("hh_rlhf", "preference_jsonl", "ultrafeedback_binarized", "sharegpt_pair
 
 
 def source_rows() -> list[dict[str, str]]:
-    """The real rows, or those of the fixture."""
+    """The real rows, or the rows of the fixture."""
     files = sorted(Path(os.environ.get("DPO_RECIPES_DATA", "nowhere"), "hh-rlhf").glob("*/*.jsonl.gz"))
     texts = [gzip.decompress(file.read_bytes()) for file in files] or [FIXTURE.read_bytes()]
     return [json.loads(line) for text in texts for line in text.splitlines()]
 
 
 def repeated(rows: list[dict[str, str]], count: int) -> Iterator[dict[str, Any]]:
-    """That many rows, each with the number of its round at the end."""
+    """Repeats the rows up to a count, each with the number of its round at the end."""
     for number in range(count):
         row = rows[number % len(rows)]
         yield {side: text and f"{text} ({number // len(rows)})" for side, text in row.items()}
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """How long the function takes."""
+    """Seconds that the function takes."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
@@ -74,7 +74,7 @@ def measure(rows: list[dict[str, str]], count: int) -> dict[str, float]:
 
 
 def schema_rows(name: str, rows: list[dict[str, str]], count: int) -> Iterator[dict[str, Any]]:
-    """That many rows with the columns that the dataset adapter reads."""
+    """A given number of rows with the columns that the dataset adapter reads."""
     usable = [row for row in rows if row["chosen"] and row["rejected"]]
     for number, row in enumerate(repeated(usable, count)):
         if name == "hh_rlhf":
@@ -121,13 +121,13 @@ def measure_one(name: str, count: int) -> tuple[float, int, float]:
 
 
 def peak_memory() -> float:
-    """Of this process and of all workers at their largest, in MiB: an upper bound."""
+    """Peak memory of this process plus that of its largest worker times their number, in MiB: an upper bound."""
     own, worker = (resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return own + min(8, os.cpu_count() or 1) * worker
 
 
 def main() -> None:
-    """Print the table."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=161_000)
     parser.add_argument("--repeats", type=int, default=3)

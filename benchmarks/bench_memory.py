@@ -1,10 +1,10 @@
-"""The memory estimate of `inspect` and `--dry_run`, beside the peak of a training on the CPU.
+"""The memory estimate of `inspect` and `--dry_run`, compared with the peak of a training on the CPU.
 
     python benchmarks/bench_memory.py [--tokens 256] [--batch 2] [--hidden 512] [--layers 8]
 
 Each case trains a random Llama (vocabulary 32,000, float32) for two updates, in a process of its own, on pairs that
-fill `--tokens` exactly. Measured is the largest resident memory less what was there after the same training of a much
-smaller model: the libraries, that is. Seed 0.
+fill `--tokens` exactly. The measured number is the largest resident memory minus the memory after the same training of
+a much smaller model, which is that of the libraries. Seed 0.
 """
 
 import argparse
@@ -31,14 +31,14 @@ CHILD = "--case"
 
 
 class Peak(threading.Thread):
-    """The largest resident memory of this process since the start, in bytes."""
+    """The largest resident memory of this process since the thread was started, in bytes."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.bytes = 0
 
     def run(self) -> None:
-        """Looks every 5 milliseconds."""
+        """Reads the memory every 5 milliseconds."""
         process = psutil.Process()
         while True:
             self.bytes = max(self.bytes, process.memory_info().rss)
@@ -124,7 +124,7 @@ def train(case: dict[str, Any], *, tokens: int, batch: int, hidden: int, layers:
 
 
 def main() -> None:
-    """Print the table."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("tokens", 256), ("batch", 2), ("hidden", 512), ("layers", 8)):
         parser.add_argument(f"--{name}", type=int, default=value)

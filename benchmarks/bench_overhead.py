@@ -1,9 +1,9 @@
-"""What a recipe costs beyond a bare TRL script: seconds a training and a start-up, side by side in one run.
+"""Cost of a recipe compared with a bare TRL script: seconds of a training and of a start-up, in turn in one run.
 
     python benchmarks/bench_overhead.py [--updates 30] [--repeats 5]
 
-Both train the playground's model on the same pairs with the same settings; the recipe's trainer has the guards, the
-progress lines and the health rules (without an evaluation, hence without their probe) on it. The aim is an overhead
+Both train the playground's model on the same pairs with the same settings. The recipe's trainer also has the guards,
+the progress lines and the health rules, without their probe, because there is no evaluation. The aim is an overhead
 under 2 % of a training.
 """
 
@@ -59,7 +59,7 @@ def train(*, recipe: bool, updates: int, folder: str) -> float:
 
 
 def start_up(code: str) -> float:
-    """Seconds of CPU time that a Python with these imports takes."""
+    """Seconds of CPU time that a Python process with these imports takes."""
     timed = f"import time\n{code}\nprint(time.process_time())"
     return float(subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True, check=True).stdout)
 

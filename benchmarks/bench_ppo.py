@@ -1,4 +1,4 @@
-"""PPO beside what it replaces, TRL 1.9's experimental PPOTrainer, and beside TRL's RLOO and GRPO, on the quickstart.
+"""PPO compared with TRL 1.9's experimental PPOTrainer, which it replaces, and TRL's RLOO and GRPO, on the quickstart.
 
     python benchmarks/bench_ppo.py --old_python ../trl-1.9/bin/python [--answers 512] [--parallel 2] [--quick]
 
@@ -8,33 +8,33 @@ TRL 1.9 needs a virtual environment of its own; without --old_python that traine
     ../trl-1.9/bin/pip install trl==1.9.2 transformers==5.23.0 torch==2.13.0 peft==0.21.2 datasets==5.2.0 \
         accelerate==1.15.0 numpy==2.4.6 jinja2
 
-The protocol, fixed before the run that it describes. Trials of 64 to 512 answers (seeds 0, 7 and 100) came before: they
-showed that the middle of the grid learns and its upper end is too high for TRL 1.9, and that 256 answers bring greedy
-decoding to a reward of 1, which is why a training has no more than 512.
+The protocol was fixed before the run that it describes, after trials of 64 to 512 answers (seeds 0, 7 and 100). The
+trials showed that the middle of the grid learns and that its upper end is too high for TRL 1.9. They also showed that
+256 answers bring greedy decoding to a reward of 1, which is why a training has no more than 512.
 
-- All start from `quickstart_sft` with the preset LORA, sample the same number of answers to the quickstart's training
-  prompts, and are rewarded by the playground's exact reward: optimisers are compared, not judges. What they share is
-  at the top of ppo_worker.py: answers a rollout, epochs over it, answers an update, KL coefficient, clip range, token
-  limit, temperature 1, constant learning rate, AdamW; and both PPOs gamma, lambda, the value loss's weight and clip, a
-  critic that starts from the SFT model with a score of 0, and no penalty for a missing end. RLOO and GRPO have 4
-  answers a prompt and are otherwise as TRL sets them.
-- What stays different is the trainers' own. Ours, RLOO and GRPO clip the gradient's norm to 1 and draw mini-batches
+- All trainers start from `quickstart_sft` with the preset LORA, sample the same number of answers to the quickstart's
+  training prompts, and get the playground's exact reward, so that optimisers are compared instead of judges. The shared
+  settings are at the top of ppo_worker.py: answers a rollout, epochs over it, answers an update, KL coefficient, clip
+  range, token limit, temperature 1, constant learning rate, AdamW. Both PPOs also share gamma, lambda, the value loss's
+  weight and clip, a critic that starts from the SFT model with a score of 0, and no penalty for a missing end. RLOO and
+  GRPO have 4 answers a prompt and otherwise TRL's defaults.
+- Some differences belong to the trainers. Ours, RLOO and GRPO clip the gradient's norm to 1 and draw mini-batches
   once a rollout; TRL 1.9 does not clip, and draws them in each epoch. TRL 1.9 trains all weights of its critic (its
   example does too), ours a LoRA adapter and the score. TRL 1.9 gives the score one token after the end token, ours at
   it. GRPO has its KL in the loss, per token; RLOO in the reward, per answer.
 - The learning rate of each trainer is chosen from the same grid, with seed 100 and as many answers, by the mean reward
-  on 200 prompts of the quickstart's test split. Then come the seeds 0, 1 and 2.
+  on 200 prompts of the quickstart's test split. Then the seeds 0, 1 and 2 are trained.
 - Final reward is the mean exact reward of three answers at temperature 0.7 to each of the 200 evaluation prompts,
-  which no pair has; greedy answers beside it. KL is log p(answer) - log p_start(answer) of one answer at temperature 1
-  to each of them. All LoRA adapters are evaluated here, under one TRL.
+  which no pair has. Greedy answers are measured too. KL is log p(answer) - log p_reference(answer) of one answer at
+  temperature 1 to each of them. All LoRA adapters are evaluated here, under one TRL.
 - Ours is non-inferior to TRL 1.9 where the lower end of the 95 % interval of the difference in final reward is above
   -0.05, a twentieth of the reward's range. The interval is a bootstrap over prompts, the same for both, and over each
   one's seeds; Welch's t interval over seeds alone stands beside it, and is wide with three.
-- Near the ceiling of 1 that says little, so that the same difference is also given early, for the shorter trainings
-  that are timed (with a constant learning rate they are the beginning of the others). It decides nothing.
+- Near the ceiling of 1 this difference says little. So the same difference is also given for the shorter trainings that
+  are timed (with a constant learning rate they are the beginning of the others). It decides nothing.
 - Seconds an answer are those of `train()`, with one thread, of trainings that run one at a time in an order that
-  rotates; ratios are within a round, and their median says whether ours takes longer. CPU seconds stand beside them, as
-  others may use the machine's other cores.
+  rotates; ratios are within a round, and their median says whether ours takes longer. CPU seconds are given too,
+  because other processes may use the machine's other cores.
 """
 
 import argparse
@@ -79,7 +79,7 @@ ROUNDS = 3  # of timing
 
 
 def train(run: Run, options: argparse.Namespace) -> dict[str, Any]:
-    """The result of a training in a process of its own."""
+    """Runs a training in a process of its own and returns its result."""
     file = Path(run.folder, "result.json")
     if options.resume and file.is_file():
         return dict(json.loads(file.read_text()))
@@ -97,7 +97,7 @@ def train(run: Run, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(start: str, folder: str | None) -> tuple[Any, Any]:
-    """The start's model, with the LoRA adapter of a folder, and its tokenizer."""
+    """The initial model, with the LoRA adapter of a folder if one is given, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(start)
     return (PeftModel.from_pretrained(model, folder).eval() if folder else model), tokenizer
@@ -128,7 +128,7 @@ def answer_logps(model: Any, sampled: list[tuple[list[int], list[int]]]) -> NDAr
 
 
 def evaluate(start: str, folder: str | None, prompts: list[Any]) -> dict[str, Any]:
-    """Rewards by prompt and their means, KL to the start in nats with its standard error, lengths."""
+    """Rewards by prompt and their means, KL to the reference model in nats with its standard error, lengths."""
     model, tokenizer = load(start, folder)
     drawn = sampled_rewards(model, tokenizer, prompts)
     greedy = rewards(model, tokenizer, prompts)
@@ -171,7 +171,7 @@ def interval(ours: NDArray[np.float64], old: NDArray[np.float64]) -> dict[str, A
 
 
 class Bench:
-    """The trainings, each followed by what is measured of it, and where they are."""
+    """The trainings, each followed by its measurements, and their folders."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -183,18 +183,18 @@ class Bench:
         self.started = time.perf_counter()
 
     def run(self, trainer: str, *, seed: int, learning_rate: float, answers: int, name: str) -> Run:
-        """A training's settings."""
+        """Settings of one training."""
         folder = self.options.folder / f"{trainer}-{name}"
         return Run(trainer, str(self.options.start), seed, learning_rate, answers, str(folder))
 
     def say(self, run: Run, result: dict[str, Any], what: str) -> None:
-        """One line of progress."""
+        """Prints one line of progress."""
         minutes = (time.perf_counter() - self.started) / 60
         settings = f"seed {run.seed}, learning rate {run.learning_rate:g}"
         print(f"{minutes:5.1f} min  {NAMES[run.trainer]}, {settings}: {result['seconds']:.0f} s, {what}", flush=True)
 
     def together(self, do: Any, runs: list[Run]) -> list[dict[str, Any]]:
-        """What `do` returns for each of the runs, a few at a time."""
+        """Results of `do` for each of the runs, a few at a time."""
         with ThreadPoolExecutor(self.options.parallel) as pool:
             return list(pool.map(do, runs))
 
@@ -273,7 +273,7 @@ def described(found: dict[str, Any]) -> str:
 
 
 def margin_verdict(found: dict[str, Any]) -> str:
-    """What the interval says about the margin."""
+    """Conclusion from the interval about the margin, in words."""
     low, high = found["bootstrap"]
     shown = "non-inferior" if low > -MARGIN else "inferior" if high < -MARGIN else "not shown to be non-inferior"
     text = f"{shown} at the margin of {MARGIN}"
@@ -283,7 +283,7 @@ def margin_verdict(found: dict[str, Any]) -> str:
 
 
 def verdicts(held: dict[str, Any], trainers: list[str]) -> list[str]:
-    """What was found, whoever wins."""
+    """The findings as lines of text, for any outcome."""
     late, early = (
         {name: np.array([row["rewards"] for row in held[stage] if row["trainer"] == name]) for name in trainers}
         for stage in ("finals", "timed")
@@ -320,7 +320,7 @@ def table(header: list[str], rows: list[list[Any]]) -> list[str]:
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as text and tables."""
     settings, start = report["settings"], report["start"]
-    out = ["# PPO beside TRL 1.9's, RLOO and GRPO", "", f"    {report['command']}", ""]
+    out = ["# PPO compared with TRL 1.9's PPO, RLOO and GRPO", "", f"    {report['command']}", ""]
     out += [
         f"{report['date']}; {report['hardware']}; one thread a training, {settings['parallel']} trainings at a time "
         f"but for the timing; float32. Ours, RLOO and GRPO: {report['versions'][OURS]}. PPO of TRL 1.9: "
@@ -335,8 +335,8 @@ def as_markdown(report: dict[str, Any]) -> str:
         "## Final reward",
         "",
         f"Exact reward of {SAMPLES} answers at temperature {TEMPERATURE} to each of {settings['prompts']} evaluation "
-        f"prompts; the start has {start['reward']:.3f} (greedy {start['greedy']:.3f}). KL in nats an answer, at "
-        "temperature 1, with its standard error over prompts.",
+        f"prompts; the initial model has {start['reward']:.3f} (greedy {start['greedy']:.3f}). KL in nats an answer, "
+        "at temperature 1, with its standard error over prompts.",
         "",
     ]
     rows = []
@@ -345,7 +345,7 @@ def as_markdown(report: dict[str, Any]) -> str:
             kl = f"{row['kl']:.2f} ± {row['kl_error']:.2f}"
             numbers = [f"{row[field]:.3f}" for field in ("reward", "greedy")]
             rows.append([NAMES[name], row["seed"], *numbers, kl, f"{row['tokens']:.1f}", f"{row['ended']:.3f}"])
-    header = ["trainer", "seed", "reward", "greedy reward", "KL to the start", "tokens", "share that end"]
+    header = ["trainer", "seed", "reward", "greedy reward", "KL to the reference model", "tokens", "share that end"]
     out += [*table(header, rows), "", f"![Learning curves]({report['name']}.png)", "", "## Learning rates", ""]
     out += [f"Validation reward of seed {TUNING_SEED} at each of the grid; the best is the one used.", ""]
     rows = []
@@ -399,7 +399,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a few answers, one seed: shows that it works")
     parser.add_argument("--resume", action="store_true", help="take finished trainings of the folder as they are")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "bench_ppo", help="of the trainings")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "results")
     options = parser.parse_args()
     options.grid, options.seeds, options.rounds, options.prompts = GRID, SEEDS, ROUNDS, 200
     if options.quick:

@@ -1,12 +1,12 @@
-"""Seconds and memory of `dpo-recipes inspect`, beside a plain `datasets.map` that tokenises as DPOTrainer does.
+"""Seconds and memory of `dpo-recipes inspect` and of a plain `datasets.map` that tokenises as DPOTrainer does.
 
     python benchmarks/bench_preflight.py [--rows 161000] [--repeats 1]
 
-The rows are those of $DPO_RECIPES_DATA/hh-rlhf, or of the test fixture without it, repeated with the number of the
-round after each, so that no two are the same, and in an order drawn by seed 0. The tokenizer is a byte-level BPE of
-32,000 tokens, trained on the rows, with ChatML as its template. The map has the pairs read already; the inspection does
-all its work, from the JSON file to the page. The targets are for 161,000 rows on 2 cores: under 90 s and 3 GiB, the
-latter being the memory of all processes at one time, what they share counted once.
+The rows are those of $DPO_RECIPES_DATA/hh-rlhf, or without that folder those of the test fixture. They are repeated,
+each with the number of its round, so that no two are equal, in an order drawn with seed 0. The tokenizer is a
+byte-level BPE of 32,000 tokens, trained on the rows, with ChatML as its template. The map starts from pairs in memory;
+the inspection does all its work, from the JSON file to the page. The targets are for 161,000 rows on 2 cores: under
+90 s and 3 GiB, which is the memory of all processes at one time with shared pages counted once.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def make_model(folder: Path, rows: list[dict[str, str]]) -> None:
 
 
 def as_trl(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """What DPOTrainer's map does with a pair."""
+    """Tokenises a pair as DPOTrainer's map does."""
     prompt, chosen, rejected = row["prompt"], row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]
     first = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
     both = [tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"] for turns in (chosen, rejected)]
@@ -77,7 +77,7 @@ def plain_map(file: Path, model: Path, folder: Path) -> None:
 
 
 def measure(command: list[str], folder: Path) -> tuple[float, float, str]:
-    """Seconds of the command, the most MiB that its processes held at one time, and what it wrote."""
+    """Seconds of the command, the largest MiB that its processes held at one time, and the lines that it printed."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_CACHE": str(folder / "cache")}
     start, peak = time.perf_counter(), 0.0
     with (folder / "out.txt").open("w") as out:
@@ -103,7 +103,7 @@ def proportional_memory(process: psutil.Process) -> float:
 
 
 def main() -> None:
-    """Print the table."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=161_000)
     parser.add_argument("--repeats", type=int, default=1)

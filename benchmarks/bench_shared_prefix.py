@@ -1,12 +1,12 @@
-"""Step time, real tokens a second and memory of SharedPrefixDPOTrainer beside plain TRL, on the same pairs.
+"""Step time, real tokens a second and memory of SharedPrefixDPOTrainer and of plain TRL, on the same pairs.
 
-    python benchmarks/bench_shared_prefix.py [--quick] [--minutes 11] [--profile] [--out benchmarks/results]
+    python benchmarks/bench_shared_prefix.py [--quick] [--minutes 11] [--profile] [--out docs/results]
 
-All trainers live in one process and take turns on the same batches, in an order that turns round after each round; a
-ratio is that of the two steps on one batch. A step is forward, backward and AdamW on LoRA weights (r=16, all linear
-layers), of random-weight Llamas; time does not depend on what the weights are. Memory is measured in a forked process
-for each trainer, before the others are built: the peak of its resident memory (VmHWM, reset before the step) above
-what it holds before the step, model and data included.
+All trainers are in one process and take turns on the same batches, in an order that rotates after each round; a ratio
+compares two steps on one batch. A step is forward, backward and AdamW on LoRA weights (r=16, all linear layers) of
+random-weight Llamas; time does not depend on the values of the weights. Memory is measured in a forked process for each
+trainer, before the others are built: the peak of its resident memory (VmHWM, reset before the step) minus the memory
+before the step, which includes model and data.
 
 "TRL" is DPOTrainer with its defaults, which recompute activations in the backward pass and, on a CPU, score all
 positions of the head. "compact head" switches on what TRL does on CUDA: only completion positions are scored.
@@ -96,7 +96,7 @@ SETTINGS = [  # name, model, pairs a batch, which pairs, trainers, rounds, share
 
 
 def raw_pairs() -> tuple[Dataset, str]:
-    """Conversations, and where they come from."""
+    """Conversations, and the name of their source."""
     files = sorted(Path(os.environ.get("DPO_RECIPES_DATA", "nowhere"), "hh-rlhf").glob("*/*.jsonl.gz"))
     if files:
         rows = [json.loads(line) for file in files for line in gzip.decompress(file.read_bytes()).splitlines()]
@@ -116,7 +116,7 @@ def raw_pairs() -> tuple[Dataset, str]:
 
 
 def train_tokenizer(pairs: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with at most that many tokens."""
+    """A byte-level BPE with a given number of tokens at most."""
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = ["<pad>", "<|im_start|>", "<|im_end|>"]
@@ -150,7 +150,7 @@ def build_model(settings: dict[str, Any]) -> LlamaForCausalLM:
 
 
 class Stepper:
-    """A trainer that takes one training step at a time, on pairs that it is given."""
+    """A trainer that takes one training step at a time, on pairs passed to it."""
 
     def __init__(self, variant: str, model: str, pairs: Dataset, tokenizer: Any) -> None:
         settings = dict(VARIANTS[variant])
@@ -193,13 +193,13 @@ class Stepper:
         self.pairs = self.trainer.train_dataset
 
     def head(self) -> Any:
-        """While it is open, TRL scores what it would on CUDA."""
+        """Lets TRL score only completion positions, as on CUDA, while the context is open."""
         return (
             mock.patch("trl.trainer.utils._use_triton", return_value=True) if self.compact else contextlib.nullcontext()
         )
 
     def step(self, rows: list[int]) -> float:
-        """Seconds of one step; the collator's work, which a data loader does beside it, is not counted."""
+        """Seconds of one step without the collator's work, which a data loader does at the same time."""
         batch = self.trainer.data_collator([self.pairs[row] for row in rows])
         start = time.perf_counter()
         with self.head():
@@ -210,7 +210,7 @@ class Stepper:
 
 
 def step_memory(variant: str, model: str, pairs: Dataset, tokenizer: Any, rows: list[int]) -> float:
-    """MiB by which a step's resident memory rises, in a process of its own that knows these rows alone."""
+    """MiB by which a step's resident memory rises, in a process of its own with these rows only."""
 
     def measure(queue: Any) -> None:
         stepper = Stepper(variant, model, pairs.select(rows), tokenizer)
@@ -295,7 +295,7 @@ def measure(
 
 
 def verdicts(report: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
-    """The aims for batch 8: what, measured, aim, whether it is met."""
+    """The aims for batch 8 as rows: quantity, measured value, aim, and a flag that it is met."""
     lines = []
     for setting in ("batch 8", "batch 8, large"):
         if setting not in report["settings"]:
@@ -313,7 +313,7 @@ def verdicts(report: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as tables."""
-    out = ["# Shared prefix beside plain TRL", "", f"    {report['command']}", ""]
+    out = ["# Shared prefix compared with plain TRL", "", f"    {report['command']}", ""]
     out += [
         f"{report['date']}; {report['hardware']}; {report['versions']}; {report['threads']} threads; float32, LoRA, "
     ]
@@ -341,7 +341,7 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def profile(stepper: Stepper, rows: list[int]) -> str:
-    """Where the time of one step goes, operator by operator."""
+    """Time of one step by operator."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
         stepper.step(rows)
     averages = profiler.key_averages(group_by_input_shape=False)
@@ -356,7 +356,7 @@ def hardware() -> str:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[None]:
-    """A cache for datasets and reference log-probs that is new and goes away."""
+    """A new cache for datasets and reference log-probs that is removed at the end."""
     with tempfile.TemporaryDirectory() as folder, mock.patch("datasets.config.HF_DATASETS_CACHE", Path(folder)):
         yield
 
@@ -367,7 +367,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny models, two rounds: shows that it works")
     parser.add_argument("--minutes", type=float, default=11.0, help="rounds stop when their share of it is used up")
     parser.add_argument("--profile", action="store_true", help="also print where the time of a step of ours goes")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "results")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.logging.set_verbosity_error()
@@ -388,7 +388,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, started: float) -> dict[str, Any]:
-    """All numbers."""
+    """All numbers of the report."""
     pairs, source = raw_pairs()
     tokenizer = train_tokenizer(pairs, MODELS[SMALL]["vocab_size"])
     pairs = pairs.select(random.Random(SEED).sample(range(len(pairs)), min(PAIRS, len(pairs))))

@@ -1,10 +1,10 @@
-"""Seconds to tokenise pairs: ours beside TRL's own step, on the same rows, in one run.
+"""Seconds to tokenise pairs: our step and TRL's own, on the same rows, in one run.
 
-    python benchmarks/bench_tokenization.py [--rows 7000] [--repeats 3] [--out benchmarks/results]
+    python benchmarks/bench_tokenization.py [--rows 7000] [--repeats 3] [--out docs/results]
 
-The rows are hh-rlhf's of $DPO_RECIPES_DATA, or those of the test fixture without it, repeated with a number each; the
-tokenizer is a byte-level BPE of 32,000 trained on them, with ChatML. Both get fresh rows in each repeat and take turns;
-the ids are compared. A second call shows the cache. The aim is a third of TRL's time.
+The rows are those of hh-rlhf in $DPO_RECIPES_DATA, or without that folder those of the test fixture, repeated with a
+number each. The tokenizer is a byte-level BPE of 32,000 trained on them, with ChatML. Both steps get fresh rows in each
+repeat and take turns, and their ids are compared. A second call shows the cache. The aim is a third of TRL's time.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from dpo_recipes.models.pair_ids import prepare_dataset
 
 
 def prepared(prepare: Callable[..., Dataset], pairs: Dataset, tokenizer: Any) -> tuple[Dataset, float, float]:
-    """The tokenised pairs, the seconds it took, and those of all cores together."""
+    """The tokenised pairs, the wall-clock seconds, and the seconds of CPU time."""
     args = types.SimpleNamespace(max_length=512, truncation_mode="keep_start", dataset_num_proc=None)
     trainer = types.SimpleNamespace(_tokenizer=tokenizer)
     start, cpu = time.perf_counter(), time.process_time()
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=7000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "results")
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # as it is where nothing is set
     datasets.disable_progress_bars()

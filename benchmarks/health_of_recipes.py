@@ -1,16 +1,16 @@
-"""Do the health rules stay silent on healthy runs? Every recipe, shortened, on real rows, with several seeds.
+"""Checks that the health rules report nothing on healthy runs: every recipe, shortened, on real rows, several seeds.
 
-The recipes run as they stand, one after the other in this process, by the profile cpu. The quickstart's have their own
-model and data. The others start from a small real model, given a plain chat template, after a short SFT on dialogues:
-a model that never saw such text is rightly called off-distribution. oasst1 gets messages of oasst2, of which every
-fourth tree is held out. SHP's schema is filled with rated pairs of UltraFeedback, since none of its rows are at hand.
-The sentiment task goes on with stories, and a list of words says which continuation is the brighter one.
+The recipes run unchanged, one after the other in this process, with the profile cpu. The quickstart's recipes have
+their own model and data. The others start from a small real model with a plain chat template, after a short SFT on
+dialogues, because a model that never saw such text is off-distribution. oasst1 gets messages of oasst2, of which every
+fourth tree is held out. SHP's schema is filled with rated pairs of UltraFeedback, because no rows of SHP are available.
+The sentiment task continues stories, and a list of words decides which continuation is the brighter one.
 
-Usage: python benchmarks/health_of_recipes.py DATA MODEL [--seeds 0,1,2] [--out benchmarks/results/health.md]
+Usage: python benchmarks/health_of_recipes.py DATA MODEL [--seeds 0,1,2] [--out docs/results/health.md]
 
 DATA holds hh-rlhf, oasst2-sample, ultrafeedback-binarized-sample and tinystories-sample; MODEL is stories260k, a
-Llama of 260,000 weights and 512 positions (karpathy/llama2.c). Runs go to the current folder, and are not made
-again where they are.
+Llama of 260,000 weights and 512 positions (karpathy/llama2.c). Runs go to the current folder; a run that is already
+there is not repeated.
 """
 
 import argparse
@@ -63,7 +63,7 @@ TEMPLATE = (
 
 
 def train(recipe: str, folder: Path, flags: list[Any]) -> dict[str, Any]:
-    """What health.json says of the run, made unless it is finished."""
+    """Contents of the run's health.json; trains the run unless it is finished."""
     if not (folder / "done.json").exists():
         sys.argv = [str(RECIPES / f"{recipe}.py"), "--config", str(RECIPES / "profiles" / "cpu.yaml")]
         sys.argv += [*map(str, flags), "--output_dir", str(folder), "--overwrite", "true"]
@@ -102,7 +102,7 @@ def as_shp(pairs: Path, target: Path) -> Path:
 
 
 def hold_out_trees(messages: Path, target: Path) -> Path:
-    """The messages, those of every fourth tree in a test split."""
+    """The messages, with every fourth tree in a test split."""
     rows = read_lines(messages)
     trees = list(dict.fromkeys(row["message_tree_id"] for row in rows))
     held_out = set(trees[::4])
@@ -112,7 +112,7 @@ def hold_out_trees(messages: Path, target: Path) -> Path:
 
 
 def bright_pairs(model: Path, stories: Path, target: Path) -> Path:
-    """Two continuations of the beginnings of stories each, ranked by how many bright words they have."""
+    """Pairs of continuations of the beginnings of stories, ranked by their number of bright words."""
     if not target.exists():
         sampled = target.with_suffix(".samples.jsonl")
         if dpo_recipes(["sample", str(model), "--dataset_name", str(stories), *BEGINNINGS, "--output", str(sampled)]):
@@ -128,7 +128,7 @@ def bright_pairs(model: Path, stories: Path, target: Path) -> Path:
 
 
 def plan(data: Path, model: Path, first: Path) -> dict[str, list[Any]]:
-    """The flags of each recipe, after what they start from is made in `first`."""
+    """Makes the initial models and data in `first`, and returns the flags of each recipe."""
     hh, ultrafeedback = data / "hh-rlhf", data / "ultrafeedback-binarized-sample"
     rows: dict[str, list[Any]] = {
         "hh_rlhf": ["--dataset_name", hh, "--dataset_config", "helpful-base"],
@@ -207,12 +207,12 @@ def as_markdown(found: dict[str, list[dict[str, Any]]], seeds: list[int]) -> str
 
 
 def main() -> None:
-    """Trains, reads what was found, and writes the page."""
+    """Trains, reads the findings, and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("model", type=Path)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "health.md")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "results" / "health.md")
     options = parser.parse_args()
     seeds = [int(seed) for seed in options.seeds.split(",")]
     first = Path("first")

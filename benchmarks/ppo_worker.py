@@ -2,8 +2,8 @@
 
     python benchmarks/ppo_worker.py '{"trainer": "rloo", "seed": 0, "learning_rate": 1e-3, ...}'
 
-The argument is what Run holds. It saves the LoRA adapter in `folder`, and result.json beside it: seconds of `train()`,
-the log, versions. It needs of this repository only what both Pythons can import.
+The argument holds the fields of Run. The script saves the LoRA adapter in `folder`, and result.json in the same folder:
+seconds of `train()`, the log, versions. It imports only modules of this repository that both Pythons can import.
 """
 
 import json
@@ -52,7 +52,7 @@ COMMON: dict[str, Any] = dict(
 
 @dataclass
 class Run:
-    """A training: which trainer, on what, and where the result goes."""
+    """Settings of a training: the trainer, its initial model, its data, and the folder of the result."""
 
     trainer: str
     start: str  # folder of the model and tokenizer that it starts from
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def rollouts(self) -> int:
-        """How often answers are sampled."""
+        """Number of rollouts."""
         return self.answers // ROLLOUT
 
 
@@ -79,7 +79,7 @@ def exact_reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[f
 
 
 class ExactReward(nn.Module):
-    """The playground's reward in the shape of TRL 1.9's reward model: a backbone that hands the tokens on, and a score.
+    """The playground's reward as a reward model of TRL 1.9: a backbone that passes the tokens on, and a score.
 
     The backbone's hidden states are the token ids, shape (batch, tokens); the score of a row, at every position, is the
     reward of the text after its first <|assistant|>, up to the first end token, so that any position may be read.
@@ -93,7 +93,7 @@ class ExactReward(nn.Module):
         self.turn = tokenizer.convert_tokens_to_ids("<|assistant|>")
 
     def backbone(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SimpleNamespace:
-        """The ids, and padding where TRL 1.9 wrote 0 for it."""
+        """The token ids as hidden states, with padding tokens restored where TRL 1.9 wrote 0."""
         return SimpleNamespace(hidden_states=[input_ids.where(attention_mask.bool(), self.tokenizer.pad_token_id)])
 
     def score(self, ids: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class ExactReward(nn.Module):
 
 
 def check_reward(model: Any, tokenizer: Any, prompts: Dataset, count: int = 50) -> None:
-    """Raises an AssertionError unless TRL 1.9 reads the playground's reward of that many sampled answers."""
+    """Raises AssertionError unless TRL 1.9 reads the playground's reward of a number of sampled answers."""
     from trl.experimental.utils import get_reward
 
     prompts = prompts.select(range(count))["prompt"]
@@ -127,7 +127,7 @@ def check_reward(model: Any, tokenizer: Any, prompts: Dataset, count: int = 50) 
 
 
 def load(run: Run) -> tuple[Any, Any]:
-    """The start's model in float32 and its tokenizer."""
+    """The initial model in float32 and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(run.start, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(run.start)
 
@@ -196,7 +196,7 @@ def old_ppo(run: Run) -> Any:
 
 
 def online(run: Run, trainer: Any, config: Any, **settings: Any) -> Any:
-    """A trainer of the family of TRL's GRPOTrainer."""
+    """A trainer derived from TRL's GRPOTrainer, or GRPOTrainer itself."""
     model, tokenizer = load(run)
     args = config(
         output_dir=run.folder,

@@ -9,7 +9,9 @@ import logging
 import random
 import re
 import traceback
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from datasets.config import HF_DATASETS_CACHE as HF_CACHE
 from datasets.exceptions import DatasetsError
 
 from dpo_recipes.dataset_adapters import PAIR_FEATURES, map_rows, recognise, rename_columns
+from dpo_recipes.dataset_adapters.adapting import keep_rows
 from dpo_recipes.dataset_adapters.ledger import Ledger, current_ledger
 from dpo_recipes.errors import RecipeError
 
@@ -34,17 +37,18 @@ _MIXED = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")  # co
 _TEST_SHARE = 0.05  # of the prompts, where the dataset has no test split of its own
 _STREAMED = 5000  # rows of each split
 _WAY_OUT = "name a local file or folder (--dataset_name pairs.jsonl), or try `make train`, which needs no dataset"
-_UNREADABLE = (OSError, ValueError, EOFError, StopIteration, DatasetsError)  # those of pyarrow are ValueErrors
+_UNREADABLE = (OSError, ValueError, EOFError, LookupError, StopIteration, DatasetsError)  # pyarrow's are ValueErrors
+_READS_CACHE = {"_memory_mapped_record_batch_reader_from_file", "from_directory"}  # functions of datasets
 
 
 def load_rows(script_args: Any) -> DatasetDict:
-    """Raw rows as `train` and, if the dataset has one, `test`.
+    """Returns raw rows as `train` and, if the dataset has one, `test`.
 
     `dataset_name` is a hub name, a file (.jsonl, .json, .csv, also with .gz, .parquet or .arrow), a folder of such
     files told apart by their names, or a folder written by `save_to_disk`. `NAME:50000` draws 50,000 training rows, by
     seed 0, in their order; a path with a colon that exists wins. `dataset_config` is the configuration of a hub dataset
     or a subfolder. `dataset_test_split` left at "test" falls back to the validation split, else there is no `test`.
-    `dataset_streaming` takes the first rows of each split, 5,000 or those of `NAME:N`: enough to look at.
+    `dataset_streaming` takes the first rows of each split, 5,000 or as many as `NAME:N` says: enough to look at.
     `columns` ("prompt=instruction,chosen=good") renames columns. A column `margin` that it does not name becomes
     `preference_strength`: RewardTrainer would take it into its loss. Messages of one tree are drawn together.
 
@@ -58,41 +62,29 @@ def load_rows(script_args: Any) -> DatasetDict:
             f"{script_args.dataset_name} are several datasets, where one is needed. The recipe mixture-lora mixes them."
         )
     name, sample = _name_and_sample(script_args.dataset_name)
-    streaming = script_args.dataset_streaming
+    streaming, columns = script_args.dataset_streaming, _column_names(getattr(script_args, "columns", None))
     splits = _pick_splits(_load(name, script_args.dataset_config, streaming=streaming), script_args, name=name)
     if streaming:
         splits = {split: _first_rows(rows, sample or _STREAMED, name=name) for split, rows in splits.items()}
-        sample = None
     for split, rows in splits.items():
         if not len(rows):
             raise RecipeError(f"The {split} split of {name} has no rows. To go on, {_WAY_OUT}.")
-    if columns := _column_names(getattr(script_args, "columns", None)):
-        splits = {split: rename_columns(rows, **columns) for split, rows in splits.items()}
-    if "margin" not in columns:
-        splits = {split: _without_margin(rows) for split, rows in splits.items()}
-    if sample is not None:
+    splits = {split: _renamed(rows, columns) for split, rows in splits.items()}
+    if sample is not None and not streaming:
         splits["train"] = _draw(splits["train"], sample, name=name)
     # Dataset adapters count rows under the name of their split.
     return DatasetDict({split: concatenate_datasets([rows], split=split) for split, rows in splits.items()})
 
 
-def _without_margin(rows: Dataset) -> Dataset:
-    """The rows with their margin called preference_strength, which enters no loss."""
-    if "margin" not in rows.column_names:
-        return rows
-    current_ledger().note_unread("margin (a loss reads it with --columns margin=margin)", len(rows), len(rows))
-    return rename_columns(rows, preference_strength="margin")
-
-
 def mix_pairs(script_args: Any, dataset_adapters: Mapping[str, Callable[[Dataset], Dataset]]) -> DatasetDict:
-    """`train` and `test` pairs of several datasets, `NAME:20000+OTHER:10000`; no prompt is on both sides.
+    """Returns `train` and `test` pairs of several datasets, `NAME:20000+OTHER:10000`; no prompt is on both sides.
 
     Each dataset is loaded, adapted and split by itself. `source` holds its name; preference_strength, margin and id are
     not kept.
 
     Args:
         script_args: As `load_rows` reads them.
-        dataset_adapters: By the name of a dataset; for others the columns tell.
+        dataset_adapters: By the name of a dataset; `recognise` finds the dataset adapter of other datasets.
 
     Raises:
         RecipeError: If a dataset cannot be had, or no dataset adapter is known for its columns.
@@ -100,10 +92,10 @@ def mix_pairs(script_args: Any, dataset_adapters: Mapping[str, Callable[[Dataset
     mixed: dict[str, list[Dataset]] = {"train": [], "test": []}
     for part in _parts(script_args.dataset_name or ""):
         name, _ = _name_and_sample(part)
-        with Ledger() as ledger:
-            rows = load_rows(replace(script_args, dataset_name=part))
-            dataset_adapter = dataset_adapters.get(name) or recognise(rows["train"])
-            pairs = split_pairs({split: dataset_adapter(part) for split, part in rows.items()})
+        with Ledger() as ledger:  # of its own: a stage counts on what the stage before it kept of the same dataset
+            splits = load_rows(replace(script_args, dataset_name=part))
+            dataset_adapter = dataset_adapters.get(name) or recognise(splits["train"])
+            pairs = split_pairs({split: dataset_adapter(rows) for split, rows in splits.items()})
         current_ledger().add(ledger)
         for split, kept in pairs.items():
             kept = kept.select_columns([column for column in kept.column_names if column in _MIXED])
@@ -111,31 +103,15 @@ def mix_pairs(script_args: Any, dataset_adapters: Mapping[str, Callable[[Dataset
     return split_pairs({split: concatenate_datasets(_alike(parts), split=split) for split, parts in mixed.items()})
 
 
-def _alike(parts: list[Dataset]) -> list[Dataset]:
-    """The parts with the columns and types of all, a missing column being null: messages with tool calls among them."""
-    features: dict[str, Any] = {}
-    for part in parts:
-        rich = {column: kind for column, kind in part.features.items() if kind != PAIR_FEATURES.get(column)}
-        features = {**part.features, **features, **rich}
-    if all(part.features == features for part in parts):
-        return parts
-    return [map_rows(part, _fill, features=Features(features), desc="mixing", columns=[*features]) for part in parts]
-
-
-def _fill(batch: dict[str, list[Any]], *, columns: list[str]) -> dict[str, list[Any]]:
-    empty: dict[str, Any] = {"chat_template_kwargs": {}}
-    return {column: batch.get(column, [empty.get(column)] * len(batch["prompt"])) for column in columns}
-
-
 def split_pairs(pairs: Mapping[str, Dataset]) -> DatasetDict:
-    """`train` and `test` pairs that share no prompt.
+    """Returns `train` and `test` pairs that share no prompt.
 
     With a test split of its own, training pairs whose prompt is in it are dropped and counted. Without one, 5 % of the
     prompts, and at least one, are held out: by a hash of the prompt alone, so that a prompt stays on its side whatever
     is added, reordered or drawn.
 
     Raises:
-        RecipeError: If there is no `train`, or a split besides `train` and `test`.
+        RecipeError: If there is no `train`, or a split of another name than `train` and `test`.
     """
     if not {"train"} <= set(pairs) <= {"train", "test"}:
         raise RecipeError(f"split_pairs needs the splits train and, if there is one, test, got {sorted(pairs)}.")
@@ -153,21 +129,18 @@ def split_pairs(pairs: Mapping[str, Dataset]) -> DatasetDict:
 
 
 def drop_prompts_in_test(pairs: DatasetDict, *, stage: str) -> DatasetDict:
-    """The splits without the training pairs whose prompt is also a test prompt; these are counted."""
-    train, test = pairs["train"], pairs["test"]
-    test_hashes = set(prompt_hashes(test))
-    leaked = [row for row, key in enumerate(prompt_hashes(train)) if key in test_hashes]
-    kept = sorted(set(range(len(train))).difference(leaked))
-    ledger = current_ledger()
-    ledger.record(stage, "train", came=len(train), kept=len(kept), dropped={"prompt_in_test": leaked} if leaked else {})
-    ledger.record(stage, "test", came=len(test), kept=len(test))
-    return DatasetDict(train=train.select(kept) if leaked else train, test=test)
+    """Returns the splits without the training pairs whose prompt is also a test prompt; these pairs are counted."""
+    test_hashes = set(prompt_hashes(pairs["test"]))
+    reasons = ["prompt_in_test" if key in test_hashes else None for key in prompt_hashes(pairs["train"])]
+    train = keep_rows(pairs["train"], reasons, stage=stage, split="train")
+    current_ledger().record(stage, "test", came=len(pairs["test"]), kept=len(pairs["test"]))
+    return DatasetDict(train=train, test=pairs["test"])
 
 
 def keep_part(train: Dataset, part: str | None) -> Dataset:
-    """The training pairs of one part; the others are counted.
+    """Returns the training pairs of one part; the others are counted.
 
-    A hash of the prompt's last turn says which: it stays when a prompt is shortened, whatever the length allowed.
+    The part depends on a hash of the prompt's last turn, which stays when a prompt is shortened to any length.
 
     Args:
         train: Pairs.
@@ -175,50 +148,30 @@ def keep_part(train: Dataset, part: str | None) -> Dataset:
     """
     if part is None:
         return train
-    words = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in train["prompt"]]
-    is_judge = [hashlib.sha256(text.encode()).digest()[0] % 3 == 0 for text in words]
-    other = [row for row, judge in enumerate(is_judge) if judge != (part == "judge")]
-    kept = sorted(set(range(len(train))).difference(other))
-    current_ledger().record("part", "train", came=len(train), kept=len(kept), dropped={"other_part": other})
-    return train.select(kept)
+    texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in train["prompt"]]
+    is_judge = [hashlib.sha256(text.encode()).digest()[0] % 3 == 0 for text in texts]
+    reasons = [None if judge == (part == "judge") else "other_part" for judge in is_judge]
+    return keep_rows(train, reasons, stage="part", split="train")
 
 
 def digest(pairs: Dataset) -> str:
-    """A hash of the different prompts of some pairs, whatever their order."""
+    """Returns a hash of the different prompts of some pairs, in any order."""
     return hashlib.sha256("".join(sorted(set(prompt_hashes(pairs)))).encode()).hexdigest()[:16]
 
 
 def prompt_hashes(pairs: Dataset) -> list[str]:
-    """One hash a pair, equal where the prompts are, on every machine and in every version of Python."""
+    """Returns one hash a pair, equal where the prompts are, on every machine and in every version of Python."""
     features = Features({"prompt_hash": Value("string")})
     hashed = map_rows(pairs.select_columns("prompt"), _hash_prompts, features=features, desc="hashing prompts")
     return list(hashed["prompt_hash"][:])
 
 
-def _hash_prompts(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
-    texts = (json.dumps(prompt, sort_keys=True) for prompt in batch["prompt"])
-    return {"prompt_hash": [hashlib.sha256(text.encode()).hexdigest() for text in texts]}
-
-
-def _held_out(hashes: set[str]) -> set[str]:
-    """The hashes below 5 % of their range: at least one, but never all."""
-    limit = f"{int(_TEST_SHARE * 2**64):016x}"
-    ranked = sorted(hashes)
-    count = max(1, sum(key[:16] < limit for key in ranked))
-    return set(ranked[: min(count, len(ranked) - 1)])
+# Helpers of load_rows, in the order of their use
 
 
 def _parts(name: str) -> list[str]:
-    """The datasets of a mixture; a path with a plus that exists is one."""
+    """Returns the datasets of a mixture; a path with a plus that exists is one dataset."""
     return [name] if Path(name).expanduser().exists() else name.split("+")
-
-
-def _column_names(columns: str | None) -> dict[str, str]:
-    """What `--columns prompt=instruction,chosen=good` says: the dataset's name for each of ours."""
-    names = [entry.partition("=")[::2] for entry in (columns or "").split(",") if entry]
-    if not all(ours and theirs for ours, theirs in names) or len(dict(names)) < len(names):
-        raise RecipeError(f"--columns {columns} is not of the form prompt=instruction,chosen=good,rejected=bad.")
-    return {ours.strip(): theirs.strip() for ours, theirs in names}
 
 
 def _name_and_sample(name: str) -> tuple[str, int | None]:
@@ -230,18 +183,12 @@ def _name_and_sample(name: str) -> tuple[str, int | None]:
     return match[1], int(match[2])
 
 
-def _draw(rows: Dataset, size: int, *, name: str) -> Dataset:
-    if size >= len(rows):
-        logger.warning("%s has %d training rows: all are taken, not %d.", name, len(rows), size)
-        return rows
-    if "message_tree_id" in rows.column_names:  # a message without its thread is of no use
-        trees = [hashlib.sha256(str(tree).encode()).digest() for tree in rows["message_tree_id"][:]]
-        drawn = sorted(sorted(range(len(rows)), key=trees.__getitem__)[:size])
-    else:
-        drawn = sorted(random.Random(0).sample(range(len(rows)), size))
-    left_out = len(rows) - size
-    current_ledger().record("load_rows", "train", came=left_out, kept=0, not_sampled=left_out, new=True)
-    return rows.select(drawn)
+def _column_names(columns: str | None) -> dict[str, str]:
+    """Parses `--columns prompt=instruction,chosen=good`: the dataset's name for each of ours."""
+    names = [entry.partition("=")[::2] for entry in (columns or "").split(",") if entry]
+    if not all(ours and theirs for ours, theirs in names) or len(dict(names)) < len(names):
+        raise RecipeError(f"--columns {columns} is not of the form prompt=instruction,chosen=good,rejected=bad.")
+    return {ours.strip(): theirs.strip() for ours, theirs in names}
 
 
 def _pick_splits(splits: Mapping[str, Dataset], script_args: Any, *, name: str) -> dict[str, Dataset]:
@@ -260,13 +207,35 @@ def _pick_splits(splits: Mapping[str, Dataset], script_args: Any, *, name: str) 
 
 
 def _first_rows(rows: Any, most: int, *, name: str) -> Dataset:
-    try:
+    with _refusing(lambda: f"read {name}", "Mend it or name another."):
         return Dataset.from_list(list(rows.take(most)))
-    except _UNREADABLE as error:
-        raise RecipeError(f"Cannot read {name}: {_first_line(error)}. Mend it or name another.") from error
+
+
+def _renamed(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
+    """Renames columns as `--columns` says; a margin that it does not name becomes preference_strength."""
+    rows = rename_columns(rows, **columns)
+    if "margin" not in rows.column_names or "margin" in columns:
+        return rows
+    current_ledger().note_unread("margin (a loss reads it with --columns margin=margin)", len(rows), len(rows))
+    return rename_columns(rows, preference_strength="margin")
+
+
+def _draw(rows: Dataset, size: int, *, name: str) -> Dataset:
+    if size >= len(rows):
+        logger.warning("%s has %d training rows: all are taken, not %d.", name, len(rows), size)
+        return rows
+    if "message_tree_id" in rows.column_names:  # a message without its thread is of no use
+        trees = [hashlib.sha256(str(tree).encode()).digest() for tree in rows["message_tree_id"][:]]
+        drawn = sorted(sorted(range(len(rows)), key=trees.__getitem__)[:size])
+    else:
+        drawn = sorted(random.Random(0).sample(range(len(rows)), size))
+    left_out = len(rows) - size
+    current_ledger().record("load_rows", "train", came=left_out, kept=0, not_sampled=left_out, new=True)
+    return rows.select(drawn)
 
 
 def _load(name: str, config: str | None, *, streaming: bool) -> Mapping[str, Any]:
+    """Returns the splits of a folder, a file or a hub dataset under the names that they have there."""
     path = Path(name).expanduser()
     if path.is_dir():
         return _load_folder(path, config, streaming=streaming)
@@ -279,59 +248,35 @@ def _load(name: str, config: str | None, *, streaming: bool) -> Mapping[str, Any
     return _load_from_hub(name, config, streaming=streaming)
 
 
-def _load_from_hub(name: str, config: str | None, *, streaming: bool) -> Mapping[str, Any]:
-    try:
-        try:
-            loaded = load_dataset(name, config, streaming=streaming)
-        except ValueError as error:
-            if config is None or "BuilderConfig" not in str(error):
-                raise
-            loaded = load_dataset(name, data_dir=config, streaming=streaming)  # hh-rlhf keeps its parts in folders
-    except _UNREADABLE as error:
-        _reraise_full_disk(error)
-        _blame_cache(error)
-        of = f" (configuration {config})" if config else ""
-        raise RecipeError(
-            f"Cannot load {name}{of} from the hub, and there is no such file here: {_first_line(error)}. Check the "
-            f"name and the connection, or {_WAY_OUT}."
-        ) from error
-    return dict(loaded)
-
-
 def _load_folder(folder: Path, config: str | None, *, streaming: bool) -> Mapping[str, Any]:
     if config:
         if not (folder / config).is_dir():
             parts = sorted(part.name for part in folder.iterdir() if part.is_dir())
             raise RecipeError(f"{folder} has no subfolder {config}, only {parts}. Name one with --dataset_config.")
         folder /= config
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        try:
-            saved = load_from_disk(str(folder))
-        except (*_UNREADABLE, LookupError) as error:
-            raise RecipeError(f"Cannot read {folder}, a saved dataset: {_first_line(error)}. Save it again.") from error
-        return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
-    return {split: _load_files(files, streaming=streaming) for split, files in _files_by_split(folder).items()}
+    if not (folder / "dataset_dict.json").is_file() and not (folder / "state.json").is_file():
+        return {split: _load_files(files, streaming=streaming) for split, files in _files_by_split(folder).items()}
+    with _refusing(lambda: f"read {folder}, a saved dataset", "Save it again."):
+        saved = load_from_disk(str(folder))
+    return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
 
 
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
-    """The data files below the folder, by the split that the name of the file or of the nearest folder holds."""
-    by_split: dict[str, list[Path]] = {}
-    unnamed: list[Path] = []
+    """Returns the data files below a folder, by the split that the name of the file or of the nearest folder holds."""
+    by_split: dict[str | None, list[Path]] = defaultdict(list)
     for file in sorted(folder.rglob("*")):
         parts = file.relative_to(folder).parts
         hidden = any(part.startswith(".") for part in parts) or file.name.startswith("dataset_info")
-        if hidden or not file.is_file() or _suffix(file) not in _BUILDERS:
-            continue
-        split = next((split for part in reversed(parts) if (split := _split_of(part))), None)
-        (by_split.setdefault(split, []) if split else unnamed).append(file)
-    if unnamed and by_split:
-        raise RecipeError(
-            f"Cannot tell which split {[file.name for file in unnamed]} in {folder} belong to: the other files have "
-            "train, test or validation in their names. Rename them, move them away, or name a single file."
-        )
-    if not unnamed and not by_split:
+        if file.is_file() and _suffix(file) in _BUILDERS and not hidden:
+            by_split[next(filter(None, map(_split_of, reversed(parts))), None)].append(file)
+    if not by_split:
         raise RecipeError(f"{folder} holds no data: no {', '.join(_BUILDERS)} (.gz) file and no saved dataset.")
-    return by_split or {"train": unnamed}
+    if None in by_split and len(by_split) > 1:
+        raise RecipeError(
+            f"Cannot tell which split {[file.name for file in by_split[None]]} in {folder} belong to: the other files "
+            "have train, test or validation in their names. Rename them, move them away, or name a single file."
+        )
+    return {split or "train": files for split, files in by_split.items()}
 
 
 def _split_of(name: str) -> str | None:
@@ -340,27 +285,27 @@ def _split_of(name: str) -> str | None:
 
 
 def _load_files(files: list[Path], *, streaming: bool) -> Any:
-    builders = {_BUILDERS.get(_suffix(file), "") for file in files}
-    if len(builders) > 1 or "" in builders:
+    builders = {_BUILDERS.get(_suffix(file)) for file in files}
+    builder = builders.pop()
+    if builders or builder is None:
         raise RecipeError(
             f"Cannot read {[file.name for file in files]}: needs files of one kind, of {list(_BUILDERS)}."
         )
-    try:
-        paths = [glob.escape(str(file.resolve())) for file in files]
-        builder = builders.pop()
-        options: dict[str, Any] = _CSV if builder == "csv" else {}
+    paths = [glob.escape(str(file.resolve())) for file in files]
+    options: dict[str, Any] = _CSV if builder == "csv" else {}
+    with _refusing(lambda: f"read {_culprit(files)}", "Mend it or name another."):
         rows = load_dataset(builder, data_files=paths, split="train", streaming=streaming, **options)
         if not streaming:
             rows.data.validate(full=True)  # datasets lets invalid UTF-8 pass, to fail at some later access
-    except _UNREADABLE as error:
-        _reraise_full_disk(error)
-        _blame_cache(error)
-        raise RecipeError(f"Cannot read {_culprit(files)}: {_first_line(error)}. Mend it or name another.") from error
     return rows
 
 
+def _suffix(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
 def _culprit(files: list[Path]) -> str:
-    """The first line of a JSON Lines file that cannot be read, or the files' names."""
+    """Returns the first line of a JSON Lines file that cannot be read, or the files' names."""
     for file in files:
         if _suffix(file) != ".jsonl":
             continue
@@ -375,28 +320,69 @@ def _culprit(files: list[Path]) -> str:
     return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
 
 
-def _suffix(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix.lower()
+def _load_from_hub(name: str, config: str | None, *, streaming: bool) -> Mapping[str, Any]:
+    which = f"{name} (configuration {config})" if config else name
+    what = f"load {which} from the hub, and there is no such file here"
+    with _refusing(lambda: what, f"Check the name and the connection, or {_WAY_OUT}."):
+        try:
+            return dict(load_dataset(name, config, streaming=streaming))
+        except ValueError as error:
+            if config is None or "BuilderConfig" not in str(error):
+                raise
+            # hh-rlhf keeps its parts in folders
+            return dict(load_dataset(name, data_dir=config, streaming=streaming))
 
 
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, StopIteration):
-        return "it holds no rows"
-    cause = error.__cause__ or error  # datasets wraps what went wrong in "An error occurred while generating ..."
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
+@contextmanager
+def _refusing(what: Callable[[], str], remedy: str) -> Iterator[None]:
+    """Raises RecipeError for data that cannot be read, with `what` was tried, the cause and the remedy.
+
+    A full disk stays an OSError, and a damaged cache of datasets is told apart from damaged data.
+    """
+    try:
+        yield
+    except _UNREADABLE as error:
+        cause = error.__cause__ or error  # datasets wraps what went wrong in "An error occurred while generating ..."
+        for full in (error, cause):
+            if isinstance(full, OSError) and full.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise full from full.__cause__
+        why = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
+        functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        if functions & _READS_CACHE and "load_from_disk" not in functions:
+            raise RecipeError(
+                f"The cache of datasets is damaged ({why}); the data is not. Remove the folder {HF_CACHE}, which is "
+                "made again from the data."
+            ) from error
+        why = "it holds no rows" if isinstance(error, StopIteration) else why
+        raise RecipeError(f"Cannot {what()}: {why}. {remedy}") from error
 
 
-def _blame_cache(error: BaseException) -> None:
-    """Raises RecipeError if what cannot be read is not the data but what datasets keeps of it."""
-    reading_cache = {"_memory_mapped_record_batch_reader_from_file", "from_directory"}
-    if reading_cache & {frame.name for frame in traceback.extract_tb(error.__traceback__)}:
-        raise RecipeError(
-            f"The cache of datasets is damaged ({_first_line(error)}); the data is not. Remove the folder {HF_CACHE}, "
-            "which is made again from the data."
-        ) from error
+# Helpers of mix_pairs and split_pairs
 
 
-def _reraise_full_disk(error: BaseException) -> None:
-    for cause in (error, error.__cause__):
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise cause
+def _alike(parts: list[Dataset]) -> list[Dataset]:
+    """Returns the parts with the columns of all parts, each of its richest type; a column that was missing is null."""
+    kinds = [item for part in parts for item in part.features.items()]
+    rich = {column: kind for column, kind in kinds if kind != PAIR_FEATURES.get(column)}  # messages with tool calls too
+    features = Features({**dict(kinds), **rich})
+    if all(part.features == features for part in parts):
+        return parts
+    return [map_rows(part, _fill, features=features, desc="mixing", columns=[*features]) for part in parts]
+
+
+def _fill(batch: dict[str, list[Any]], *, columns: list[str]) -> dict[str, list[Any]]:
+    empty: dict[str, Any] = {"chat_template_kwargs": {}}
+    return {column: batch.get(column, [empty.get(column)] * len(batch["prompt"])) for column in columns}
+
+
+def _held_out(hashes: set[str]) -> set[str]:
+    """Returns the hashes below 5 % of their range: at least one, but never all."""
+    limit = f"{int(_TEST_SHARE * 2**64):016x}"
+    ranked = sorted(hashes)
+    count = max(1, sum(key[:16] < limit for key in ranked))
+    return set(ranked[: min(count, len(ranked) - 1)])
+
+
+def _hash_prompts(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
+    texts = (json.dumps(prompt, sort_keys=True) for prompt in batch["prompt"])
+    return {"prompt_hash": [hashlib.sha256(text.encode()).hexdigest() for text in texts]}

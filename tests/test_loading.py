@@ -400,3 +400,10 @@ def test_a_damaged_cache_is_blamed_and_the_data_is_not(damage, tmp_path):
         load_rows(RecipeArguments(dataset_name=str(file)))
     shutil.rmtree(Path(kept["filename"]).parent)
     assert len(load_rows(RecipeArguments(dataset_name=str(file)))["train"]) == 5
+
+
+def test_a_damaged_saved_dataset_is_not_blamed_on_the_cache(tmp_path):
+    Dataset.from_list(rows(3)).save_to_disk(tmp_path / "saved")
+    [file] = (tmp_path / "saved").glob("*.arrow")
+    file.write_bytes(b"cut")
+    assert "saved, a saved dataset: " in refusal(tmp_path / "saved")

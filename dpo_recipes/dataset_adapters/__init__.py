@@ -1,4 +1,4 @@
-"""Dataset adapters: raw rows become preference pairs, one function a dataset, every row kept or counted.
+"""Dataset adapters: one function for each dataset turns raw rows into preference pairs; every row is kept or counted.
 
 A dataset adapter of your own reads one row and says which columns it needs:
 
@@ -14,11 +14,11 @@ A dataset adapter of your own reads one row and says which columns it needs:
             "rejected": as_messages(row["worst"], role="assistant"),
         }
 
-`adapt` then checks what every pair must be (`check_pair`), counts each drop in the open `Ledger`, and returns the pairs
-that are left. Columns named preference_strength, margin, source or id are kept, and tools and chat_template_kwargs
-go to the chat template. Every other column that holds text, and that the function does not read, is named in the
-account. `margin` enters the loss of RewardTrainer; `load_rows` therefore calls a dataset's own margin
-preference_strength, unless `--columns margin=margin` asks for it.
+`adapt` then checks every pair (`check_pair`), counts each drop in the current ledger (ledger.py) and returns the pairs
+that are left. Columns named preference_strength, margin, source or id are kept, and tools and chat_template_kwargs go
+to the chat template. Every other column that holds text, and that the function does not read, is named in the account.
+`margin` enters the loss of RewardTrainer; `load_rows` therefore renames a dataset's own margin to preference_strength,
+unless `--columns margin=margin` asks for it.
 """
 
 from dpo_recipes.dataset_adapters.adapters import hh_rlhf as hh_rlhf

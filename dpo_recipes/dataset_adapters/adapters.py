@@ -1,8 +1,8 @@
-"""One function a published dataset, or a layout, that turns its rows into pairs."""
+"""Dataset adapters: one function for each published dataset or layout, followed by the function that reads its rows."""
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -37,10 +37,25 @@ _ULTRAFEEDBACK_RATINGS = [  # of HuggingFaceH4 and trl-lib; argilla's -cleaned; 
 _SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 
 
+def recognise(dataset: Dataset) -> Callable[[Dataset], Dataset]:
+    """Returns the dataset adapter for the columns of the dataset; `preference_jsonl` where no other fits."""
+    names = set(dataset.column_names)
+    if names.issuperset(_SHP_COLUMNS):
+        return shp
+    if "message_tree_id" in names:
+        return oasst1
+    if any(names.issuperset(ratings) for ratings in _ULTRAFEEDBACK_RATINGS):
+        return ultrafeedback_binarized
+    if "conversations" in names and "prompt" not in names:
+        return sharegpt_pairs
+    dialogues = "prompt" not in names and matches(dataset, "chosen", r"\A\s*Human:(?s:.*)\n\nAssistant:")
+    return hh_rlhf if dialogues else preference_jsonl
+
+
 def hh_rlhf(dataset: Dataset) -> Dataset:
     r"""Pairs of Anthropic/hh-rlhf: `chosen` and `rejected` hold whole dialogues of "\n\nHuman:" and "\n\nAssistant:".
 
-    The completion is what follows the last "\n\nAssistant:". The longest common prefix (TRL's implicit prompt) would
+    The completion is the text after the last "\n\nAssistant:". The longest common prefix (TRL's implicit prompt) would
     move the words with which both replies begin into the prompt. Turns of one role in a row are merged.
     """
     return adapt(dataset, _hh_rlhf_pair, name="hh_rlhf", columns=["chosen", "rejected"])
@@ -59,10 +74,8 @@ def _hh_rlhf_pair(row: Row) -> Pair:
 
 
 def _split_at_last_reply(dialogue: Any) -> tuple[str, str]:
-    if dialogue is None:
-        raise Drop("missing_value")
     if not isinstance(dialogue, str):
-        raise Drop("not_text_or_messages")
+        raise Drop("missing_value" if dialogue is None else "not_text_or_messages")
     context, marker, reply = dialogue.rpartition("\n\nAssistant:")
     if not marker:
         raise Drop("no_assistant_turn")
@@ -87,6 +100,19 @@ def _hh_rlhf_turns(context: str) -> list[Message]:
     return turns
 
 
+def _with_system(row: Row, turns: list[Message]) -> list[Message]:
+    """Returns the turns after the row's system prompt, if a column holds one and the turns do not begin with it."""
+    text = next((text for column in _SYSTEM_COLUMNS if (text := row.get(column)) and str(text).strip()), None)
+    if text is None or not turns:
+        return turns
+    [system] = as_messages(text, role="system")
+    if turns[0]["role"] != "system":
+        return [system, *turns]
+    if turns[0]["content"].strip() != system["content"].strip():
+        raise Drop("system_differs")
+    return turns
+
+
 def preference_jsonl(dataset: Dataset) -> Dataset:
     """Pairs of rows with prompt, chosen and rejected, each a string or a list of messages.
 
@@ -102,39 +128,19 @@ def preference_jsonl(dataset: Dataset) -> Dataset:
     return adapt(dataset, _preference_pair, name="preference_jsonl", columns=columns)
 
 
-def _preference_pair(row: Row) -> Pair:
+def _preference_pair(row: Row, *, prompt: str = "prompt") -> Pair:
     chosen = as_messages(row["chosen"], role="assistant")
     rejected = as_messages(row["rejected"], role="assistant")
     if {chosen[0]["role"], rejected[0]["role"]} <= {"system", "user"}:
-        pair = _pair_of_conversations(chosen, rejected, prompt=row.get("prompt"))
-        return {**pair, "prompt": _with_system(row, pair["prompt"])}
-    text = row.get("prompt")
-    begins = [
-        (side[0]["content"] or "").startswith(text) for side in (chosen, rejected) if isinstance(text, str) and text
-    ]
-    if begins and all(begins):
-        raise Drop("completion_repeats_prompt")
-    turns = as_messages(text, role="user")
-    more = row.get("input") if isinstance(text, str) and len(turns) == 1 else None
-    if isinstance(more, str) and more.strip() and more not in turns[0]["content"]:
-        turns[0]["content"] += "\n\n" + more
+        turns = _shared_context(chosen, rejected, prompt=row.get(prompt))
+        chosen, rejected = chosen[-1:], rejected[-1:]
+    else:
+        turns = _own_prompt(row, prompt, completions=(chosen, rejected))
     return {"prompt": _with_system(row, turns), "chosen": chosen, "rejected": rejected}
 
 
-def _with_system(row: Row, turns: list[Message]) -> list[Message]:
-    """The turns after the row's system prompt, if a column holds one and they do not begin with it."""
-    text = next((text for column in _SYSTEM_COLUMNS if (text := row.get(column)) and str(text).strip()), None)
-    if text is None or not turns:
-        return turns
-    [system] = as_messages(text, role="system")
-    if turns[0]["role"] != "system":
-        return [system, *turns]
-    if turns[0]["content"].strip() != system["content"].strip():
-        raise Drop("system_differs")
-    return turns
-
-
-def _pair_of_conversations(chosen: list[Message], rejected: list[Message], *, prompt: Any) -> Pair:
+def _shared_context(chosen: list[Message], rejected: list[Message], *, prompt: Any) -> list[Message]:
+    """Returns the turns before the last reply of two whole conversations."""
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         raise Drop("ends_in_user_turn")
     context = chosen[:-1]
@@ -142,21 +148,35 @@ def _pair_of_conversations(chosen: list[Message], rejected: list[Message], *, pr
         raise Drop("contexts_differ")
     if prompt is not None and as_messages(prompt, role="user")[-1] not in context:
         raise Drop("prompt_differs")
-    return {"prompt": context, "chosen": chosen[-1:], "rejected": rejected[-1:]}
+    return context
+
+
+def _own_prompt(row: Row, column: str, *, completions: tuple[list[Message], list[Message]]) -> list[Message]:
+    """Returns the turns of the row's prompt, with the row's `input` below a prompt of text."""
+    text = row.get(column)
+    turns = as_messages(text, role="user")
+    if not isinstance(text, str):
+        return turns
+    if text and all((side[0]["content"] or "").startswith(text) for side in completions):
+        raise Drop("completion_repeats_prompt")
+    more = row.get("input")
+    if len(turns) == 1 and isinstance(more, str) and more.strip() and more not in turns[0]["content"]:
+        turns[0]["content"] += "\n\n" + more
+    return turns
 
 
 def plain_text(dataset: Dataset) -> Dataset:
     """Pairs of rows with prompt, chosen and rejected as plain text, which stays so: TRL's string format.
 
-    The completions go on with the prompt, white space included, and no chat template is put around them.
+    The completions continue the prompt, white space included, and no chat template is put around them.
 
     Raises:
         RecipeError: If a column is missing, or holds messages.
     """
-    sides = [side for side in PAIR_FEATURES if side in dataset.column_names]
-    if messages := [side for side in sides if holds_messages(dataset, side)]:
+    if messages := [side for side in PAIR_FEATURES if side in dataset.column_names and holds_messages(dataset, side)]:
         raise RecipeError(f"plain_text reads text, and {messages} hold something else. Read it by preference_jsonl.")
-    plain = dataset.remove_columns([*{*_SYSTEM_COLUMNS, "input", "tools"}.intersection(dataset.column_names)])
+    without_place = [column for column in (*_SYSTEM_COLUMNS, "input", "tools") if column in dataset.column_names]
+    plain = dataset.remove_columns(without_place)
     note_unread(dataset, used=plain.column_names)
     pairs = preference_jsonl(plain)
     features = Features({**pairs.features, **dict.fromkeys(PAIR_FEATURES, Value("string"))})
@@ -168,7 +188,7 @@ def _contents(batch: Row) -> Row:
 
 
 def prompts_alone(dataset: Dataset) -> Dataset:
-    """Rows of prompts with sides that say nothing, so that a prompt is checked and counted as in a pair."""
+    """Rows of prompts with completions that say nothing, so that a prompt is checked and counted as in a pair."""
     for side in ("chosen", "rejected"):
         dataset = dataset.add_column(side, [side] * len(dataset))
     return dataset
@@ -178,28 +198,30 @@ def shp(dataset: Dataset, *, least_ratio: float = 2.0, pairs_per_post: int = 5) 
     """Pairs of stanfordnlp/SHP: two comments on a Reddit post, the one with the higher score being chosen.
 
     As the dataset's card advises, the better score is at least `least_ratio` times the worse, and a post gives at most
-    `pairs_per_post` pairs: those of the highest ratios. The prompt is the post, so that `split_pairs` keeps a post on
+    `pairs_per_post` pairs, by the highest ratios. The prompt is the post, so that `split_pairs` keeps a post on
     one side. The preference strength is the ratio's logarithm to base 2, and the source is the subreddit.
     """
     require_columns(dataset, _SHP_COLUMNS, name="shp")
     ratios = list(map(_score_ratio, *(map(number, dataset[name]) for name in ("labels", "score_A", "score_B"))))
-    reasons = [None if ratio >= least_ratio else "low_score_ratio" if ratio else "no_rating" for ratio in ratios]
-    by_post = defaultdict(list)
-    for row, post in enumerate(dataset["post_id"][:]):
-        if reasons[row] is None:
-            by_post[post].append(row)
-    for rows in by_post.values():
-        for row in sorted(rows, key=lambda row: -ratios[row])[pairs_per_post:]:
+    posts = dataset["post_id"][:]
+    reasons: list[str | None] = [None] * len(dataset)
+    pairs_of: Counter[str] = Counter()  # by post
+    for row in sorted(range(len(ratios)), key=lambda row: -ratios[row]):
+        if ratios[row] < least_ratio:
+            reasons[row] = "low_score_ratio" if ratios[row] else "no_rating"
+        elif pairs_of[posts[row]] == pairs_per_post:
             reasons[row] = "post_has_enough"
+        else:
+            pairs_of[posts[row]] += 1
     marked = dataset.add_column("_ratio", ratios).add_column("_reason", reasons)
     return adapt(marked, _shp_pair, name="shp", columns=_SHP_COLUMNS, adds=["preference_strength", "source"])
 
 
 def _score_ratio(label: float | None, score_a: float | None, score_b: float | None) -> float:
-    """The preferred comment's score by the other's; 0 where one is missing or not above 0."""
-    if label not in (0, 1) or min(score_a or 0, score_b or 0) <= 0:
+    """Returns the preferred comment's score divided by the other's; 0 where one is missing or not above 0."""
+    if label not in (0, 1) or not score_a or not score_b or min(score_a, score_b) <= 0:
         return 0.0
-    return score_a / score_b if label == 1 else score_b / score_a  # type: ignore[operator]
+    return score_a / score_b if label == 1 else score_b / score_a
 
 
 def _shp_pair(row: Row) -> Pair:
@@ -240,28 +262,6 @@ def _ultrafeedback_pair(row: Row, *, ratings: tuple[str, str]) -> Pair:
 
 
 def sharegpt_pairs(dataset: Dataset) -> Dataset:
-    """Pairs of `conversations`, `chosen` and `rejected`, whose messages are of `from` and `value` (ShareGPT)."""
-    return adapt(dataset, _sharegpt_pair, name="sharegpt_pairs", columns=["conversations", "chosen", "rejected"])
-
-
-def _sharegpt_pair(row: Row) -> Pair:
-    return {
-        "prompt": _with_system(row, as_messages(row["conversations"], role="user")),
-        "chosen": as_messages(row["chosen"], role="assistant"),
-        "rejected": as_messages(row["rejected"], role="assistant"),
-    }
-
-
-def recognise(dataset: Dataset) -> Callable[[Dataset], Dataset]:
-    """The dataset adapter whose columns the dataset has, else `preference_jsonl`, which says what it needs."""
-    names = set(dataset.column_names)
-    if names.issuperset(_SHP_COLUMNS):
-        return shp
-    if "message_tree_id" in names:
-        return oasst1
-    if any(names.issuperset(ratings) for ratings in _ULTRAFEEDBACK_RATINGS):
-        return ultrafeedback_binarized
-    if "conversations" in names and "prompt" not in names:
-        return sharegpt_pairs
-    dialogues = "prompt" not in names and matches(dataset, "chosen", r"\A\s*Human:(?s:.*)\n\nAssistant:")
-    return hh_rlhf if dialogues else preference_jsonl
+    """Pairs of `conversations`, `chosen` and `rejected`, whose messages have `from` and `value` (ShareGPT)."""
+    read_pair = partial(_preference_pair, prompt="conversations")
+    return adapt(dataset, read_pair, name="sharegpt_pairs", columns=["conversations", "chosen", "rejected"])

@@ -1,7 +1,13 @@
-"""The account of every row: what came in, what was kept, and under which reason the rest was dropped."""
+"""The account of every row: what came in, what was kept, and under which reason the rest was dropped.
+
+How a count reaches the preflight: the preflight calls the recipe's `load_pairs` inside `with Ledger() as ledger:`.
+Each function that handles rows there (`load_rows`, `adapt`, `split_pairs`, `fit`) takes datasets and returns datasets;
+its counts go to the ledger of that block by `current_ledger().record(...)`. Then the preflight prints the ledger.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 
 
 @dataclass
@@ -15,7 +21,7 @@ class Dropped:
 
 @dataclass
 class SplitAccount:
-    """What became of one split: rows + pairs_made + moved = kept + in_pairs + not_sampled + everything dropped."""
+    """Account of one split: rows + pairs_made + moved = kept + in_pairs + not_sampled + all dropped rows."""
 
     rows: int = 0
     in_pairs: int = 0  # rows that are messages, and part of the pairs made
@@ -27,7 +33,7 @@ class SplitAccount:
     shortened: int = 0  # of those kept
 
     def adds_up(self) -> bool:
-        """Whether every row that came in is accounted for."""
+        """Returns True if every row that came in is accounted for."""
         dropped = sum(drop.count for drop in self.dropped.values())
         return self.rows + self.pairs_made + self.moved == self.kept + self.in_pairs + self.not_sampled + dropped
 
@@ -39,13 +45,12 @@ class SplitAccount:
             self.drop(reason, dropped)
 
     def drop(self, reason: str, more: Dropped) -> None:
-        """Adds to a reason; the rows named stay those of the stage that met it first."""
-        before = self.dropped.get(reason, Dropped(0, more.counted_by, more.first))
-        self.dropped[reason] = Dropped(before.count + more.count, before.counted_by, before.first)
+        """Adds to the rows dropped for a reason; the row numbers are of the first stage that met the reason."""
+        self.dropped.setdefault(reason, replace(more, count=0)).count += more.count
 
 
 class Ledger:
-    """The account of every row, filled by whatever handles rows inside `with Ledger() as ledger:`."""
+    """The accounts of all splits, filled by the functions that handle rows inside `with Ledger() as ledger:`."""
 
     def __init__(self) -> None:
         self.accounts: dict[str, SplitAccount] = {}
@@ -53,13 +58,13 @@ class Ledger:
         self.unread: dict[str, dict[str, int]] = {}  # by column: `rows` with text that nobody reads, `of` all
 
     def __enter__(self) -> "Ledger":
-        """This ledger, open."""
-        _open_ledgers.append(self)
+        """Makes this ledger the current one."""
+        self._outer = _current.set(self)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """The ledger that was open before is open again."""
-        _open_ledgers.pop()
+        """Makes the ledger of the block outside, if there is one, current again."""
+        _current.reset(self._outer)
 
     def record(
         self,
@@ -72,16 +77,16 @@ class Ledger:
         new: bool = False,
         **counts: int,
     ) -> None:
-        """One stage of one split: `came` rows came in and `kept` went on.
+        """Adds one stage of one split: `came` rows came in and `kept` rows went on.
 
         Args:
-            stage: Who is counting.
-            split: Whose rows.
+            stage: The function that counts.
+            split: Name of the split.
             came: Rows that came in.
             kept: Rows that went on.
             dropped: Row numbers by reason.
-            new: Whether no stage has seen the rows before. Otherwise they are those that earlier stages kept, and a
-                difference is put down to what load_pairs did in between.
+            new: True for rows that no stage has seen before. Otherwise the rows are expected to be those that earlier
+                stages kept, and a difference is put down to what load_pairs did in between.
             **counts: `moved`, `not_sampled`, `in_pairs` or `pairs_made`, as a SplitAccount has them. Where pairs are
                 made, `kept` counts pairs.
 
@@ -102,23 +107,23 @@ class Ledger:
                 account.drop("removed_by_load_pairs", Dropped(expected - came, stage, []))
         account.add(change)
 
-    def add(self, other: "Ledger") -> None:
-        """Adds the account of other rows: those of a dataset that was accounted for by itself."""
-        for split, account in other.accounts.items():
-            self.accounts.setdefault(split, SplitAccount()).add(account)
-        self.read_by += [name for name in other.read_by if name not in self.read_by]
-        for column, found in other.unread.items():
-            self.note_unread(column, found["rows"], found["of"])
-
     def note_unread(self, column: str, rows: int, of: int) -> None:
-        """Adds to the rows in which a column holds text that reaches no token."""
+        """Adds to the number of rows in which a column holds text that reaches no token."""
         if rows:
             found = self.unread.setdefault(column, {"rows": 0, "of": 0})
             found["rows"] += rows
             found["of"] += of
 
+    def add(self, other: "Ledger") -> None:
+        """Adds the ledger of another dataset, which was accounted for by itself."""
+        for split, account in other.accounts.items():
+            self.accounts.setdefault(split, SplitAccount()).add(account)
+        self.read_by += [name for name in other.read_by if name not in self.read_by]
+        for column, found in other.unread.items():
+            self.note_unread(column, **found)
+
     def total(self) -> SplitAccount:
-        """All splits together.
+        """The sum of all splits.
 
         Raises:
             RuntimeError: If the account of a split does not add up.
@@ -131,9 +136,9 @@ class Ledger:
         return total
 
 
-_open_ledgers: list[Ledger] = []
+_current: ContextVar[Ledger] = ContextVar("current_ledger")
 
 
 def current_ledger() -> Ledger:
-    """The open ledger, or one that nobody reads."""
-    return _open_ledgers[-1] if _open_ledgers else Ledger()
+    """Returns the ledger of the innermost `with Ledger()` around the call; outside of one, a ledger nobody reads."""
+    return _current.get(None) or Ledger()

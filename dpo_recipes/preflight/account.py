@@ -6,19 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from dpo_recipes.dataset_adapters import DROP_REASONS
+from dpo_recipes.dataset_adapters.adapting import DROP_CHOICES, DROP_REASONS
 from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.preflight.findings import Finding, judge
 from dpo_recipes.preflight.tokens import FAULTS
 
 _SHOWN_REASONS = 5  # on the screen; preflight.json has them all
 _SHOWN_COLUMNS = 6
-_NO_FAULT = {  # reasons by which good rows are left out: a choice of the dataset adapter, or of the settings
-    *("prompt_in_test", "same_prompt", "too_long", "prompt_too_long", "text_too_long"),
-    *("no_rating", "not_rated_higher", "low_score_ratio", "post_has_enough", "language"),
-    *("deleted", "synthetic", "not_reviewed", "thread_is_broken", "not_a_pair_of_replies", "removed_by_load_pairs"),
-    "other_part",
-}
 
 
 def account_lines(ledger: Ledger, *, limit: str, kept: str = "pairs") -> list[str]:
@@ -95,7 +89,7 @@ def token_lines(tokens: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def dropped_findings(ledger: Ledger, thresholds: Mapping[str, float]) -> list[Finding]:
     """Whether more rows than usual were dropped by faults of their own."""
     total = ledger.total()
-    faults = sum(drop.count for reason, drop in total.dropped.items() if reason not in _NO_FAULT)
+    faults = sum(drop.count for reason, drop in total.dropped.items() if reason not in DROP_CHOICES)
     return judge("dropped", faults, total.rows, thresholds)
 
 

@@ -113,7 +113,7 @@ def count_weights(config: Any, settings: Mapping[str, Any], *, task: str = "answ
 def memory_parts(
     config: Any, weights: Mapping[str, int], settings: Mapping[str, Any], *, task: str
 ) -> dict[str, float]:
-    """Bytes on one device, nothing sharded; the formula is in recipes/README.md.
+    """Bytes on one device, nothing sharded; the formula is in docs/memory.md.
 
     Args:
         config: Of the model.

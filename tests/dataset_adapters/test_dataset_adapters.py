@@ -434,7 +434,7 @@ def test_an_account_that_does_not_add_up_is_an_error():
         ledger.total()
 
 
-def test_only_the_open_ledger_counts():
+def test_only_the_innermost_open_ledger_counts():
     with Ledger() as outer:
         with Ledger() as inner:
             hh_rlhf(hh_dataset(4))

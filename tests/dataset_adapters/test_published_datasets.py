@@ -265,6 +265,11 @@ def test_whole_trees_make_the_same_pairs_as_their_messages(tmp_path):
     assert recognise(loaded) is oasst1
 
 
+def test_a_message_that_replies_to_itself_ends_its_thread():
+    rows = [*tree()[:3], message("a", "a", "assistant", "Again.", rank=0)]
+    assert [pair["id"] for pair in adapted(oasst1, rows)[0]] == ["a b"]
+
+
 messages = st.lists(
     st.builds(
         message,

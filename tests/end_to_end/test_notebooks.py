@@ -59,7 +59,7 @@ def test_it_begins_with_the_badge_and_the_commands_it_gives_could_run(notebook):
 
 @pytest.fixture
 def installed(monkeypatch, tmp_path):
-    """What the notebook's first cell runs in a folder."""
+    """Returns a function that runs a notebook's first cell in a folder and returns the commands that it called."""
 
     def install(notebook, folder):
         calls = []

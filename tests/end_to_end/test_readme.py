@@ -1,4 +1,4 @@
-"""What the README files promise is true: their commands, examples, tables, messages and links."""
+"""The README files and the manual in docs/ are true: their commands, examples, tables, messages and links."""
 
 import ast
 import json
@@ -28,14 +28,16 @@ from dpo_recipes.recipe import OnlineArguments, RecipeArguments
 
 README = REPOSITORY / "README.md"
 RECIPES_README = RECIPES / "README.md"
-IMDB = REPOSITORY / "docs" / "imdb_sentiment.md"
+DOCS = REPOSITORY / "docs"
+SETTINGS, ERRORS, OUTPUTS, INSPECTING = (
+    DOCS / f"{name}.md" for name in ("settings", "errors", "outputs", "inspecting")
+)
 DOCUMENTS = [
     README,
     RECIPES_README,
     REPOSITORY / "CONTRIBUTING.md",
     REPOSITORY / "CHANGELOG.md",
-    REPOSITORY / "docs" / "evaluation.md",
-    IMDB,
+    *sorted(DOCS.glob("*.md")),
 ]
 ELSEWHERE = [  # other people's messages that the table of common errors quotes
     Path(transformers.__file__).parent / "hf_argparser.py",
@@ -45,7 +47,7 @@ ELSEWHERE = [  # other people's messages that the table of common errors quotes
 
 
 def blocks(document: Path, language: str) -> list[str]:
-    """The fenced blocks of that language."""
+    """Contents of the fenced blocks of one language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL)
 
 
@@ -61,15 +63,15 @@ COMMANDS = [(document.relative_to(REPOSITORY), line) for document in DOCUMENTS f
 IN_RECIPES = [(path.name, line) for path in sorted(RECIPES.glob("[!_]*.py")) for line in docstring_commands(path)]
 
 
-def section(heading: str) -> str:
-    """The text under a heading of recipes/README.md."""
-    found = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", RECIPES_README.read_text(), re.MULTILINE | re.DOTALL)
-    assert found, heading
+def section(document: Path, heading: str) -> str:
+    """The text under a heading of a document."""
+    found = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", document.read_text(), re.MULTILINE | re.DOTALL)
+    assert found, f"{document.name} has no {heading}"
     return found[1]
 
 
 def rows_of(text: str) -> list[list[str]]:
-    """The cells of the Markdown tables in a text, without their headers."""
+    """Cells of the Markdown tables in a text, row by row, without headers."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     rules = [number for number, line in enumerate(lines) if set(line) <= set("|- ")]
     headers = {number - 1 for number in rules}
@@ -93,7 +95,7 @@ def from_make(command: str) -> str:
 
 
 def check_flags(recipe: Path, flags: list[str]) -> None:
-    """Raises where the recipe would refuse a flag; nothing is written and no model is loaded."""
+    """Raises if the recipe would refuse a flag. Writes nothing and loads no model."""
     namespace = runpy.run_path(str(recipe))
     classes = [value for value in namespace.values() if isinstance(value, type)]
     parts = [part for part in classes if issubclass(part, (TrainingArguments, RecipeArguments, ModelConfig))]
@@ -105,7 +107,7 @@ def check_flags(recipe: Path, flags: list[str]) -> None:
 
 
 def check_train(words: list[str]) -> None:
-    """The recipe, the profile and the accelerate file of a `dpo-recipes train` exist, and its flags are known."""
+    """Raises unless recipe, profile and accelerate file of a `dpo-recipes train` exist and its flags are known."""
     name, *flags = words
     recipe = RECIPES / "hh_rlhf_lora.py" if name == "mine.py" else find_recipe(name)
     for flag, kind in (("--profile", "profiles"), ("--accelerate", "accelerate")):
@@ -122,7 +124,7 @@ def check_train(words: list[str]) -> None:
 
 
 def check_inspect(words: list[str]) -> None:
-    """The recipe, or that a model is named for a dataset; the flags are known."""
+    """Raises unless the recipe exists, or a dataset comes with the name of a model, and the flags are known."""
     name, *flags = words
     for own in ("--gpu", "--with_model", "--profile"):
         if own in flags:
@@ -137,7 +139,7 @@ def check_inspect(words: list[str]) -> None:
 
 
 def check_compare(words: list[str]) -> None:
-    """The recipe and its siblings are there, and every flag is known to one of them."""
+    """Raises unless the recipe and its siblings exist and one of them knows each flag."""
     options, flags = build_parser().parse_known_args(words)
     launch = prepare(options.recipe, profile="cpu")
     recipes = read_recipes(launch, options.stages or ["dpo", "ppo"], flags=flags)
@@ -154,7 +156,7 @@ def check_launch(words: list[str]) -> None:
 
 
 def check_command(command: str) -> None:
-    """Raises where a documented command could not run."""
+    """Raises if a documented command could not run."""
     words = shlex.split(from_make(command) if command.startswith("make ") else command)
     match words:
         case [".venv/bin/dpo-recipes", "train", *rest]:
@@ -168,7 +170,7 @@ def check_command(command: str) -> None:
             check_flags(find_recipe("hh-rlhf-lora" if "/" in options.model else options.model), flags)
         case [".venv/bin/dpo-recipes", "copy", name, "mine.py"]:
             assert find_recipe(name).is_file()
-        case [".venv/bin/dpo-recipes", "answer" | "merge" | "sample" | "try", *_]:
+        case [".venv/bin/dpo-recipes", "answer" | "doctor" | "merge" | "sample" | "try", *_]:
             build_parser().parse_args(words[1:])
         case [".venv/bin/accelerate", "launch", *rest]:
             check_launch(rest)
@@ -224,7 +226,7 @@ def test_a_wrong_command_would_be_noticed(wrong, reason):
 
 
 def test_flags_named_in_the_tables_are_known():
-    text = section("Settings and their ranges") + section("Common errors")
+    text = section(SETTINGS, "Settings and their ranges") + section(ERRORS, "Common errors")
     quoted = [code for code in re.findall(r"`(--[^`]+)`", text) if " " in code]
     assert len(quoted) >= 5
     for flags in quoted:
@@ -246,7 +248,7 @@ def test_list_and_copy_do_what_the_readme_says(tmp_path, dpo_recipes):
 
 
 def shown_output() -> str:
-    """The lines that the README gives as the end of `make train`."""
+    """Lines that the README shows of the output of `make train`."""
     found = blocks(README, "text")
     assert found, "README.md shows no output of a run"
     return found[0]
@@ -280,7 +282,7 @@ def test_the_table_of_recipes_is_the_folder():
 
 
 def test_profiles_and_accelerate_files_are_all_named():
-    linked = set(re.findall(r"\]\(((?:profiles|accelerate)/\w+\.yaml)\)", section("Run one")))
+    linked = set(re.findall(r"\]\(((?:profiles|accelerate)/\w+\.yaml)\)", section(RECIPES_README, "Run one")))
     there = {
         str(path.relative_to(RECIPES)) for kind in ("profiles", "accelerate") for path in (RECIPES / kind).iterdir()
     }
@@ -290,7 +292,9 @@ def test_profiles_and_accelerate_files_are_all_named():
 
 def test_settings_given_as_the_recipes_values_are_theirs():
     values = {
-        setting: value for setting, value, _ in rows_of(section("Settings and their ranges")) if setting[0] == "`"
+        setting: value
+        for setting, value, _ in rows_of(section(SETTINGS, "Settings and their ranges"))
+        if setting[0] == "`"
     }
     lora, full, sft = (
         {
@@ -312,7 +316,7 @@ def test_settings_given_as_the_recipes_values_are_theirs():
 
 
 def messages(file: Path) -> list[str]:
-    """The texts in a source file, with `...` for what an f-string or a logging call puts in."""
+    """Texts in a source file, with `...` for each value that an f-string or a logging call inserts."""
     texts = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.JoinedStr):
@@ -324,7 +328,7 @@ def messages(file: Path) -> list[str]:
 
 
 def quoted_messages() -> list[str]:
-    return [row[0].strip("`") for row in rows_of(section("Common errors")) if row[0].startswith("`")]
+    return [row[0].strip("`") for row in rows_of(section(ERRORS, "Common errors")) if row[0].startswith("`")]
 
 
 def test_quoted_messages_are_what_the_source_says():
@@ -343,7 +347,7 @@ def test_quoted_messages_are_what_the_source_says():
 
 def test_every_check_is_in_the_table_with_its_thresholds():
     table = {
-        name: row[2] for row in rows_of(section("Look at the data first")) for name in re.findall(r"`(\w+)`", row[0])
+        name: row[2] for row in rows_of(section(INSPECTING, "The checks")) for name in re.findall(r"`(\w+)`", row[0])
     }
     for name, check in CHECKS.items():
         for level in ("warning", "failure"):
@@ -351,14 +355,14 @@ def test_every_check_is_in_the_table_with_its_thresholds():
 
 
 def test_the_sentences_for_each_common_trouble_are_there():
-    text = section("Common errors").lower()
+    text = section(ERRORS, "Common errors").lower()
     troubles = ["columns", "out of memory", "repeat themselves", "dtype", "reference model", "truncation"]
     troubles += ["chat template", "no network", "holds another run", "disk is full"]
     assert [trouble for trouble in troubles if trouble not in text] == []
 
 
 def test_todays_arguments_exist_and_the_older_ones_do_not():
-    table = dict(rows_of(section("Arguments of older tutorials")))
+    table = dict(rows_of(section(ERRORS, "Arguments of older tutorials")))
     fields = {name for part in (DPOConfig, ModelConfig, RecipeArguments) for name in part.__dataclass_fields__}
     for older in ("max_prompt_length", "warmup_ratio", "torch_dtype", "evaluation_strategy", "bnb_4bit_compute_dtype"):
         row = next(row for row in table if f"`{older}" in row)
@@ -378,7 +382,7 @@ def headings(document):
 
 
 def test_links_lead_somewhere():
-    documents = [*DOCUMENTS, *sorted((REPOSITORY / "docs").glob("*.md")), *(REPOSITORY / "benchmarks").rglob("*.md")]
+    documents = [*DOCUMENTS, *sorted((DOCS / "results").rglob("*.md"))]
     assert len(documents) > len(DOCUMENTS) + 2
     for document in documents:
         text = document.read_text()
@@ -390,6 +394,26 @@ def test_links_lead_somewhere():
             target = document.parent / file if file else document
             assert target.exists(), f"{document.name}: {link}"
             assert not anchor or anchor in headings(target), f"{document.name}: {link}"
+
+
+def test_the_manual_lists_its_pages():
+    listed = set(re.findall(r"\]\(([a-z_]+\.md)\)", (DOCS / "README.md").read_text()))
+    assert listed == {page.name for page in DOCS.glob("*.md")} - {"README.md"}
+
+
+def test_the_readme_shows_every_room():
+    shown = set(re.findall(r"^  ([a-z_]+)/ ", README.read_text(), re.MULTILINE))
+    assert shown == {folder.parent.name for folder in (REPOSITORY / "dpo_recipes").glob("*/__init__.py")}
+
+
+def test_pages_that_the_package_and_the_recipes_name_are_there():
+    files = [file for folder in (REPOSITORY / "dpo_recipes", RECIPES) for file in folder.rglob("*")]
+    texts = [file.read_text() for file in files if file.suffix in {".py", ".toml", ".jinja"}]
+    named = {page for text in texts for page in re.findall(r'((?:docs|recipes)/[\w/]+\.md)(?:, "([\w ]+)")?', text)}
+    assert {("recipes/README.md", "Your own data"), ("docs/doctor.md", "")} <= named
+    for page, heading in named:
+        assert (REPOSITORY / page).is_file(), page
+        assert not heading or section(REPOSITORY / page, heading)
 
 
 # --------------------------------------------------------------------------------- data of one's own
@@ -412,7 +436,7 @@ def test_the_dataset_adapter_of_the_example_keeps_and_counts_its_rows(tmp_path):
 
 @pytest.mark.slow
 def test_own_rows_train_as_described_and_leave_what_is_listed(tmp_path, tiny_model, dpo_recipes):
-    """The two commands of "Your own data", with the change of two words between them, on the rows shown there."""
+    """Runs the two commands of "Your own data" on the rows shown there; between them two words of the recipe change."""
     [block] = [block for block in blocks(RECIPES_README, "sh") if " copy " in block]
     copy, train = (shlex.split(line)[1:] for line in block.splitlines())
     assert run_command(dpo_recipes, *copy, cwd=tmp_path).returncode == 0
@@ -427,12 +451,14 @@ def test_own_rows_train_as_described_and_leave_what_is_listed(tmp_path, tiny_mod
     result = run_command(dpo_recipes, *train, *small, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"^  chosen and rejected say the same +-1 ", result.stdout, re.MULTILINE)
-    listed = {name for row in rows_of(section("What a run leaves")) for name in re.findall(r"`([^`]+)`", row[0])}
+    listed = {
+        name for row in rows_of(section(OUTPUTS, "What a run leaves")) for name in re.findall(r"`([^`]+)`", row[0])
+    }
     left = {re.sub(r"^checkpoint-\d+$", "checkpoint-*", path.name) for path in (tmp_path / "outputs/mine").iterdir()}
     of_others = {"model.safetensors", "config.json", "generation_config.json", "critic.safetensors"}
     assert left == listed - of_others
     samples = [json.loads(line) for line in (tmp_path / "outputs/mine/samples.jsonl").read_text().splitlines()]
-    assert '"ended": true' in section("Common errors")
+    assert '"ended": true' in section(ERRORS, "Common errors")
     assert "ended" in samples[0]["after"]
     page = (tmp_path / "outputs/mine/report.html").read_text()
     assert f"DPO of {tiny_model} on pairs.jsonl, finished 20" in page

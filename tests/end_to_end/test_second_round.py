@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import RECIPES, run_command, run_train
+from conftest import REPOSITORY, run_command, run_train
 from safetensors.torch import load_file
 
 SMALL = ["--profile", "cpu", "--pairs_per_update", "4", "--logging_steps", "1", "--warmup_steps", "0"]
@@ -79,9 +79,9 @@ def test_a_second_round_of_lora_starts_at_the_merged_first(tmp_path, tiny_model,
 
 
 @pytest.mark.slow
-def test_one_round_of_the_loop_as_the_readme_shows_it(tmp_path, tiny_model, hh_rows, dpo):
-    """Merge, sample and train again: the commands of recipes/README.md, and flags that make them small."""
-    shown = (RECIPES / "README.md").read_text().partition("\n### On its own answers")[2]
+def test_one_round_of_the_loop_as_the_manual_shows_it(tmp_path, tiny_model, hh_rows, dpo):
+    """Merge, sample and train again: the commands of docs/rounds.md, and flags that make them small."""
+    shown = (REPOSITORY / "docs" / "rounds.md").read_text().partition("\n## On its own answers")[2]
     block = re.search(r"^```sh\n(.*?)^```$", shown, re.MULTILINE | re.DOTALL)[1].replace("\\\n", " ")
     merge, sample, train = (shlex.split(line) for line in block.splitlines())
     dpo("train", "hh-rlhf-lora", *SMALL, *MANY, "--dataset_name", hh_rows, "--model_name_or_path", tiny_model)
