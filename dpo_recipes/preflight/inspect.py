@@ -20,8 +20,8 @@ from dpo_recipes.loading import load_rows, split_pairs
 from dpo_recipes.models.rewards import context_length
 from dpo_recipes.preflight import off_distribution, page, signals
 from dpo_recipes.preflight.cost import cost_findings, cost_lines, estimate_cost
-from dpo_recipes.preflight.findings import finding_lines, judge, judged
-from dpo_recipes.preflight.prepare import measure_pairs, refuse_failures, tokenizer_to_measure
+from dpo_recipes.preflight.findings import finding_lines, judge, judged, refuse_failures
+from dpo_recipes.preflight.prepare import measure_pairs, tokenizer_to_measure
 from dpo_recipes.preflight.tokens import MEASURES, as_rendered
 from dpo_recipes.recipe import RecipeArguments, argument_classes, load_tokenizer, parse_recipe
 from dpo_recipes.terminal import say

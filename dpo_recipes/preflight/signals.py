@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from dpo_recipes.intervals import wilson
 from dpo_recipes.preflight.findings import CHECKS, Finding, judge
 
-_MARKS = {name: check["pattern"] for name, check in CHECKS.items() if "pattern" in check}
+_MARKS = {name: check["pattern"] for name, check in CHECKS.items() if {"label", "pattern"} <= check.keys()}
 _USUAL = 10  # pairs of one prompt, as ranked answers make them
 _ROWS = 5  # named as examples
 _SAMPLE, _FOLDS = 10_000, 5  # pairs for the rules that are learned, and folds of their prompts

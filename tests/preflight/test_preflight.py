@@ -18,7 +18,7 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.loading import load_rows, split_pairs
 from dpo_recipes.preflight import prepare_pairs
 from dpo_recipes.preflight.tokens import MEASURES, fit, without_oldest_exchange
-from dpo_recipes.recipe import load_tokenizer
+from dpo_recipes.recipe import RecipeArguments, load_tokenizer
 
 DATA = os.environ.get("DPO_RECIPES_DATA")
 SPEAKERS = {"u": "user", "a": "assistant", "s": "system"}
@@ -39,11 +39,12 @@ def tokenizer(tiny_model):
 
 
 def settings_for(tmp_path, *, max_length=None, **others):
-    return types.SimpleNamespace(output_dir=str(tmp_path), max_length=max_length, **others)
+    args = {"output_dir": str(tmp_path), "max_length": max_length, "trust_remote_code": False}
+    return types.SimpleNamespace(**args | others)
 
 
 def arguments(**others):
-    return types.SimpleNamespace(dataset_name="rows.jsonl", **others)
+    return RecipeArguments(dataset_name="rows.jsonl", **others)
 
 
 def prepare(train, test, *, tokenizer, tmp_path, max_length=None, **script):
