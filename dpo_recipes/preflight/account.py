@@ -10,8 +10,9 @@ from datasets import DatasetDict
 
 from dpo_recipes.dataset_adapters import DROP_REASONS
 from dpo_recipes.dataset_adapters.ledger import Ledger, SplitAccount
+from dpo_recipes.errors import RecipeError
 from dpo_recipes.loading import digest
-from dpo_recipes.preflight.findings import Finding, judge
+from dpo_recipes.preflight.findings import CHECKS, Finding, judge
 from dpo_recipes.preflight.tokens import FAULTS, Unit, describe
 
 _SHOWN_REASONS = 5  # on the screen; preflight.json has them all
@@ -91,6 +92,19 @@ def token_lines(tokens: Mapping[str, Mapping[str, Any]], *, unit: Unit) -> list[
         rows = {"tokens of the longest pair": longest, "  of a prompt, on average": mean}
         rows["  of a completion, on average"] = completions
     return [_line(label, (f"{number:,.0f}" for number in numbers)) for label, numbers in rows.items()]
+
+
+def refuse_empty(pairs: DatasetDict, ledger: Ledger, lines: list[str]) -> None:
+    """Raises RecipeError if a split is empty: with the remedy for the most frequent reason, and the account."""
+    for split, purpose in (("train", "train on"), ("test", "evaluate on")):
+        if len(pairs[split]):
+            continue
+        dropped = ledger.accounts[split].dropped if split in ledger.accounts else {}
+        reason = max(dropped, key=lambda name: dropped[name].count, default="")
+        remedy = CHECKS["dropped"]["remedies"].get(reason, 'See recipes/README.md, "Your own data".')
+        if not reason:
+            remedy = "Give more rows, with two prompts or more, or name a split with --dataset_test_split."
+        raise RecipeError("\n".join([f"No usable pair is left to {purpose}. {remedy}", *lines]))
 
 
 def account_data(ledger: Ledger, pairs: DatasetDict) -> dict[str, Any]:

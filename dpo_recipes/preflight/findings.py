@@ -31,19 +31,19 @@ class Finding:
     remedy: str
 
 
-def set_thresholds(given: Sequence[str] | None, defaults: Mapping[str, float]) -> dict[str, float]:
-    """The thresholds, with those given as `name=value` in place of the defaults.
+def set_thresholds(given: Sequence[str] | None, **defaults: float) -> dict[str, float]:
+    """The thresholds of THRESHOLDS, or of `defaults`, or as given in the form `name=value`: the last one counts.
 
     Raises:
         RecipeError: If there is no such threshold, or the value is no share (70 for 70 %).
     """
-    thresholds = dict(defaults)
+    thresholds = THRESHOLDS | defaults
     for word in given or []:
         match = re.fullmatch(r"(\w+)=([01]|[01]?\.\d+)", word)
         if match is None or match[1] not in thresholds:
-            names = ", ".join(sorted(thresholds))
             raise RecipeError(
-                f"--threshold {word} is not of the form NAME=0.1, a share, the name being one of {names}."
+                f"--threshold {word} is not of the form NAME=0.1: a name and a share. The names are: "
+                f"{', '.join(sorted(thresholds))}."
             )
         thresholds[match[1]] = float(match[2])
     return thresholds

@@ -22,12 +22,7 @@ _SAMPLE, _BATCH = 256, 8  # pairs
 
 
 def measure(
-    pairs: DatasetDict,
-    name_or_path: str,
-    tokenizer: Any,
-    *,
-    revision: str | None = None,
-    seed: int = 0,
+    pairs: DatasetDict, name_or_path: str, tokenizer: Any, *, revision: str | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """How likely the reference model finds the completions of a sample of the training pairs.
 

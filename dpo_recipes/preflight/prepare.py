@@ -17,9 +17,9 @@ from dpo_recipes.files import write_json
 from dpo_recipes.loading import drop_prompts_in_test, keep_part, prompt_hashes
 from dpo_recipes.manifest import claim
 from dpo_recipes.models.rewards import check_reward_model, context_length, read_reward_config
-from dpo_recipes.preflight.account import account_data, account_findings, account_lines, reader_lines, token_lines
+from dpo_recipes.preflight import account
 from dpo_recipes.preflight.dry_run import plan_lines
-from dpo_recipes.preflight.findings import THRESHOLDS, Finding, finding_lines, judged, refuse_failures, set_thresholds
+from dpo_recipes.preflight.findings import Finding, finding_lines, judged, refuse_failures, set_thresholds
 from dpo_recipes.preflight.memory import load_config
 from dpo_recipes.preflight.tokens import MEASURES, Unit, as_plain_text, fit, rendered_pairs
 from dpo_recipes.recipe import RecipeArguments, check_start
@@ -27,16 +27,6 @@ from dpo_recipes.terminal import say
 
 LoadPairs = Callable[[Any], DatasetDict]
 """The `load_pairs` of a recipe: takes its script_args, returns the splits `train` and `test`."""
-
-_REMEDIES = {
-    "too_long": "Raise --max_length.",
-    "other_part": "Leave out --part, or give more rows.",
-    "prompt_too_long": "Raise --max_prompt_length.",
-    "text_too_long": "Raise --max_length.",
-    "identical_completions": "If they differ, the chat template leaves out where. Take another template, or other rows "
-    'as in recipes/README.md, "Your own data".',
-    "template_refuses": "Take a model whose chat template accepts such conversations.",
-}
 
 
 @dataclass
@@ -155,7 +145,7 @@ def measure_pairs(
     """
     # A base model's EOS token is often not the one that its chat template writes: SFT can change that.
     lenient = {"without_eos_failure": 1.0} if isinstance(training_args, SFTConfig) else {}
-    thresholds = set_thresholds(script_args.threshold, THRESHOLDS | lenient)
+    thresholds = set_thresholds(script_args.threshold, **lenient)
     unit, limit, longest = _limit(script_args, training_args, prompts_alone=prompts_alone)
     with Ledger() as ledger:
         pairs = _load(load_pairs, script_args)
@@ -166,10 +156,15 @@ def measure_pairs(
         pairs["test"] = _draw_eval_pairs(pairs["test"], script_args.eval_pairs, ledger)
     for split, rows in pairs.items():
         ledger.accounts[split].shortened = sum(tokens > 0 for tokens in rows["cut_tokens"][:])
-    account = account_lines(ledger, limit=f"{limit} {longest}" if longest else "", kept=f"{unit}s")
-    account += reader_lines(ledger)
-    _refuse_empty(pairs, ledger, account)
-    data = {"dataset": script_args.dataset_name, "max_length": None, limit: longest, **account_data(ledger, pairs)}
+    lines = account.account_lines(ledger, limit=f"{limit} {longest}" if longest else "", kept=f"{unit}s")
+    lines += account.reader_lines(ledger)
+    account.refuse_empty(pairs, ledger, lines)
+    data = {
+        "dataset": script_args.dataset_name,
+        "max_length": None,
+        limit: longest,
+        **account.account_data(ledger, pairs),
+    }
     data |= {"model": tokenizer.name_or_path, "chat_template": tokenizer.chat_template is not None}
     if unit == "pair":
         _check_model(tokenizer, training_args, script_args.settings, data["tokens"])
@@ -177,8 +172,8 @@ def measure_pairs(
     elif unit == "prompt":
         _check_prompts(pairs, script_args, training_args, tokenizer)
         data["reward_model"] = script_args.reward_model_name_or_path
-    findings = account_findings(ledger, data, thresholds)
-    lines = [*account, *token_lines(data["tokens"], unit=unit)]
+    lines += account.token_lines(data["tokens"], unit=unit)
+    findings = account.account_findings(ledger, data, thresholds)
     return Measured(pairs, lines, data | {"thresholds": thresholds} | judged(findings), findings)
 
 
@@ -227,14 +222,7 @@ def tokenizer_to_measure(tokenizer: Any, *, pairs: Dataset) -> Any:
 
 
 def _fit(
-    rows: Dataset,
-    tokenizer: Any,
-    script_args: Any,
-    ledger: Ledger,
-    *,
-    split: str,
-    unit: Unit,
-    longest: int | None,
+    rows: Dataset, tokenizer: Any, script_args: Any, ledger: Ledger, *, split: str, unit: Unit, longest: int | None
 ) -> Dataset:
     """The pairs or prompts of one split that are short enough."""
     if script_args.control_tokens_as_text:
@@ -264,19 +252,6 @@ def _draw_eval_pairs(test: Dataset, size: int, ledger: Ledger) -> Dataset:
         return test
     ledger.record("eval_pairs", "test", came=len(test), kept=size, not_sampled=len(test) - size)
     return test.select(sorted(random.Random(0).sample(range(len(test)), size)))
-
-
-def _refuse_empty(pairs: DatasetDict, ledger: Ledger, account: list[str]) -> None:
-    """Raises RecipeError if a split is empty: with the remedy for the most frequent reason, and the account."""
-    for split, purpose in (("train", "train on"), ("test", "evaluate on")):
-        if len(pairs[split]):
-            continue
-        dropped = ledger.accounts[split].dropped if split in ledger.accounts else {}
-        reason = max(dropped, key=lambda name: dropped[name].count, default="")
-        remedy = _REMEDIES.get(reason, 'See recipes/README.md, "Your own data".')
-        if not reason:
-            remedy = "Give more rows, with two prompts or more, or name a split with --dataset_test_split."
-        raise RecipeError("\n".join([f"No usable pair is left to {purpose}. {remedy}", *account]))
 
 
 def _check_model(tokenizer: Any, training_args: Any, settings: dict[str, Any], tokens: dict[str, Any]) -> None:

@@ -63,18 +63,9 @@ def fit(pairs: Dataset, tokenizer: Any, longest: int | None, *, split: str, unit
         removed = {"chosen", "rejected", *MEASURES}.difference(PROMPT_MEASURES)
         features = {name: kind for name, kind in features.items() if name not in removed}
     features["drop_reason"] = Value("string")
-    marked = map_rows(
-        pairs,
-        _fit_batch,
-        features=Features(features),
-        desc=f"measuring {unit}s ({split})",
-        tokenizer=tokenizer,
-        longest=longest,
-        unit=unit,
-        columns=list(features),
-        stops=stop_ids(tokenizer),
-        controls=control_pattern(tokenizer),
-    )
+    given = {"tokenizer": tokenizer, "longest": longest, "unit": unit, "columns": list(features)}
+    given |= {"stops": stop_ids(tokenizer), "controls": control_pattern(tokenizer)}
+    marked = map_rows(pairs, _fit_batch, features=Features(features), desc=f"measuring {unit}s ({split})", **given)
     return keep_pairs(marked, name="preflight", split=split)
 
 

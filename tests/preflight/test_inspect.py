@@ -328,11 +328,11 @@ def test_every_row_is_accounted_for_whatever_the_rows_are(tiny, tmp_path_factory
 
 
 def test_thresholds_are_set_by_name_and_anything_else_is_refused():
-    assert set_thresholds(None, THRESHOLDS) == THRESHOLDS
-    assert set_thresholds(["dropped=.5"], THRESHOLDS) == THRESHOLDS | {"dropped": 0.5}
+    assert set_thresholds(None) == THRESHOLDS
+    assert set_thresholds(["dropped=.5"]) == THRESHOLDS | {"dropped": 0.5}
     for wrong in ("drop=0.5", "dropped", "dropped=", "dropped=many", "=1", "longer=70", "longer=-0.1", "longer=7e-1"):
         with pytest.raises(RecipeError, match=f"--threshold {wrong} is not of the form"):
-            set_thresholds([wrong], THRESHOLDS)
+            set_thresholds([wrong])
 
 
 def test_a_finding_is_above_its_threshold_and_the_worst_one_decides():
