@@ -18,7 +18,7 @@ from dpo_recipes.models.pair_ids import PairIds, encode_pairs
 from dpo_recipes.preflight.findings import CHECKS
 
 Unit = Literal["pair", "prompt", "text"]
-"""What is measured of a row: the pair, the prompt of an online trainer, or the text of SFT."""
+"""The part of a row that is measured: the pair, the prompt of an online trainer, or the text of SFT."""
 SIDES = ("prompt", "chosen", "rejected")
 MEASURES = {
     **{f"{side}_tokens": Value("int32") for side in SIDES},
@@ -104,22 +104,24 @@ def _fit_batch(
 ) -> dict[str, list[Any]]:
     unmeasured = dict.fromkeys(MEASURES, 0) | {"unrendered": "", "drop_reason": None}
     rows = [unmeasured | row for row in _rows(batch)]
-    waiting = rows
-    while waiting:  # for their texts as tokens; a shortened row waits again
-        for row in waiting:
-            _set_texts(row, tokenizer, unit=unit)
-        rendered = [row for row in waiting if row["drop_reason"] is None]
+    whole: dict[int, int] = {}  # by place in the batch: tokens of the prompt before it was shortened
+    waiting = list(range(len(rows)))
+    while waiting:
+        texts = {place: found for place in waiting if (found := _texts_or_drop(rows[place], tokenizer, unit=unit))}
         waiting = []
-        for row, ids in zip(rendered, encode_pairs([row["texts"] for row in rendered], tokenizer), strict=True):
-            row.setdefault("whole_prompt", len(ids.prompt))
+        for place, ids in zip(texts, encode_pairs(list(texts.values()), tokenizer), strict=True):
+            row = rows[place]
+            whole.setdefault(place, len(ids.prompt))
             if unit == "pair" and ids.chosen == ids.rejected:
                 row["drop_reason"] = "identical_completions"
             elif longest is None or len(ids.prompt) + max(len(ids.chosen), len(ids.rejected)) <= longest:
+                row["cut_tokens"] += whole[place] - len(ids.prompt)
                 row |= _measure_prompt(row, ids, controls=controls, sides=SIDES if unit == "pair" else SIDES[:1])
-                row |= _measure_pair(row, ids, stops=stops, tokenizer=tokenizer) if unit == "pair" else {}
+                if unit == "pair":
+                    row |= _measure_pair(row, ids, texts[place], stops=stops, tokenizer=tokenizer)
             elif shorter := without_oldest_exchange(row["prompt"]):
                 row["prompt"] = shorter
-                waiting.append(row)
+                waiting.append(place)
             else:
                 row["drop_reason"] = "too_long" if unit == "pair" else f"{unit}_too_long"
     return {column: [row[column] for row in rows] for column in columns}
@@ -129,15 +131,19 @@ def _rows(batch: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
     return (dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True))
 
 
-def _set_texts(row: dict[str, Any], tokenizer: Any, *, unit: Unit) -> None:
-    """Sets the `texts` of the row, or the reason why it has none. A prompt alone is a pair with nothing after it."""
+def _texts_or_drop(row: dict[str, Any], tokenizer: Any, *, unit: Unit) -> tuple[str, str, str] | None:
+    """The texts to tokenise; None, with the reason in the row, if there are none.
+
+    A prompt alone is measured as a pair with nothing after the prompt.
+    """
     try:
         if unit == "pair":
-            row["texts"] = render_row(row, tokenizer)
-        else:  # an online trainer passes no column to the chat template
-            row["texts"] = render(*(row[side] for side in SIDES), tokenizer=tokenizer)[:1] * 3
+            return render_row(row, tokenizer)
+        alone, _, _ = render(*(row[side] for side in SIDES), tokenizer=tokenizer)  # online trainers pass no columns
+        return alone, alone, alone
     except Drop as drop:
         row["drop_reason"] = str(drop)
+        return None
 
 
 def render_row(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, str, str]:
@@ -202,19 +208,20 @@ def without_oldest_exchange(prompt: str | list[Message]) -> list[Message] | None
 
 
 def _measure_prompt(row: Mapping[str, Any], ids: PairIds, *, controls: str, sides: tuple[str, ...]) -> dict[str, Any]:
-    """The columns of PROMPT_MEASURES. Plain text may spell control tokens and markup: only messages are searched."""
+    """The measures of a prompt. Only messages are searched: plain text may spell control tokens and markup."""
     messages = [] if isinstance(row["prompt"], str) else [turn for side in sides for turn in row[side]]
     contents = [turn["content"] or "" for turn in messages]
     return {
         "prompt_tokens": len(ids.prompt),
-        "cut_tokens": row["cut_tokens"] + row["whole_prompt"] - len(ids.prompt),
         "control_tokens": any(re.search(controls, content) for content in contents),
         "chat_markup": any(_CHAT_MARKUP.search(content) for content in contents),
     }
 
 
-def _measure_pair(row: Mapping[str, Any], ids: PairIds, *, stops: list[int], tokenizer: Any) -> dict[str, Any]:
-    """The columns of MEASURES that are not of the prompt alone."""
+def _measure_pair(
+    row: Mapping[str, Any], ids: PairIds, texts: tuple[str, str, str], *, stops: list[int], tokenizer: Any
+) -> dict[str, Any]:
+    """The measures of a pair that are not those of its prompt alone."""
     completions = row["chosen"], row["rejected"]
     one_turn = all(isinstance(turns, str) or len(turns) == 1 for turns in completions)
     ends, inside = zip(*(_stops(side, stops, tokenizer) for side in (ids.chosen, ids.rejected)), strict=True)
@@ -226,7 +233,7 @@ def _measure_pair(row: Mapping[str, Any], ids: PairIds, *, stops: list[int], tok
         "prompt_not_prefix": bool(ids.left_out),
         "other_turns": not one_turn and any(turn["role"] != "assistant" for side in completions for turn in side),
         "largest_id": max(ids.prompt + ids.chosen + ids.rejected),
-        **_unrendered(row),
+        **_unrendered(row, texts),
     }
 
 
@@ -240,11 +247,11 @@ def _stops(completion: list[int], stops: list[int], tokenizer: Any) -> tuple[boo
     return ends, not set(stops).isdisjoint(completion[:end])
 
 
-def _unrendered(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns that say which text of the messages and tools the chat template leaves out or trims."""
+def _unrendered(row: Mapping[str, Any], texts: tuple[str, str, str]) -> dict[str, Any]:
+    """The measures that say which text of the messages and tools the chat template leaves out or trims."""
     if isinstance(row["prompt"], str):
         return {}
-    _, with_chosen, with_rejected = row["texts"]
+    alone, with_chosen, with_rejected = texts
     dropped, trimmed = set(), False
     for text, turns in ((with_chosen, row["prompt"] + row["chosen"]), (with_rejected, row["rejected"])):
         for field, leaf in _leaves_of_fields(turns):
@@ -252,11 +259,11 @@ def _unrendered(row: Mapping[str, Any]) -> dict[str, Any]:
             if leaf not in text and not _says(text, leaf):
                 dropped.add(field)
     tools = [tool.get("function", tool).get("name", "") for tool in json.loads(row.get("tools") or "[]")]
-    if any(name not in row["texts"][0] for name in tools):
+    if any(name not in alone for name in tools):
         dropped.add("tools")
     trims_only = trimmed and "content" not in dropped
-    texts = {"template_drops_text": bool(dropped), "template_trims_text": trims_only}
-    return {**texts, "unrendered": " ".join(sorted(dropped))}
+    faults = {"template_drops_text": bool(dropped), "template_trims_text": trims_only}
+    return {**faults, "unrendered": " ".join(sorted(dropped))}
 
 
 def _leaves_of_fields(turns: list[Message]) -> Iterator[tuple[str, str]]:
@@ -380,7 +387,7 @@ def _token_by_token(row: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
 
 
 def _has_generation_prompt(row: Mapping[str, Any], ids: PairIds, tokenizer: Any) -> bool:
-    """Returns True if the answer's header is in the prompt, or answers have no header. Plain text has none."""
+    """Returns True if the answer's header is in the prompt, or answers have no header; plain text has no header."""
     if isinstance(row["prompt"], str):
         return True
     options = template_options(row)

@@ -1,4 +1,4 @@
-"""`dpo-recipes inspect`: what it says of tokens is what TRL does, and what is wrong with a template is found."""
+"""`dpo-recipes inspect` describes the tokens that TRL makes, and finds the faults of a chat template."""
 
 import json
 import os

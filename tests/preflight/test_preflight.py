@@ -1,4 +1,4 @@
-"""What the preflight lets through, TRL takes as it is: nothing truncated, nothing dropped, every row in the account."""
+"""TRL takes the pairs of the preflight unchanged: it truncates and drops nothing, and every row is in the account."""
 
 import json
 import os

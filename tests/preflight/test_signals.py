@@ -1,4 +1,4 @@
-"""What trivial rules and comparisons find in pairs: planted ones, all of them, and nothing where nothing is."""
+"""Trivial rules and comparisons find each fault that was planted in the pairs, and no fault in clean pairs."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""What is checked is what is trained: the checks of chat templates, with templates of our own and of real models."""
+"""The preflight checks the text that is trained on: with chat templates written here and those of real models."""
 
 import functools
 import gzip
@@ -67,7 +67,7 @@ def tokenizer(tiny_model):
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory):
-    """By name, a real tokenizer with its chat template; a folder, so that a model's settings can lie beside it."""
+    """Loads a real tokenizer with its chat template by name, from a folder of its own."""
     if not REAL.is_dir():
         pytest.skip("there is no folder of real tokenizers")
 
