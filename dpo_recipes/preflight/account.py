@@ -99,11 +99,9 @@ def refuse_empty(pairs: DatasetDict, ledger: Ledger, lines: list[str]) -> None:
     for split, purpose in (("train", "train on"), ("test", "evaluate on")):
         if len(pairs[split]):
             continue
-        dropped = ledger.accounts[split].dropped if split in ledger.accounts else {}
-        reason = max(dropped, key=lambda name: dropped[name].count, default="")
+        dropped = ledger.accounts.get(split, SplitAccount()).dropped
+        reason = max(dropped, key=lambda name: dropped[name].count, default="no_rows")
         remedy = CHECKS["dropped"]["remedies"].get(reason, 'See recipes/README.md, "Your own data".')
-        if not reason:
-            remedy = "Give more rows, with two prompts or more, or name a split with --dataset_test_split."
         raise RecipeError("\n".join([f"No usable pair is left to {purpose}. {remedy}", *lines]))
 
 

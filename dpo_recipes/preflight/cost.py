@@ -25,9 +25,9 @@ def estimate_cost(
 
     Args:
         pairs: Training pairs, as `fit` returns them.
-        script_args: Of the recipe.
-        training_args: Of the recipe.
-        settings: All settings in force; the model's configuration is read.
+        script_args: RecipeArguments of the recipe.
+        training_args: TRL config of the recipe.
+        settings: All settings in force; they name the model, whose configuration is read.
         card: Name and bytes of the device that the run is to fit; None: this machine.
     """
     task = task_of(training_args)
@@ -51,7 +51,8 @@ def estimate_cost(
         "real_tokens": real,
         "padded_tokens": padded,
         "padding_share": 1 - real / padded,
-        # The second copy of each prompt; without it and without padding, if time goes with the number of tokens:
+        # The share of second copies of prompts; the speed-up without them and without padding, if time is proportional
+        # to the number of tokens:
         "prefix_share": float(prompt.sum()) / real if task == "preference" else 0.0,
         "shared_prefix_speedup": padded / float((prompt + chosen + rejected).sum()) if task == "preference" else 1.0,
         "memory": memory,

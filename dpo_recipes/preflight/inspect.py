@@ -76,10 +76,10 @@ def inspect(
     part = "the first rows of each split" if script_args.dataset_streaming else None
     more = {"recipe": recipe and recipe.stem, "part": part, "cost": cost, "signals": found, "off_distribution": off}
     data = measured.data | more | judged(findings)
-    folder = Path(training_args.output_dir)
-    files = write_json(folder / "preflight.json", data), page.write_page(folder / "preflight.html", data)
     head = ", ".join(filter(None, (f"{script_args.dataset_name} for {model}", part)))
     lines = [head, *measured.lines, "", *cost_lines(cost), "", *finding_lines(findings)]
+    folder = Path(training_args.output_dir)
+    files = write_json(folder / "preflight.json", data), page.write_page(folder / "preflight.html", data)
     say("\n".join([*lines, f"Verdict: {data['verdict']}. The whole account: {files[0]}, {files[1]}"]))
     refuse_failures(findings)
 

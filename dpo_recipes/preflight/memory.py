@@ -11,7 +11,7 @@ from trl import ModelConfig, get_peft_config
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 FOUR_BIT = 0.52  # bytes a weight: 4 bits and the quantised scales
 TILE = (4096, 32768)  # tokens, vocabulary: what trl 1.16 holds of the logits at a time
-CPU_TILES = 9  # float32 ones, in the backward pass of trl/kernels/chunked_logprob.py; a GPU's kernel works in place
+CPU_TILES = 9  # float32 tiles in the backward pass of trl/kernels/chunked_logprob.py; a GPU's kernel works in place
 
 
 def load_config(name: str, settings: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
@@ -41,7 +41,7 @@ def memory_parts(
     """Bytes on one device, nothing sharded; the formula is in recipes/README.md.
 
     Args:
-        config: Of the model.
+        config: The configuration of the model.
         weights: As `count_weights` returns them.
         settings: All settings in force; for `online` also `world_size`.
         task: As `task_of` names it. A pair is two sequences; a reference model is held where DPO, or an online trainer

@@ -132,12 +132,7 @@ def measure_pairs(
 ) -> Measured:
     """The rows that a recipe can train on, with the account of all rows and tokens and the findings.
 
-    Args:
-        load_pairs: As in `prepare_pairs`; so are the next three.
-        script_args: See above.
-        training_args: See above.
-        tokenizer: See above.
-        prompts_alone: Keep the prompts that `prepare_prompts` returns, and not pairs.
+    The arguments are those of `prepare_pairs`. With `prompts_alone` the rows are those that `prepare_prompts` returns.
 
     Raises:
         RecipeError: If the tokenizer has no chat template or EOS token, no row is left to train or to test on, or the
@@ -151,7 +146,7 @@ def measure_pairs(
         pairs = _load(load_pairs, script_args)
         tokenizer = tokenizer_to_measure(tokenizer, pairs=pairs["train"])
         for split, rows in pairs.items():
-            pairs[split] = _fit(rows, tokenizer, script_args, ledger, split=split, unit=unit, longest=longest)
+            pairs[split] = _fit_split(rows, tokenizer, script_args, ledger, split=split, unit=unit, longest=longest)
         pairs = drop_prompts_in_test(pairs, stage="preflight")  # shortened prompts may have become equal
         pairs["test"] = _draw_eval_pairs(pairs["test"], script_args.eval_pairs, ledger)
     for split, rows in pairs.items():
@@ -159,13 +154,8 @@ def measure_pairs(
     lines = account.account_lines(ledger, limit=f"{limit} {longest}" if longest else "", kept=f"{unit}s")
     lines += account.reader_lines(ledger)
     account.refuse_empty(pairs, ledger, lines)
-    data = {
-        "dataset": script_args.dataset_name,
-        "max_length": None,
-        limit: longest,
-        **account.account_data(ledger, pairs),
-    }
-    data |= {"model": tokenizer.name_or_path, "chat_template": tokenizer.chat_template is not None}
+    data = {"dataset": script_args.dataset_name, "max_length": None, limit: longest, "model": tokenizer.name_or_path}
+    data |= {"chat_template": tokenizer.chat_template is not None, **account.account_data(ledger, pairs)}
     if unit == "pair":
         _check_model(tokenizer, training_args, script_args.settings, data["tokens"])
         data["rendered"] = rendered_pairs(pairs["train"], tokenizer, split="train")
@@ -221,7 +211,7 @@ def tokenizer_to_measure(tokenizer: Any, *, pairs: Dataset) -> Any:
     return tokenizer
 
 
-def _fit(
+def _fit_split(
     rows: Dataset, tokenizer: Any, script_args: Any, ledger: Ledger, *, split: str, unit: Unit, longest: int | None
 ) -> Dataset:
     """The pairs or prompts of one split that are short enough."""
