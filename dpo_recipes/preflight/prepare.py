@@ -59,7 +59,7 @@ def prepare_pairs(
             finding is a failure.
         SystemExit: With status 0 after a dry run, which writes nothing.
     """
-    return _prepare(load_pairs, script_args, training_args, tokenizer, prompts_alone=False)
+    return _prepare(load_pairs, script_args, training_args, tokenizer, prompts_only=False)
 
 
 def prepare_prompts(
@@ -85,11 +85,11 @@ def prepare_prompts(
             prompt leaves no room for an answer, there are too few for a rollout, or the reward model cannot score.
         SystemExit: With status 0 after a dry run, which writes nothing.
     """
-    return _prepare(load_pairs, script_args, training_args, tokenizer, prompts_alone=True)
+    return _prepare(load_pairs, script_args, training_args, tokenizer, prompts_only=True)
 
 
 def _prepare(
-    load_pairs: LoadPairs, script_args: RecipeArguments, training_args: Any, tokenizer: Any, *, prompts_alone: bool
+    load_pairs: LoadPairs, script_args: RecipeArguments, training_args: Any, tokenizer: Any, *, prompts_only: bool
 ) -> DatasetDict:
     if script_args.dataset_streaming:
         raise RecipeError(
@@ -104,7 +104,7 @@ def _prepare(
         try:
             if state.is_main_process and not script_args.dry_run:
                 check_start(script_args.settings, training_args)
-            measured = measure_pairs(load_pairs, script_args, training_args, tokenizer, prompts_alone=prompts_alone)
+            measured = measure_pairs(load_pairs, script_args, training_args, tokenizer, prompts_only=prompts_only)
         except RecipeError as error:
             measured = error
     if isinstance(measured, RecipeError):
@@ -128,11 +128,11 @@ def measure_pairs(
     training_args: Any,
     tokenizer: Any,
     *,
-    prompts_alone: bool = False,
+    prompts_only: bool = False,
 ) -> Measured:
     """The rows that a recipe can train on, with the account of all rows and tokens and the findings.
 
-    The arguments are those of `prepare_pairs`. With `prompts_alone` the rows are those that `prepare_prompts` returns.
+    The arguments are those of `prepare_pairs`. With `prompts_only` the rows are those that `prepare_prompts` returns.
 
     Raises:
         RecipeError: If the tokenizer has no chat template or EOS token, no row is left to train or to test on, or the
@@ -141,7 +141,7 @@ def measure_pairs(
     # A base model's EOS token is often not the one that its chat template writes: SFT can change that.
     lenient = {"without_eos_failure": 1.0} if isinstance(training_args, SFTConfig) else {}
     thresholds = set_thresholds(script_args.threshold, **lenient)
-    unit, limit, longest = _limit(script_args, training_args, prompts_alone=prompts_alone)
+    unit, limit, longest = _limit(script_args, training_args, prompts_only=prompts_only)
     with Ledger() as ledger:
         pairs = _load(load_pairs, script_args)
         tokenizer = tokenizer_to_measure(tokenizer, pairs=pairs["train"])
@@ -167,10 +167,10 @@ def measure_pairs(
     return Measured(pairs, lines, data | {"thresholds": thresholds} | judged(findings), findings)
 
 
-def _limit(script_args: Any, training_args: Any, *, prompts_alone: bool) -> tuple[Unit, str, int | None]:
+def _limit(script_args: Any, training_args: Any, *, prompts_only: bool) -> tuple[Unit, str, int | None]:
     """The unit that is measured, the setting that limits its tokens, and the value of this setting."""
-    if not prompts_alone or isinstance(training_args, SFTConfig):
-        return "text" if prompts_alone else "pair", "max_length", training_args.max_length
+    if not prompts_only or isinstance(training_args, SFTConfig):
+        return "text" if prompts_only else "pair", "max_length", training_args.max_length
     limit = "max_pair_length" if script_args.max_pair_length else "max_prompt_length"
     return "prompt", limit, getattr(script_args, limit)
 

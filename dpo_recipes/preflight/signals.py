@@ -9,23 +9,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from dpo_recipes.intervals import wilson
 from dpo_recipes.preflight.findings import CHECKS, Finding, judge
+from dpo_recipes.preflight.near_duplicates import find_alike, sketch
 
 _MARKS = {name: check["pattern"] for name, check in CHECKS.items() if {"label", "pattern"} <= check.keys()}
 _USUAL = 10  # pairs of one prompt, as ranked answers make them
 _ROWS = 5  # named as examples
 _BATCH = 2000  # pairs read at a time
 _SAMPLE, _FOLDS = 10_000, 5  # pairs for the rules that are learned, and folds of their prompts
-_HASHES = 16  # of a text
-_RUN = 16  # bytes, about three words
-_ALIKE, _ALIKE_AT_LEAST = 0.8, 0.5  # resemblance: the mean over prompt, chosen and rejected, and of each of them
-_ODD = np.random.default_rng(0).integers(2**63, size=32, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-_FOLDED = np.array([ord(chr(code).lower()) * chr(code).isalnum() for code in range(128)] + [*range(128, 256)], np.uint8)
 
 
 def find_signals(pairs: DatasetDict, *, seed: int = 0) -> dict[str, Any]:
@@ -47,9 +42,9 @@ def find_signals(pairs: DatasetDict, *, seed: int = 0) -> dict[str, Any]:
     firsts = [first.setdefault(key, row) for row, key in enumerate(train["pair"].tolist())]
     repeats = [(row, earlier) for row, earlier in enumerate(firsts) if earlier != row]
     against = [(row, first[key]) for row, key in enumerate(train["swapped"].tolist()) if key in first]
-    alike = _alike(train["sketch"], train["sketch"], earlier=True)
+    alike = find_alike(train["sketch"], train["sketch"], earlier=True)
     alike[[row for row, _ in repeats]] = -1  # exact copies count as such alone
-    leaked = _alike(test["sketch"][:, :1], train["sketch"][:, :1])
+    leaked = find_alike(test["sketch"][:, :1], train["sketch"][:, :1])
     margins = _margins(pairs["train"], train, seed)
     return {
         "pairs": size,
@@ -102,7 +97,7 @@ def _read_batch(table: pa.Table) -> dict[str, NDArray[Any]]:
         "prompt": np.array([hash(text) for text in prompts]),
         "pair": np.array([hash(texts) for texts in zip(prompts, chosen, rejected, strict=True)]),
         "swapped": np.array([hash(texts) for texts in zip(prompts, rejected, chosen, strict=True)]),
-        "sketch": np.stack([_sketch(texts) for texts in (prompts, chosen, rejected)], axis=1),
+        "sketch": np.stack([sketch(texts) for texts in (prompts, chosen, rejected)], axis=1),
         "first_word": np.array(words, dtype=object),
         "longer": np.stack([pc.utf8_length(side) for side in sides], axis=1),
     }
@@ -123,52 +118,6 @@ def _texts(table: pa.Table, column: str) -> Any:
 def _first_word(text: str) -> str:
     match = re.search(r"\w+", text)
     return match[0].lower() if match else ""
-
-
-def _sketch(texts: list[str]) -> NDArray[np.uint32]:
-    """The least of sixteen hashes over each text's runs (MinHash: Broder 1997). Shape (texts, 16).
-
-    A run is the sixteen bytes from the beginning of a word on, without case and punctuation. The share of the hashes in
-    which two texts agree estimates their resemblance: their common runs, divided by all their runs.
-    """
-    # UTF-8 has no byte 255: sixteen of them begin each text and keep the last runs from reaching into the next text.
-    mark = b" " + b"\xff" * _RUN + b" "
-    letters = _FOLDED[np.frombuffer(b"".join(mark + text.encode() for text in [*texts, ""]), np.uint8)]
-    letters = letters[1:][(letters[1:] > 0) | (letters[:-1] > 0)]  # one 0 behind every word
-    starts = np.append(0, np.flatnonzero(letters[: -_RUN - 1] == 0) + 1)
-    firsts = np.flatnonzero(letters[starts] == 255)
-    runs = sliding_window_view(letters, _RUN)[starts].view(np.uint64)
-    hashes = runs[:, 0] * _ODD[-1] + runs[:, 1] * _ODD[-2]
-    hashes ^= hashes >> np.uint64(29)
-    least = [np.minimum.reduceat(hashes * odd, firsts) >> np.uint64(32) for odd in _ODD[:_HASHES]]
-    return np.stack(least, axis=1)[:-1].astype(np.uint32)
-
-
-def _alike(sketches: NDArray[np.uint32], among: NDArray[np.uint32], *, earlier: bool = False) -> NDArray[np.int64]:
-    """For each sketch the row in `among` of the first sketch found to resemble it; -1 if there is none.
-
-    Two sketches are compared if they agree in some neighbouring hashes of all their texts (locality-sensitive
-    hashing). With `earlier` only rows before the sketch's own count.
-    """
-    found = np.full(len(sketches), -1)
-    neighbours = 4 if sketches.shape[1] == 1 else 2
-    for start in range(_HASHES):
-        columns = (start + np.arange(neighbours)) % _HASHES
-        wanted, keys = (
-            np.ascontiguousarray(side[:, :, columns].reshape(len(side), -1)).astype(np.uint64)
-            @ _ODD[: neighbours * side.shape[1]]
-            for side in (sketches, among)
-        )
-        keys, firsts = np.unique(keys, return_index=True)
-        at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
-        same = (keys[at] == wanted) & (found < 0)
-        if earlier:
-            same &= firsts[at] < np.arange(len(sketches))
-        rows = np.flatnonzero(same)
-        resemblance = (sketches[rows] == among[firsts[at[rows]]]).mean(axis=2)
-        close = (resemblance.mean(axis=1) >= _ALIKE) & (resemblance.min(axis=1) >= _ALIKE_AT_LEAST)
-        found[rows[close]] = firsts[at[rows[close]]]
-    return found
 
 
 def _margins(pairs: Dataset, read: Mapping[str, Any], seed: int) -> dict[str, tuple[Any, Any]]:
