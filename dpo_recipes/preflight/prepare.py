@@ -235,10 +235,10 @@ def _first_of_each_prompt(prompts: Dataset, ledger: Ledger, *, split: str) -> Da
     return prompts.select(list(first.values()))
 
 
-def _draw_eval_pairs(test: Dataset, size: int, ledger: Ledger) -> Dataset:
-    if size < 1:
+def _draw_eval_pairs(test: Dataset, size: int | None, ledger: Ledger) -> Dataset:
+    if size is not None and size < 1:
         raise RecipeError(f"eval_pairs is {size}, but evaluation needs pairs. Ask for one or more: --eval_pairs 512.")
-    if size >= len(test):
+    if size is None or size >= len(test):
         return test
     ledger.record("eval_pairs", "test", came=len(test), kept=size, not_sampled=len(test) - size)
     return test.select(sorted(random.Random(0).sample(range(len(test)), size)))

@@ -239,6 +239,7 @@ def test_the_test_split_is_cut_by_seed_and_the_rest_accounted_for(tokenizer, tmp
     assert first["prompt"][:] != [row["prompt"] for row in test[:5]]
     split = account(tmp_path)["splits"]["test"]
     assert (split["rows"], split["not_sampled"], split["kept"]) == (20, 15, 5)
+    assert len(prepare([pair("u:a")], test, tokenizer=tokenizer, tmp_path=tmp_path, eval_pairs=None)["test"]) == 20
     with pytest.raises(RecipeError, match="eval_pairs is 0"):
         prepare([pair("u:a")], test, tokenizer=tokenizer, tmp_path=tmp_path, eval_pairs=0)
 
