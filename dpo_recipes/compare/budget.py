@@ -9,7 +9,7 @@ from typing import Any
 from dpo_recipes.compare.plan import ALGORITHMS, ONLINE, Recipe, Stage
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json
-from dpo_recipes.preflight.memory import count_updates
+from dpo_recipes.preflight.cost import count_updates
 from dpo_recipes.runs.model_card import weights_hash
 
 PRESET = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "dtype")

@@ -1,15 +1,19 @@
-"""The account of rows and tokens: for the screen, for preflight.json, and what in it is worth a warning."""
+"""The account of rows and tokens, for the screen and for preflight.json, and the findings in it."""
 
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from datasets import DatasetDict
+
 from dpo_recipes.dataset_adapters.adapting import DROP_CHOICES, DROP_REASONS
-from dpo_recipes.dataset_adapters.ledger import Ledger
-from dpo_recipes.preflight.findings import Finding, judge
-from dpo_recipes.preflight.tokens import FAULTS
+from dpo_recipes.dataset_adapters.ledger import Ledger, SplitAccount
+from dpo_recipes.errors import RecipeError
+from dpo_recipes.loading import digest
+from dpo_recipes.preflight.findings import CHECKS, Finding, judge
+from dpo_recipes.preflight.tokens import FAULTS, Unit, describe
 
 _SHOWN_REASONS = 5  # on the screen; preflight.json has them all
 _SHOWN_COLUMNS = 6
@@ -19,40 +23,50 @@ def account_lines(ledger: Ledger, *, limit: str, kept: str = "pairs") -> list[st
     """The account for the screen: one line a kind of row, one column a split, at most 14 lines.
 
     Args:
-        ledger: Of all rows.
+        ledger: Holds the account of all rows.
         limit: The setting by which rows are too long, with its value in tokens; "" for none.
-        kept: What is left in the end.
+        kept: Name of the rows that are left.
     """
-    accounts = {split: ledger.accounts[split] for split in ("train", "test") if split in ledger.accounts}
-    reasons = sorted(ledger.total().dropped.items(), key=lambda item: -item[1].count)
+    splits = [split for split in ("train", "test") if split in ledger.accounts]
+    accounts = [ledger.accounts[split] for split in splits]
+    lines = [_line(f"Data account ({limit} tokens)" if limit else "Data account", splits)]
 
-    def line(label: str, count: Callable[[Any], int], *, sign: str = "") -> str:
-        numbers = (f"{count(account):{sign},}" if count(account) else "-" for account in accounts.values())
-        return f"{label:<54}" + "".join(f"{number:>10}" for number in numbers)
+    def add(label: str, numbers: Iterable[int], *, sign: str = "", if_any: bool = False) -> None:
+        numbers = list(numbers)
+        if any(numbers) or not if_any:
+            lines.append(_line(label, [f"{number:{sign},}" if number else "-" for number in numbers]))
 
-    def dropped(label: str, names: list[str]) -> str:
-        return line(f"  {label}", lambda account: -sum(account.dropped[n].count for n in names if n in account.dropped))
-
-    title = f"Data account ({limit} tokens)" if limit else "Data account"
-    lines = [f"{title:<54}" + "".join(f"{split:>10}" for split in accounts)]
-    lines.append(line("rows", lambda account: account.rows))
-    lines += [dropped(_phrase(reason), [reason]) for reason, _ in reasons[:_SHOWN_REASONS]]
-    if rest := [reason for reason, _ in reasons[_SHOWN_REASONS:]]:
-        lines.append(dropped(f"{len(rest)} other reasons", rest))
-    if any(account.moved for account in accounts.values()):
-        lines.append(line("  held out of train as test", lambda account: account.moved, sign="+"))
-    if any(account.not_sampled for account in accounts.values()):
-        lines.append(line("  left out by drawing a sample", lambda account: -account.not_sampled))
-    if any(account.pairs_made for account in accounts.values()):
-        lines.append(line("  messages that the pairs are made of", lambda account: -account.in_pairs))
-        lines.append(line("  pairs made of them", lambda account: account.pairs_made, sign="+"))
-    lines.append(line(kept, lambda account: account.kept))
-    lines.append(line("  of these, shortened by their oldest turns", lambda account: account.shortened))
+    add("rows", (account.rows for account in accounts))
+    dropped = ledger.total().dropped
+    reasons = sorted(dropped, key=lambda reason: -dropped[reason].count)
+    for reason in reasons[:_SHOWN_REASONS]:
+        add(f"  {_phrase(reason)}", (-_count(account, reason) for account in accounts))
+    rest = reasons[_SHOWN_REASONS:]
+    others = (-sum(_count(account, reason) for reason in rest) for account in accounts)
+    add(f"  {len(rest)} other reasons", others, if_any=True)
+    add("  held out of train as test", (account.moved for account in accounts), sign="+", if_any=True)
+    add("  left out by drawing a sample", (-account.not_sampled for account in accounts), if_any=True)
+    add("  messages that the pairs are made of", (-account.in_pairs for account in accounts), if_any=True)
+    add("  pairs made of them", (account.pairs_made for account in accounts), sign="+", if_any=True)
+    add(kept, (account.kept for account in accounts))
+    add("  of these, shortened by their oldest turns", (account.shortened for account in accounts))
     return lines
 
 
+def _line(label: str, cells: Iterable[str]) -> str:
+    return f"{label:<54}" + "".join(f"{cell:>10}" for cell in cells)
+
+
+def _count(account: SplitAccount, reason: str) -> int:
+    return account.dropped[reason].count if reason in account.dropped else 0
+
+
+def _phrase(reason: str) -> str:
+    return DROP_REASONS.get(reason, reason.replace("_", " "))
+
+
 def reader_lines(ledger: Ledger) -> list[str]:
-    """The dataset adapters that read the rows, and the columns whose text they leave out."""
+    """The dataset adapters that read the rows, and the columns whose text reaches no token."""
     advice = "other layouts: --columns, recipes/README.md"
     lines = [f"Read by {', '.join(ledger.read_by)} ({advice})."] if ledger.read_by else []
     shares = [f"{column} ({found['rows'] / found['of']:.0%} of rows)" for column, found in ledger.unread.items()]
@@ -61,60 +75,65 @@ def reader_lines(ledger: Ledger) -> list[str]:
     return lines + textwrap.wrap(named, 79, subsequent_indent="  ") if shares else lines
 
 
-def account_data(ledger: Ledger, *, name: str | None, max_length: int | None) -> dict[str, Any]:
-    """The account for preflight.json, with what each reason means and the first rows of each."""
+def token_lines(tokens: Mapping[str, Mapping[str, Any]], *, unit: Unit) -> list[str]:
+    """The longest and the mean numbers of tokens of each split, in the columns of `account_lines`."""
+    prompts = [split["prompt"] for split in tokens.values()]
+    longest, mean = [prompt["max"] for prompt in prompts], [prompt["mean"] for prompt in prompts]
+    rows = {f"tokens of the longest {unit}": longest, f"  of a {unit}, on average": mean}
+    if unit == "pair":
+        longest = [split["longest_pair"] for split in tokens.values()]
+        completions = [(split["chosen"]["mean"] + split["rejected"]["mean"]) / 2 for split in tokens.values()]
+        rows = {"tokens of the longest pair": longest, "  of a prompt, on average": mean}
+        rows["  of a completion, on average"] = completions
+    return [_line(label, (f"{number:,.0f}" for number in numbers)) for label, numbers in rows.items()]
+
+
+def refuse_empty(pairs: DatasetDict, ledger: Ledger, lines: list[str]) -> None:
+    """Raises RecipeError if a split is empty: with the remedy for the most frequent reason, and the account."""
+    for split, purpose in (("train", "train on"), ("test", "evaluate on")):
+        if len(pairs[split]):
+            continue
+        dropped = ledger.accounts.get(split, SplitAccount()).dropped
+        reason = max(dropped, key=lambda name: dropped[name].count, default="no_rows")
+        remedy = CHECKS["dropped"]["remedies"].get(reason, 'See recipes/README.md, "Your own data".')
+        raise RecipeError("\n".join([f"No usable pair is left to {purpose}. {remedy}", *lines]))
+
+
+def account_data(ledger: Ledger, pairs: DatasetDict) -> dict[str, Any]:
+    """The account of rows and tokens for preflight.json, with the meaning of each reason and the first rows of each."""
     total = ledger.total()
     return {
-        "dataset": name,
-        "max_length": max_length,
         "read_by": ledger.read_by,
         "unread": ledger.unread,
         "reasons": {reason: _phrase(reason) for reason in total.dropped},
         "splits": {split: asdict(account) for split, account in ledger.accounts.items()},
         "total": asdict(total),
+        "prompts": {split: digest(rows) for split, rows in pairs.items()},
+        "tokens": {split: describe(rows, account=ledger.accounts[split]) for split, rows in pairs.items()},
     }
 
 
-def token_lines(tokens: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The tokens of each split, in the columns of `account_lines`."""
-    labels = ("tokens of the longest pair", "  of a prompt, on average", "  of a completion, on average")
-    columns = [
-        [split["longest_pair"], split["prompt"]["mean"], (split["chosen"]["mean"] + split["rejected"]["mean"]) / 2]
-        for split in tokens.values()
-    ]
-    rows = zip(labels, *columns, strict=True)
-    return [f"{label:<54}" + "".join(f"{number:>10,.0f}" for number in numbers) for label, *numbers in rows]
-
-
-def dropped_findings(ledger: Ledger, thresholds: Mapping[str, float]) -> list[Finding]:
-    """Whether more rows than usual were dropped by faults of their own."""
-    total = ledger.total()
-    faults = sum(drop.count for reason, drop in total.dropped.items() if reason not in DROP_CHOICES)
-    return judge("dropped", faults, total.rows, thresholds)
-
-
 def account_findings(ledger: Ledger, data: Mapping[str, Any], thresholds: Mapping[str, float]) -> list[Finding]:
-    """What is wrong with the rows, and with the pairs as tokens.
+    """The findings about the rows, and about the pairs or prompts as tokens.
 
     Args:
-        ledger: Of all rows.
-        data: With `tokens` by split, as `describe` gives them, and `rendered`, as `rendered_pairs` does.
-        thresholds: As `THRESHOLDS` has them.
+        ledger: Holds the account of all rows.
+        data: `tokens` by split, as `describe` returns them, and for pairs `rendered`, as `rendered_pairs` does.
+        thresholds: Shares by name, like THRESHOLDS.
     """
-    total = ledger.total()
-    counts = {name: sum(split[name] for split in data["tokens"].values()) for name in FAULTS}
-    fields: Counter[str] = sum((Counter(split["unrendered"]) for split in data["tokens"].values()), Counter())
+    total, tokens = ledger.total(), data["tokens"].values()
+    faults = sum(drop.count for reason, drop in total.dropped.items() if reason not in DROP_CHOICES)
+    found = judge("dropped", faults, total.rows, thresholds)
+    counts = {name: sum(split.get(name, 0) for split in tokens) for name in FAULTS}
+    if "rendered" in data:
+        # Only training pairs count: the test pairs that were kept are a sample of those that fit.
+        train, at_risk = ledger.accounts["train"], data["tokens"]["train"]["completion_at_risk"]
+        words = {"too_long": at_risk - train.shortened, "shortened": train.shortened}
+        found += judge("completion_at_risk", at_risk, train.kept + words["too_long"], thresholds, **words)
+        has_header = all(pair["generation_prompt"] for pair in data["rendered"])
+        counts["no_generation_prompt"] = 0 if has_header else total.kept
+    fields: Counter[str] = sum((Counter(split.get("unrendered")) for split in tokens), Counter())
     unrendered = ", ".join(f"{field} in {count / max(total.kept, 1):.0%}" for field, count in fields.most_common())
-    counts["no_generation_prompt"] = 0 if all(pair["generation_prompt"] for pair in data["rendered"]) else total.kept
-    found = dropped_findings(ledger, thresholds)
-    # Of the test pairs, a sample is kept of those that fit.
-    train, at_risk = ledger.accounts["train"], data["tokens"]["train"]["completion_at_risk"]
-    words = {"too_long": at_risk - train.shortened, "shortened": train.shortened}
-    found += judge("completion_at_risk", at_risk, train.kept + words["too_long"], thresholds, **words)
     for name, count in counts.items():
         found += judge(name, count, total.kept, thresholds, fields=unrendered)
     return found
-
-
-def _phrase(reason: str) -> str:
-    return DROP_REASONS.get(reason, reason.replace("_", " "))

@@ -1,5 +1,6 @@
-"""What training on the pairs will cost: updates, tokens, padding, memory, and whether that fits the device."""
+"""Estimates what training on the pairs will cost: updates, tokens, padding, memory, and whether the device has room."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,10 +8,10 @@ import numpy as np
 import psutil
 import torch
 from datasets import Dataset
-from transformers import AutoConfig
+from trl import DPOConfig, RewardConfig
 
 from dpo_recipes.preflight.findings import Finding, judge
-from dpo_recipes.preflight.memory import count_updates, count_weights, memory_parts, size_text, task_of
+from dpo_recipes.preflight.memory import count_weights, load_config, memory_parts, size_text, sizes_text
 
 
 def estimate_cost(
@@ -24,23 +25,21 @@ def estimate_cost(
 
     Args:
         pairs: Training pairs, as `fit` returns them.
-        script_args: Of the recipe.
-        training_args: Of the recipe.
-        settings: All settings in force; the model's configuration is read.
-        card: Name and bytes of what the run is to fit; None: this machine.
+        script_args: RecipeArguments of the recipe.
+        training_args: TRL config of the recipe.
+        settings: All settings in force; they name the model, whose configuration is read.
+        card: Name and bytes of the device that the run is to fit; None: this machine.
     """
     task = task_of(training_args)
-    preference = task in ("preference", "reward")  # else one answer a row
+    two_answers = task in ("preference", "reward")
     prompt, chosen, rejected = (np.array(pairs[f"{side}_tokens"][:]) for side in ("prompt", "chosen", "rejected"))
-    longest = prompt + (np.maximum(chosen, rejected) if preference else chosen)
-    real = 2 * prompt + chosen + rejected if preference else longest
+    longest = prompt + (np.maximum(chosen, rejected) if two_answers else chosen)
+    real = int((2 * prompt + chosen + rejected if two_answers else longest).sum())
     batch = training_args.per_device_train_batch_size
     order = np.random.default_rng(training_args.seed).permutation(len(pairs))
     batches = np.split(longest[order], range(batch, len(pairs), batch))
-    padded = sum(len(rows) * int(rows.max()) for rows in batches) * (2 if preference else 1)
-    config = AutoConfig.from_pretrained(
-        settings["model_name_or_path"], revision=settings.get("model_revision") or "main"
-    )
+    padded = sum(len(rows) * int(rows.max()) for rows in batches) * (2 if two_answers else 1)
+    config = load_config(settings["model_name_or_path"], settings, trust_remote_code=training_args.trust_remote_code)
     at_most = {**settings, "max_length": int(longest.max()), "per_device_train_batch_size": min(batch, len(pairs))}
     memory = memory_parts(config, count_weights(config, settings, task=task), at_most, task=task)
     total = sum(memory.values())
@@ -49,11 +48,12 @@ def estimate_cost(
         "pairs_per_epoch": len(pairs),
         "updates": count_updates(script_args, training_args, len(pairs)),
         "batch": batch,
-        "real_tokens": int(real.sum()),
+        "real_tokens": real,
         "padded_tokens": padded,
-        "padding_share": 1 - float(real.sum()) / padded,
-        # The second copy of each prompt; without it and without padding, if time goes with the number of tokens:
-        "prefix_share": float(prompt.sum() / real.sum()) if task == "preference" else 0.0,
+        "padding_share": 1 - real / padded,
+        # The share of second copies of prompts; the speed-up without them and without padding, if time is proportional
+        # to the number of tokens:
+        "prefix_share": float(prompt.sum()) / real if task == "preference" else 0.0,
         "shared_prefix_speedup": padded / float((prompt + chosen + rejected).sum()) if task == "preference" else 1.0,
         "memory": memory,
         "memory_total": total,
@@ -61,8 +61,28 @@ def estimate_cost(
     }
 
 
+def task_of(training_args: Any) -> str:
+    """The kind of a row: two answers (`preference`, or `reward` for a reward model), one `answer`, or `online`."""
+    if hasattr(training_args, "generation_batch_size"):  # GRPOConfig, PPOConfig, RLOOConfig
+        return "online"
+    kinds = {DPOConfig: "preference", RewardConfig: "reward"}
+    return next((task for kind, task in kinds.items() if isinstance(training_args, kind)), "answer")
+
+
+def count_updates(script_args: Any, training_args: Any, pairs: int) -> int:
+    """The optimizer steps of a run on this number of pairs, or prompts."""
+    if training_args.max_steps > 0:
+        return int(training_args.max_steps)
+    epoch: int = math.ceil(pairs / script_args.pairs_per_update)
+    if task_of(training_args) == "online":  # rollouts are whole, and learned from several times
+        prompts = training_args.generation_batch_size // training_args.num_generations
+        answers = pairs // prompts * training_args.generation_batch_size * training_args.num_iterations
+        epoch = answers // script_args.pairs_per_update
+    return math.ceil(epoch * float(training_args.num_train_epochs))
+
+
 def this_machine(training_args: Any) -> tuple[str, int]:
-    """What the run would stand on, and its bytes: the smallest card, or the main memory."""
+    """The device that the run would use, and its bytes: the smallest card, or the main memory."""
     cards = 0 if training_args.use_cpu else torch.cuda.device_count()
     if cards:
         return "this machine's card", min(torch.cuda.get_device_properties(card).total_memory for card in range(cards))
@@ -70,7 +90,7 @@ def this_machine(training_args: Any) -> tuple[str, int]:
 
 
 def cost_findings(cost: Mapping[str, Any], thresholds: Mapping[str, float]) -> list[Finding]:
-    """Whether the run may be too large for the device."""
+    """The finding that the run may be too large for the device, if its memory is above the threshold."""
     need, fits = cost["memory_total"], cost["fits"]
     words = {"needs": size_text(need), "device": fits["name"], "has": size_text(fits["bytes"])}
     return judge("memory", need, fits["bytes"], thresholds, **words)
@@ -78,20 +98,14 @@ def cost_findings(cost: Mapping[str, Any], thresholds: Mapping[str, float]) -> l
 
 def cost_lines(cost: Mapping[str, Any]) -> list[str]:
     """The cost for the screen."""
-    parts = ", ".join(f"{part} {size_text(size)}" for part, size in cost["memory"].items())
+    fits = cost["fits"]
     lines = [
         f"updates   {cost['updates']:,}, of {cost['pairs_per_epoch']:,} pairs an epoch",
         f"tokens    {cost['real_tokens']:,} an epoch, {cost['padded_tokens']:,} with padding "
         f"({cost['padding_share']:.0%} of them) in batches of {cost['batch']}",
-    ]
-    if cost["prefix_share"]:
-        lines.append(
-            f"prefix    {cost['prefix_share']:.0%} of the tokens are second copies of prompts; shared and without "
-            f"padding the tokens are {cost['shared_prefix_speedup']:.1f} times fewer"
-        )
-    fits = cost["fits"]
-    return [
-        *lines,
+        f"prefix    {cost['prefix_share']:.0%} of the tokens are second copies of prompts; shared and without "
+        f"padding the tokens are {cost['shared_prefix_speedup']:.1f} times fewer",
         f"memory    about {size_text(cost['memory_total'])} for the longest batch, of {size_text(fits['bytes'])} "
-        f"({fits['name']}): {parts}",
+        f"({fits['name']}): {sizes_text(cost['memory'])}",
     ]
+    return lines if cost["prefix_share"] else [*lines[:2], lines[3]]

@@ -1,4 +1,4 @@
-"""What the preflight found in the pairs, and what to do about it."""
+"""Findings of the preflight: the checks of checks.toml, their thresholds, and what to do about a finding."""
 
 import math
 import re
@@ -23,7 +23,7 @@ THRESHOLDS: dict[str, float] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to know before training on the pairs."""
+    """A fault of the pairs, or a risk, that a user should know before training on them."""
 
     name: str  # of the check, and of its threshold
     level: Literal["warning", "failure"]  # a failure stops the run before a model is loaded
@@ -31,19 +31,19 @@ class Finding:
     remedy: str
 
 
-def set_thresholds(given: Sequence[str] | None, defaults: Mapping[str, float]) -> dict[str, float]:
-    """The thresholds, with those given as `name=value` in place of the defaults.
+def set_thresholds(given: Sequence[str] | None, **defaults: float) -> dict[str, float]:
+    """The thresholds of THRESHOLDS, or of `defaults`, or as given in the form `name=value`: the last one counts.
 
     Raises:
         RecipeError: If there is no such threshold, or the value is no share (70 for 70 %).
     """
-    thresholds = dict(defaults)
+    thresholds = THRESHOLDS | defaults
     for word in given or []:
         match = re.fullmatch(r"(\w+)=([01]|[01]?\.\d+)", word)
         if match is None or match[1] not in thresholds:
-            names = ", ".join(sorted(thresholds))
             raise RecipeError(
-                f"--threshold {word} is not of the form NAME=0.1, a share, the name being one of {names}."
+                f"--threshold {word} is not of the form NAME=0.1: a name and a share. The names are: "
+                f"{', '.join(sorted(thresholds))}."
             )
         thresholds[match[1]] = float(match[2])
     return thresholds
@@ -71,3 +71,13 @@ def finding_lines(findings: Sequence[Finding]) -> list[str]:
     lines = [f"{found.level.capitalize()} ({found.name}): {found.text} {found.remedy}" for found in ranked[:_SHOWN]]
     rest = [found.name for found in ranked[_SHOWN:]]
     return [*lines, f"{len(rest)} more: {', '.join(rest)}"] if rest else lines
+
+
+def refuse_failures(findings: Sequence[Finding]) -> None:
+    """Raises RecipeError if a finding is a failure."""
+    if names := [finding.name for finding in findings if finding.level == "failure"]:
+        flags = " ".join(f"{name}_failure=1" for name in names)
+        raise RecipeError(
+            f"The pairs are not fit to train on: {', '.join(names)}. Mend that, or go on all the same: "
+            f"--threshold {flags}"
+        )

@@ -1,4 +1,4 @@
-"""`dpo-recipes inspect`: everything that can be known of a recipe's data before a model is loaded."""
+"""`dpo-recipes inspect`: an account of a recipe's data, what to beware of in it, and what training on it will cost."""
 
 import re
 import runpy
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from datasets import DatasetDict
-from transformers import AutoConfig, TrainingArguments
+from transformers import TrainingArguments
 from trl import DPOConfig, ModelConfig
 
 from dpo_recipes.catalog import read_yaml
@@ -19,9 +19,10 @@ from dpo_recipes.loading import load_rows, split_pairs
 from dpo_recipes.models.rewards import context_length
 from dpo_recipes.preflight import off_distribution, page, signals
 from dpo_recipes.preflight.cost import cost_findings, cost_lines, estimate_cost
-from dpo_recipes.preflight.findings import finding_lines, judge, judged
-from dpo_recipes.preflight.prepare import measure_pairs, refuse_failures, tokenizer_to_measure
-from dpo_recipes.preflight.tokens import MEASURES, as_rendered
+from dpo_recipes.preflight.findings import finding_lines, judge, judged, refuse_failures
+from dpo_recipes.preflight.memory import load_config
+from dpo_recipes.preflight.prepare import measure_pairs, tokenizer_to_measure
+from dpo_recipes.preflight.tokens import as_rendered
 from dpo_recipes.recipe import RecipeArguments, argument_classes, load_tokenizer, parse_recipe
 from dpo_recipes.terminal import say
 
@@ -40,61 +41,76 @@ def inspect(
     """Writes `preflight.json` and `preflight.html`, and prints the summary.
 
     Args:
-        name: What was asked for: a recipe or a dataset.
+        name: The recipe or dataset, as the user named it.
         recipe: The recipe's file; None where `name` is a dataset, whose columns tell its dataset adapter.
         profile: The machine's settings.
-        flags: As `dpo-recipes train` takes them.
+        flags: Settings, as `dpo-recipes train` takes them.
         card: Name and bytes of the card that the run is to fit; None: this machine.
         with_model: Load the model, and measure how likely it finds the completions.
 
     Raises:
         RecipeError: If the settings are refused, the data cannot be had, or a finding is a failure.
     """
+    namespace = _recipe_of_pairs(name, recipe)
+    script = recipe or Path(re.sub(r"\W+", "_", Path(name).stem))
+    script_args, training_args, model_args = parse_namespace(namespace, script, profile=profile, flags=flags)
+    tokenizer, model = load_tokenizer(model_args, training_args), str(model_args.model_name_or_path)
+    given = {flag.partition("=")[0].removeprefix("--") for flag in flags}
+    if recipe is None and "max_length" not in given:  # the default of 1,024 may be more than the model takes
+        config = load_config(model, script_args.settings, trust_remote_code=training_args.trust_remote_code)
+        training_args.max_length = min(training_args.max_length, context_length(config))
+    measured = measure_pairs(namespace["load_pairs"], script_args, training_args, tokenizer)
+    read_by, seed = tokenizer_to_measure(tokenizer, pairs=measured.pairs["train"]), training_args.seed
+    rendered = DatasetDict({split: as_rendered(rows, read_by) for split, rows in measured.pairs.items()})
+    found = signals.find_signals(rendered, seed=seed)
+    off = None
+    if with_model:
+        off = off_distribution.measure(measured.pairs, model, read_by, revision=model_args.model_revision, seed=seed)
+    settings = script_args.settings | _precision_on_device(profile, given)
+    cost = estimate_cost(measured.pairs["train"], script_args, training_args, settings=settings, card=card)
+    thresholds = measured.data["thresholds"]
+    findings = [*measured.findings, *cost_findings(cost, thresholds)]
+    findings += judge("off_distribution", off["rejected"]["far"], 1, thresholds) if off else []
+    findings += signals.signal_findings(found, thresholds)
+    part = "the first rows of each split" if script_args.dataset_streaming else None
+    more = {"recipe": recipe and recipe.stem, "part": part, "cost": cost, "signals": found, "off_distribution": off}
+    data = measured.data | more | judged(findings)
+    head = ", ".join(filter(None, (f"{script_args.dataset_name} for {model}", part)))
+    lines = [head, *measured.lines, "", *cost_lines(cost), "", *finding_lines(findings)]
+    folder = Path(training_args.output_dir)
+    files = write_json(folder / "preflight.json", data), page.write_page(folder / "preflight.html", data)
+    say("\n".join([*lines, f"Verdict: {data['verdict']}. The whole account: {files[0]}, {files[1]}"]))
+    refuse_failures(findings)
+
+
+def _recipe_of_pairs(name: str, recipe: Path | None) -> dict[str, Any]:
+    """The names of the recipe's file, or what they would be for the dataset.
+
+    Raises:
+        RecipeError: If the file is no recipe, or its recipe learns from prompts alone.
+    """
     namespace = runpy.run_path(str(recipe)) if recipe else dataset_recipe(name)
     if not {"RECIPE", "load_pairs"} <= set(namespace):
         raise RecipeError(f"{recipe} lacks RECIPE or load_pairs. Start from a recipe: dpo-recipes copy hh-rlhf-lora.")
-    script = recipe or Path(re.sub(r"\W+", "_", Path(name).stem))
     if "prepare_prompts" in namespace:
         raise RecipeError(
             f"{name} learns from prompts alone, which its training accounts for (--dry_run true). Inspect the "
             "pairs by a recipe that learns from them."
         )
-    script_args, training_args, model_args = parse_namespace(namespace, script, profile=profile, flags=flags)
-    tokenizer = load_tokenizer(model_args, training_args)
-    if recipe is None and not any(flag.partition("=")[0] == "--max_length" for flag in flags):
-        options = dict(revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code)
-        config = AutoConfig.from_pretrained(model_args.model_name_or_path, **options)
-        training_args.max_length = min(training_args.max_length, context_length(config))  # nobody asked for 1,024
-    measured = measure_pairs(namespace["load_pairs"], script_args, training_args, tokenizer)
-    pairs = measured.pairs.remove_columns(list(MEASURES))
-    thresholds, seed = measured.data["thresholds"], training_args.seed
-    read_by = tokenizer_to_measure(tokenizer, pairs=pairs["train"])
-    rendered = DatasetDict({split: as_rendered(rows, read_by) for split, rows in measured.pairs.items()})
-    found = signals.find_signals(rendered, seed=seed)
-    model = str(model_args.model_name_or_path)
-    off = None
-    if with_model:
-        off = off_distribution.measure(pairs, model, read_by, revision=model_args.model_revision, seed=seed)
+    return namespace
+
+
+def _precision_on_device(profile: Path, given: set[str]) -> dict[str, Any]:
+    """The precision that the profile sets for its card. Settings given as flags are left out.
+
+    Without that card these settings would be refused on this machine, so that the parsed settings do not hold them.
+    """
     on_device = {"use_cpu": False} | {key: value for key, value in read_yaml(profile).items() if key in PRECISION}
-    given = {flag.partition("=")[0].removeprefix("--") for flag in flags}
-    settings = script_args.settings | {key: on_device[key] for key in on_device if key not in given}
-    cost = estimate_cost(measured.pairs["train"], script_args, training_args, settings=settings, card=card)
-    findings = [*measured.findings, *cost_findings(cost, thresholds)]
-    findings += judge("off_distribution", off["rejected"]["far"], 1, thresholds) if off else []
-    findings += signals.signal_findings(found, thresholds)
-    data = measured.data | {"recipe": recipe and recipe.stem, "cost": cost, "signals": found, "off_distribution": off}
-    data |= judged(findings)
-    data["part"] = "the first rows of each split" if script_args.dataset_streaming else None
-    folder = Path(training_args.output_dir)
-    files = write_json(folder / "preflight.json", data), page.write_page(folder / "preflight.html", data)
-    head = ", ".join(filter(None, (f"{script_args.dataset_name} for {model}", data["part"])))
-    lines = [head, *measured.lines, "", *cost_lines(cost), "", *finding_lines(findings)]
-    say("\n".join([*lines, f"Verdict: {data['verdict']}. The whole account: {files[0]}, {files[1]}"]))
-    refuse_failures(findings)
+    return {key: value for key, value in on_device.items() if key not in given}
 
 
 def dataset_recipe(name: str) -> dict[str, Any]:
-    """What a recipe file would hold for this dataset."""
+    """The names that a recipe file for this dataset would hold."""
 
     def load_pairs(script_args: RecipeArguments) -> DatasetDict:
         rows = load_rows(script_args)

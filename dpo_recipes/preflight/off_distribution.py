@@ -1,4 +1,4 @@
-"""Whether the model would write the completions that it is to be trained on."""
+"""Measures how likely the reference model finds the completions of the pairs."""
 
 import random
 from typing import Any
@@ -13,44 +13,38 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 from dpo_recipes.models.pair_ids import encode_pairs
-from dpo_recipes.preflight.tokens import SIDES, render, template_options
+from dpo_recipes.preflight.tokens import SIDES, render_row
 
-# Nats a token by which an answer surprises the model more than its own would at the same places: what it writes has a
-# surprise of its entropy on average. An answer of 20 tokens is then e**20 times less likely than one of its own.
+# Nats a token. An answer is far if its tokens surprise the model by this much more than the model's own tokens would at
+# the same places, whose mean surprise is the entropy. Such an answer of 20 tokens is e**20 times less likely.
 FAR = 1.0
 _SAMPLE, _BATCH = 256, 8  # pairs
 
 
 def measure(
-    pairs: DatasetDict,
-    name_or_path: str,
-    tokenizer: Any,
-    *,
-    revision: str | None = None,
-    seed: int = 0,
+    pairs: DatasetDict, name_or_path: str, tokenizer: Any, *, revision: str | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """How likely the reference model finds the completions of a sample of the training pairs.
+    """Measures how likely the reference model finds the completions of a sample of the training pairs.
 
-    At the first update all pairs weigh alike. But to push down what is never written changes little of what is, and
-    the margin of such a pair soon grows until its gradient, which goes with sigmoid(-margin), is gone; on the way it
-    takes probability from other answers too (Ren and Sutherland 2024, arXiv 2407.10490).
+    A rejected completion that the model would never write teaches little: making it less likely hardly changes the
+    model's answers. The margin of its pair soon grows until the gradient, which is proportional to sigmoid(-margin),
+    vanishes. Until then the pair also takes probability from other answers (Ren and Sutherland 2024, arXiv 2407.10490).
 
     Args:
         pairs: As `fit` returns them.
-        name_or_path: Of the reference model.
+        name_or_path: Folder or Hub name of the reference model.
         tokenizer: The one that the pairs were measured with.
-        revision: Of the model, on the hub.
-        seed: Of the sample.
+        revision: Revision of the model on the Hub.
+        seed: Draws the sample.
 
     Returns:
-        For `chosen` and `rejected` the quantiles of `logp_per_token` and of `surplus` (surprise over entropy, nats a
-        token) and the share `far` from what the model writes; `agrees`, the share of pairs of which it finds the
-        chosen completion more likely already; `rows`, those of the rejected completions that are farthest.
+        For `chosen` and `rejected` the quantiles of `logp_per_token` and of `surplus` (surprise minus entropy, nats a
+        token) and the share of completions that are `far`; `agrees`, the share of pairs whose chosen completion the
+        model already finds more likely; `rows`, the rows of the rejected completions that are farthest.
     """
     train = pairs["train"]
     rows = random.Random(seed).sample(range(len(train)), min(_SAMPLE, len(train)))
-    drawn = [([pair[side] for side in SIDES], template_options(pair)) for pair in train.select(rows)]
-    ids = encode_pairs([render(*pair, tokenizer=tokenizer, **options) for pair, options in drawn], tokenizer)
+    ids = encode_pairs([render_row(pair, tokenizer) for pair in train.select(rows)], tokenizer)
     order = sorted(range(len(ids)), key=lambda place: sum(map(len, ids[place][:3])))  # so that little is padded
     examples = [{f"{side}_ids": getattr(ids[place], side) for side in SIDES} for place in order]
     device = PartialState().device

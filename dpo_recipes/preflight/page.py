@@ -1,4 +1,4 @@
-"""The preflight as a page."""
+"""Writes the preflight as a page."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,11 +9,11 @@ from dpo_recipes.preflight.memory import size_text
 
 
 def write_page(path: str | Path, data: Mapping[str, Any]) -> Path:
-    """The path of a page that shows what preflight.json holds; sections without data are left out."""
+    """Writes a page of the contents of preflight.json, without sections that have no data, and returns its path."""
     filters: dict[str, Callable[..., str]] = {"size": size_text, "visible": _visible}
     return page.write_page(path, page.TEMPLATES / "preflight.html.jinja", data, filters)
 
 
 def _visible(token: str) -> str:
-    """A token with its line breaks and tabs shown, so that none looks empty."""
+    """The token with its line breaks and tabs visible, so that no token looks empty."""
     return token.replace("\n", "↵\n").replace("\t", "⇥\t")

@@ -1,71 +1,66 @@
-"""Signs that the pairs teach something else than they are meant to: give-aways, repeats, contradictions, leaks."""
+"""Looks for pairs that teach something else than they are meant to: give-aways, repeats, contradictions, leaks."""
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from dpo_recipes.estimates import wilson
 from dpo_recipes.preflight.findings import CHECKS, Finding, judge
+from dpo_recipes.preflight.near_duplicates import find_alike, sketch
 
-_MARKS = {name: check["pattern"] for name, check in CHECKS.items() if "pattern" in check}
+_MARKS = {name: check["pattern"] for name, check in CHECKS.items() if {"label", "pattern"} <= check.keys()}
 _USUAL = 10  # pairs of one prompt, as ranked answers make them
 _ROWS = 5  # named as examples
+_BATCH = 2000  # pairs read at a time
 _SAMPLE, _FOLDS = 10_000, 5  # pairs for the rules that are learned, and folds of their prompts
-_HASHES = 16  # of a text
-_RUN = 16  # bytes, about three words
-_ALIKE, _ALIKE_AT_LEAST = 0.8, 0.5  # resemblance: the mean over prompt, chosen and rejected, and of each of them
-_ODD = np.random.default_rng(0).integers(2**63, size=32, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-_FOLDED = np.array([ord(chr(code).lower()) * chr(code).isalnum() for code in range(128)] + [*range(128, 256)], np.uint8)
 
 
 def find_signals(pairs: DatasetDict, *, seed: int = 0) -> dict[str, Any]:
-    """What trivial rules predict of the training pairs, and which pairs are repeated, contradicted or leaked.
+    """Finds what trivial rules predict of the training pairs, and which pairs are repeated, contradicted or leaked.
 
     Args:
         pairs: `train` and `test`, neither empty, as conversations or as plain text. Row numbers are of these.
-        seed: Of the sample for the rules that are learned.
+        seed: Draws the sample for the rules that are learned.
 
     Returns:
         `pairs` and `prompts` (numbers); `baselines`, each with accuracy (a tie counts one half), low, high, n, the
         share decided and rows; `openers`, the first words that tell the sides apart most; `duplicates`,
-        `near_duplicates` and `contradictions`, each with count, of and rows `[row, its like]`; `near_leaks`, the
-        same with `[test row, training row]`; `frequent_prompt`. At most five rows each.
+        `near_duplicates` and `contradictions`, each with count, of and pairs of rows; `near_leaks`, the same with
+        `[test row, training row]`; `frequent_prompt`. At most five rows each.
     """
     train, test = _read(pairs["train"], split="train"), _read(pairs["test"], split="test")
     size = len(train["pair"])
     first: dict[int, int] = {}
-    repeats = [(row, other) for row, key in enumerate(train["pair"]) if (other := first.setdefault(key, row)) != row]
-    against = [(row, first[key]) for row, key in enumerate(train["swapped"]) if key in first]
-    alike = _alike(train["sketch"], train["sketch"], earlier=True)
-    alike[[row for row, _ in repeats]] = -1
-    leaked = _alike(test["sketch"][:, :1], train["sketch"][:, :1])
-    usual, times = Counter(train["prompt"]).most_common(1)[0]
-    rows = [row for row, key in enumerate(train["prompt"]) if key == usual][:_ROWS]
-    text = _texts(pairs["train"].select(rows[:1]).with_format("arrow")[:], "prompt")[0].as_py()
+    firsts = [first.setdefault(key, row) for row, key in enumerate(train["pair"].tolist())]
+    repeats = [(row, earlier) for row, earlier in enumerate(firsts) if earlier != row]
+    against = [(row, first[key]) for row, key in enumerate(train["swapped"].tolist()) if key in first]
+    alike = find_alike(train["sketch"], train["sketch"], earlier=True)
+    alike[[row for row, _ in repeats]] = -1  # exact copies count as such alone
+    leaked = find_alike(test["sketch"][:, :1], train["sketch"][:, :1])
+    margins = _margins(pairs["train"], train, seed)
     return {
         "pairs": size,
-        "prompts": len(set(train["prompt"])),
-        "baselines": {name: _baseline(name, *found) for name, found in _margins(pairs["train"], train, seed).items()},
-        "openers": _openers(train),
+        "prompts": len(np.unique(train["prompt"])),
+        "baselines": {name: _baseline(name, *found) for name, found in margins.items()},
+        "openers": _openers(train["first_word"]),
         "duplicates": _account(repeats, of=size),
-        "near_duplicates": _account(list(enumerate(alike)), of=size),
+        "near_duplicates": _account(enumerate(alike), of=size),
         "contradictions": _account(against, of=size),
-        "near_leaks": _account(list(enumerate(leaked)), of=len(leaked)),
-        "frequent_prompt": {"count": times, "of": size, "rows": rows, "text": text[:100]},
+        "near_leaks": _account(enumerate(leaked), of=len(leaked)),
+        "frequent_prompt": _frequent_prompt(pairs["train"], train["prompt"]),
     }
 
 
 def signal_findings(signals: Mapping[str, Any], thresholds: Mapping[str, float]) -> list[Finding]:
-    """The signals above their threshold. A rule must also differ from a coin by its 95 % interval."""
+    """The signals above their threshold. The 95 % interval of a rule must also exclude 50 %."""
     findings = []
     for name, rule in signals["baselines"].items():
         if not rule["low"] <= 0.5 <= rule["high"]:
@@ -79,34 +74,41 @@ def signal_findings(signals: Mapping[str, Any], thresholds: Mapping[str, float])
     return findings + judge("frequent_prompt", times - _USUAL, signals["pairs"], thresholds, times=times, prompt=prompt)
 
 
-def _read(rows: Dataset, *, split: str) -> dict[str, Any]:
-    """What is compared of each pair, in place of its texts.
+def _read(rows: Dataset, *, split: str) -> dict[str, NDArray[Any]]:
+    """The columns of `_read_batch` for all rows."""
+    tables = rows.with_format("arrow").iter(batch_size=_BATCH)
+    progress = tqdm(tables, desc=f"looking for signals ({split})", total=-(-len(rows) // _BATCH), leave=False)
+    parts = [_read_batch(table) for table in progress]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _read_batch(table: pa.Table) -> dict[str, NDArray[Any]]:
+    """Numbers and first words, which are compared in place of the texts.
 
     Returns:
-        `prompt`, `pair` and `swapped` (that with chosen and rejected exchanged), hashes; `sketch` of shape
-        (pairs, 3, 16); by the name of a rule the scores of chosen and rejected, of shape (pairs, 2); `first_word`.
+        Hashes `prompt`, `pair` and `swapped` (chosen and rejected exchanged), of shape (pairs,); `sketch`, of shape
+        (pairs, 3, 16); the `first_word` of chosen and rejected and, by the name of a rule, their scores, of shape
+        (pairs, 2).
     """
-    found: dict[str, list[Any]] = {name: [] for name in ("prompt", "pair", "swapped", "sketch", "first_word", "longer")}
-    found |= {name: [] for name in _MARKS}
-    with tqdm(total=len(rows), desc=f"looking for signals ({split})", leave=False) as progress:
-        for table in rows.with_format("arrow").iter(batch_size=2000):
-            columns = [_texts(table, side) for side in ("prompt", "chosen", "rejected")]
-            prompts, *sides = [column.to_pylist() for column in columns]
-            found["prompt"] += map(hash, prompts)
-            found["pair"] += map(hash, zip(prompts, *sides, strict=True))
-            found["swapped"] += map(hash, zip(prompts, *reversed(sides), strict=True))
-            found["sketch"].append(np.stack([_sketch(texts) for texts in (prompts, *sides)], axis=1))
-            found["first_word"] += zip(*([_first_word(text) for text in side] for side in sides), strict=True)
-            found["longer"].append(np.stack([pc.utf8_length(side) for side in columns[1:]], axis=1))
-            for name, pattern in _MARKS.items():
-                has = [pc.match_substring_regex(side, pattern).to_numpy(zero_copy_only=False) for side in columns[1:]]
-                found[name].append(np.stack(has, axis=1).astype(int))
-            progress.update(len(prompts))
-    return found | {name: np.concatenate(found[name]) for name in ("sketch", "longer", *_MARKS)}
+    prompt, *sides = (_texts(table, side) for side in ("prompt", "chosen", "rejected"))
+    prompts, chosen, rejected = prompt.to_pylist(), *(side.to_pylist() for side in sides)
+    words = [[_first_word(text) for text in answers] for answers in zip(chosen, rejected, strict=True)]
+    found = {
+        "prompt": np.array([hash(text) for text in prompts]),
+        "pair": np.array([hash(texts) for texts in zip(prompts, chosen, rejected, strict=True)]),
+        "swapped": np.array([hash(texts) for texts in zip(prompts, rejected, chosen, strict=True)]),
+        "sketch": np.stack([sketch(texts) for texts in (prompts, chosen, rejected)], axis=1),
+        "first_word": np.array(words, dtype=object),
+        "longer": np.stack([pc.utf8_length(side) for side in sides], axis=1),
+    }
+    for name, pattern in _MARKS.items():
+        has_mark = [pc.match_substring_regex(side, pattern).to_numpy(zero_copy_only=False) for side in sides]
+        found[name] = np.stack(has_mark, axis=1).astype(int)
+    return found
 
 
 def _texts(table: pa.Table, column: str) -> Any:
-    """The texts of a column of strings; of one of conversations, the contents of the turns, one below the other."""
+    """The texts of a column of strings; for conversations the contents of the turns, one below the other."""
     values = table[column].combine_chunks()
     if not pa.types.is_string(values.type):
         values = pc.binary_join(pa.ListArray.from_arrays(values.offsets, values.values.field("content")), "\n")
@@ -118,53 +120,8 @@ def _first_word(text: str) -> str:
     return match[0].lower() if match else ""
 
 
-def _sketch(texts: list[str]) -> NDArray[np.uint32]:
-    """The least of sixteen hashes over each text's runs (MinHash: Broder 1997). Shape (texts, 16).
-
-    A run is the sixteen bytes from the beginning of a word on, without case and punctuation. Two texts agree in a share
-    of the hashes that estimates their resemblance: the runs that they have in common, by all that they have.
-    """
-    # UTF-8 has no byte 255: sixteen of them begin each text and keep the last runs from reaching into the next text.
-    mark = b" " + b"\xff" * _RUN + b" "
-    letters = _FOLDED[np.frombuffer(b"".join(mark + text.encode() for text in [*texts, ""]), np.uint8)]
-    letters = letters[1:][(letters[1:] > 0) | (letters[:-1] > 0)]  # one 0 behind every word
-    starts = np.append(0, np.flatnonzero(letters[: -_RUN - 1] == 0) + 1)
-    firsts = np.flatnonzero(letters[starts] == 255)
-    runs = sliding_window_view(letters, _RUN)[starts].view(np.uint64)
-    hashes = runs[:, 0] * _ODD[-1] + runs[:, 1] * _ODD[-2]
-    hashes ^= hashes >> np.uint64(29)
-    least = [np.minimum.reduceat(hashes * odd, firsts) >> np.uint64(32) for odd in _ODD[:_HASHES]]
-    return np.stack(least, axis=1)[:-1].astype(np.uint32)
-
-
-def _alike(sketches: NDArray[np.uint32], among: NDArray[np.uint32], *, earlier: bool = False) -> NDArray[np.int64]:
-    """For each sketch the first of `among` that is found to resemble it, else -1; with `earlier`, of those before it.
-
-    Compared are those that agree in some neighbouring hashes of all their texts (locality-sensitive hashing).
-    """
-    found = np.full(len(sketches), -1)
-    neighbours = 4 if sketches.shape[1] == 1 else 2
-    for start in range(_HASHES):
-        columns = (start + np.arange(neighbours)) % _HASHES
-        wanted, keys = (
-            np.ascontiguousarray(side[:, :, columns].reshape(len(side), -1)).astype(np.uint64)
-            @ _ODD[: neighbours * side.shape[1]]
-            for side in (sketches, among)
-        )
-        keys, firsts = np.unique(keys, return_index=True)
-        at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
-        same = (keys[at] == wanted) & (found < 0)
-        if earlier:
-            same &= firsts[at] < np.arange(len(sketches))
-        rows = np.flatnonzero(same)
-        resemblance = (sketches[rows] == among[firsts[at[rows]]]).mean(axis=2)
-        close = (resemblance.mean(axis=1) >= _ALIKE) & (resemblance.min(axis=1) >= _ALIKE_AT_LEAST)
-        found[rows[close]] = firsts[at[rows[close]]]
-    return found
-
-
 def _margins(pairs: Dataset, read: Mapping[str, Any], seed: int) -> dict[str, tuple[Any, Any]]:
-    """By the name of a rule, how much higher it scores the chosen answer of each pair, and the rows of these pairs."""
+    """By the name of a rule: its score of chosen minus its score of rejected, and the rows of these pairs."""
     rows = np.arange(len(pairs))
     margins = {name: (read[name][:, 0] - read[name][:, 1], rows) for name in ("longer", *_MARKS)}
     sample = np.sort(np.random.default_rng(seed).permutation(rows)[:_SAMPLE])
@@ -173,14 +130,13 @@ def _margins(pairs: Dataset, read: Mapping[str, Any], seed: int) -> dict[str, tu
         return margins
     table = pairs.select(sample).with_format("arrow")[:]
     texts = [_texts(table, side).to_pylist() for side in ("chosen", "rejected")]
-    first_words = list(zip(*(read["first_word"][row] for row in sample), strict=True))
-    for name, sides in {"first_word": first_words, "bag_of_words": texts}.items():
+    for name, sides in {"first_word": read["first_word"][sample].T, "bag_of_words": texts}.items():
         margins[name] = _word_margins(*sides, prompts=prompts.ravel(), seed=seed), sample
     return margins
 
 
-def _word_margins(chosen: list[str], rejected: list[str], *, prompts: NDArray[Any], seed: int) -> NDArray[np.float64]:
-    """Of a logistic regression on the words that one side has more of, each fold by a model of the other prompts."""
+def _word_margins(chosen: Any, rejected: Any, *, prompts: NDArray[Any], seed: int) -> NDArray[np.float64]:
+    """Margins of a logistic regression on the words that one side has more of; each fold is left out of its model."""
     from scipy.sparse import vstack
     from sklearn.feature_extraction.text import HashingVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -207,13 +163,21 @@ def _baseline(name: str, margins: NDArray[Any], rows: NDArray[Any]) -> dict[str,
     }
 
 
-def _openers(read: Mapping[str, Any]) -> list[dict[str, Any]]:
-    chosen, rejected = (Counter(side) for side in zip(*read["first_word"], strict=True))
-    size = len(read["first_word"])
+def _openers(first_words: NDArray[Any]) -> list[dict[str, Any]]:
+    chosen, rejected = Counter(first_words[:, 0]), Counter(first_words[:, 1])
+    size = len(first_words)
     most = sorted(chosen | rejected, key=lambda word: (-abs(chosen[word] - rejected[word]), word))[:_ROWS]
     return [{"word": word, "chosen": chosen[word] / size, "rejected": rejected[word] / size} for word in most]
 
 
-def _account(rows: list[tuple[int, int]], *, of: int) -> dict[str, Any]:
+def _account(rows: Iterable[tuple[int, int]], *, of: int) -> dict[str, Any]:
+    """The pairs of a row and another one; those whose other row is -1 do not count."""
     found = [[row, int(other)] for row, other in rows if other >= 0]
     return {"count": len(found), "of": of, "rows": found[:_ROWS]}
+
+
+def _frequent_prompt(pairs: Dataset, hashes: NDArray[np.int64]) -> dict[str, Any]:
+    [(usual, times)] = Counter(hashes.tolist()).most_common(1)
+    rows = np.flatnonzero(hashes == usual)[:_ROWS].tolist()
+    text = _texts(pairs.select(rows[:1]).with_format("arrow")[:], "prompt")[0].as_py()
+    return {"count": times, "of": len(pairs), "rows": rows, "text": text[:100]}

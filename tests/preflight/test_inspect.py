@@ -1,4 +1,4 @@
-"""`dpo-recipes inspect`: what it says of tokens is what TRL does, and what is wrong with a template is found."""
+"""`dpo-recipes inspect` describes the tokens that TRL makes, and finds the faults of a chat template."""
 
 import json
 import os
@@ -154,12 +154,12 @@ def test_a_token_between_blanks_alone_is_none_in_the_middle_of_a_word():
 
 
 def settings_for(tmp_path, **others):
-    return types.SimpleNamespace(output_dir=str(tmp_path), max_length=None, **others)
+    return types.SimpleNamespace(output_dir=str(tmp_path), max_length=None, trust_remote_code=False, **others)
 
 
 def measured(rows, tokenizer, tmp_path, **script):
     pairs = DatasetDict(train=Dataset.from_list(rows), test=Dataset.from_list([pair("Held out?")]))
-    script_args = types.SimpleNamespace(dataset_name="rows", **script)
+    script_args = RecipeArguments(dataset_name="rows", **script)
     return measure_pairs(lambda _: pairs, script_args, settings_for(tmp_path), tokenizer)
 
 
@@ -217,7 +217,7 @@ def test_a_stop_token_in_the_middle_of_an_answer_is_found(chatml, tiny, tmp_path
     # Plain text brings its own EOS token, too.
     plain = [{"prompt": f"the {n}", "chosen": " fox<eos>", "rejected": " dog" + n * "<eos> on"} for n in range(2)]
     pairs = DatasetDict(train=Dataset.from_list(plain), test=Dataset.from_list([{**plain[0], "prompt": "?"}]))
-    script_args = types.SimpleNamespace(dataset_name="rows")
+    script_args = RecipeArguments(dataset_name="rows")
     result = measure_pairs(lambda _: pairs, script_args, settings_for(tmp_path), tiny)
     assert [found.name for found in result.findings] == ["eos_inside"]
 
@@ -271,7 +271,7 @@ def test_what_plain_trl_would_cut_into_is_counted(tiny, tmp_path):
     pairs = DatasetDict(train=Dataset.from_list([pair(), long, pair("w" * 60)]), test=Dataset.from_list([pair("?")]))
     training_args = settings_for(tmp_path)
     training_args.max_length = 50
-    script_args = types.SimpleNamespace(dataset_name="rows")
+    script_args = RecipeArguments(dataset_name="rows")
     result = measure_pairs(lambda _: pairs, script_args, training_args, tiny)
     train = result.data["tokens"]["train"]
     assert (train["shortened"], train["completion_at_risk"]) == (1, 2)
@@ -283,8 +283,9 @@ def test_what_plain_trl_would_cut_into_is_counted(tiny, tmp_path):
 def test_test_pairs_that_are_drawn_from_do_not_change_the_share_over_max_length(tiny, tmp_path):
     test = [pair(f"{n}{'w' * (60 if n % 2 else 1)}") for n in range(40)]
     pairs = DatasetDict(train=Dataset.from_list([pair(str(n)) for n in range(100, 130)]), test=Dataset.from_list(test))
-    training_args = types.SimpleNamespace(output_dir=str(tmp_path), max_length=50)
-    script_args = types.SimpleNamespace(dataset_name="rows", eval_pairs=2)
+    training_args = settings_for(tmp_path)
+    training_args.max_length = 50
+    script_args = RecipeArguments(dataset_name="rows", eval_pairs=2)
     result = measure_pairs(lambda _: pairs, script_args, training_args, tiny)
     assert result.findings == []
     assert result.data["tokens"]["test"]["completion_at_risk"] == 20
@@ -305,8 +306,9 @@ def test_every_row_is_accounted_for_whatever_the_rows_are(tiny, tmp_path_factory
     drawn = [("first", "a", "b"), ("held out 1", "a", "b"), *drawn]
     rows = Dataset.from_list([dict(zip(SIDES, row, strict=True)) for row in drawn])
     test = Dataset.from_list([pair(f"held out {number}") for number in range(4)], split="test")
-    training_args = types.SimpleNamespace(output_dir=str(tmp_path), max_length=60)
-    script_args = types.SimpleNamespace(dataset_name="rows", eval_pairs=2)
+    training_args = settings_for(tmp_path)
+    training_args.max_length = 60
+    script_args = RecipeArguments(dataset_name="rows", eval_pairs=2)
     load_pairs = lambda _: split_pairs({"train": preference_jsonl(rows), "test": preference_jsonl(test)})  # noqa: E731
     result = measure_pairs(load_pairs, script_args, training_args, tiny)
     splits = result.data["splits"]
@@ -326,11 +328,11 @@ def test_every_row_is_accounted_for_whatever_the_rows_are(tiny, tmp_path_factory
 
 
 def test_thresholds_are_set_by_name_and_anything_else_is_refused():
-    assert set_thresholds(None, THRESHOLDS) == THRESHOLDS
-    assert set_thresholds(["dropped=.5"], THRESHOLDS) == THRESHOLDS | {"dropped": 0.5}
+    assert set_thresholds(None) == THRESHOLDS
+    assert set_thresholds(["dropped=.5"]) == THRESHOLDS | {"dropped": 0.5}
     for wrong in ("drop=0.5", "dropped", "dropped=", "dropped=many", "=1", "longer=70", "longer=-0.1", "longer=7e-1"):
         with pytest.raises(RecipeError, match=f"--threshold {wrong} is not of the form"):
-            set_thresholds([wrong], THRESHOLDS)
+            set_thresholds([wrong])
 
 
 def test_a_finding_is_above_its_threshold_and_the_worst_one_decides():
@@ -362,7 +364,7 @@ def test_every_check_has_a_threshold_a_text_and_a_remedy():
 def test_a_failure_stops_a_run_unless_its_threshold_is_raised(tmp_path, capsys):
     broken = bpe_tokenizer(BROKEN["double_bos"], bos="<s>")
     pairs = DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list([pair("Held out?")]))
-    script_args = types.SimpleNamespace(dataset_name="rows", threshold=None)
+    script_args = RecipeArguments(dataset_name="rows", threshold=None)
     with pytest.raises(RecipeError, match="--threshold double_bos_failure=1"):
         prepare_pairs(lambda _: pairs, script_args, settings_for(tmp_path), broken)
     assert "Failure (double_bos): 6 of 6 pairs" in capsys.readouterr().out
@@ -374,14 +376,14 @@ def test_a_failure_stops_a_run_unless_its_threshold_is_raised(tmp_path, capsys):
 
 def test_supervised_fine_tuning_may_start_from_a_template_of_another_end(tmp_path):
     pairs = DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list([pair("Held out?")]))
-    script_args = types.SimpleNamespace(dataset_name="rows")
+    script_args = RecipeArguments(dataset_name="rows")
     training_args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, activation_checkpointing=False)
     result = measure_pairs(lambda _: pairs, script_args, training_args, bpe_tokenizer(BROKEN["without_eos"]))
     assert [finding.level for finding in result.findings] == ["warning"]
 
 
 def test_training_does_not_stream(tmp_path, tiny):
-    script_args = types.SimpleNamespace(dataset_name="rows.jsonl", dataset_streaming=True)
+    script_args = RecipeArguments(dataset_name="rows.jsonl", dataset_streaming=True)
     with pytest.raises(RecipeError, match=r"a part of a large dataset is rows\.jsonl:50000"):
         prepare_pairs(lambda _: None, script_args, settings_for(tmp_path), tiny)
 

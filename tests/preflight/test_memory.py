@@ -1,3 +1,5 @@
+"""The estimate of memory, and the plan that a dry run prints."""
+
 import re
 import runpy
 import shutil

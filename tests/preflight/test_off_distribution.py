@@ -61,7 +61,7 @@ def test_quantiles_are_those_of_the_models_own_logits(tiny_model, tokenizer, mon
 
 
 def peaked(tiny_model, folder):
-    """A copy of the tiny model that is sure of what it writes, none of which is in the pairs."""
+    """A copy of the tiny model that is sure of what it writes; no such text is in the pairs."""
     shutil.copytree(tiny_model, folder)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     with torch.no_grad():

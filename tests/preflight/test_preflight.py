@@ -1,4 +1,4 @@
-"""What the preflight lets through, TRL takes as it is: nothing truncated, nothing dropped, every row in the account."""
+"""TRL takes the pairs of the preflight unchanged: it truncates and drops nothing, and every row is in the account."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.loading import load_rows, split_pairs
 from dpo_recipes.preflight import prepare_pairs
 from dpo_recipes.preflight.tokens import MEASURES, fit, without_oldest_exchange
-from dpo_recipes.recipe import load_tokenizer
+from dpo_recipes.recipe import RecipeArguments, load_tokenizer
 
 DATA = os.environ.get("DPO_RECIPES_DATA")
 SPEAKERS = {"u": "user", "a": "assistant", "s": "system"}
@@ -39,11 +39,12 @@ def tokenizer(tiny_model):
 
 
 def settings_for(tmp_path, *, max_length=None, **others):
-    return types.SimpleNamespace(output_dir=str(tmp_path), max_length=max_length, **others)
+    args = {"output_dir": str(tmp_path), "max_length": max_length, "trust_remote_code": False}
+    return types.SimpleNamespace(**args | others)
 
 
 def arguments(**others):
-    return types.SimpleNamespace(dataset_name="rows.jsonl", **others)
+    return RecipeArguments(dataset_name="rows.jsonl", **others)
 
 
 def prepare(train, test, *, tokenizer, tmp_path, max_length=None, **script):
@@ -238,6 +239,7 @@ def test_the_test_split_is_cut_by_seed_and_the_rest_accounted_for(tokenizer, tmp
     assert first["prompt"][:] != [row["prompt"] for row in test[:5]]
     split = account(tmp_path)["splits"]["test"]
     assert (split["rows"], split["not_sampled"], split["kept"]) == (20, 15, 5)
+    assert len(prepare([pair("u:a")], test, tokenizer=tokenizer, tmp_path=tmp_path, eval_pairs=None)["test"]) == 20
     with pytest.raises(RecipeError, match="eval_pairs is 0"):
         prepare([pair("u:a")], test, tokenizer=tokenizer, tmp_path=tmp_path, eval_pairs=0)
 

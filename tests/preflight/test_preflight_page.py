@@ -1,4 +1,4 @@
-"""The page of a preflight holds what the data say, and nothing that the data would have a browser do."""
+"""The page of a preflight shows the data as text; no text of the data becomes markup or code."""
 
 import copy
 import html
@@ -24,7 +24,7 @@ def rule(accuracy, label):
 
 
 def preflight():
-    """What preflight.json holds, with every section."""
+    """The contents of preflight.json, with every section."""
     account = {"rows": 10, "in_pairs": 0, "pairs_made": 0, "moved": -2, "not_sampled": 1, "kept": 4, "shortened": 1}
     dropped = {"too_long": {"count": 3, "counted_by": "preflight", "first": [11, 22, 33]}}
     side = {"tokens": ["Us", "er", ":\n", "Hi", "<eos>"], "ids": [7, 8, 9, 10, 1], "trained": [0, 0, 0, 1, 1]}

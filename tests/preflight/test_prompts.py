@@ -1,4 +1,4 @@
-"""The prompts of an online recipe: each once, every row counted, none that leaves no room for an answer."""
+"""Prompts of an online recipe: each is kept once, every row is counted, and each leaves room for an answer."""
 
 import json
 
@@ -57,6 +57,13 @@ def test_each_prompt_is_kept_once_with_the_columns_of_its_first_pair(prepare, ca
     assert account["dropped"]["same_prompt"]["first"] == [1]
     assert "a prompt that came before" in capsys.readouterr().out
     assert data["verdict"] == "ok", "no fault of the rows"
+
+
+def test_columns_for_reward_functions_are_kept_whatever_their_names(prepare):
+    columns = {"texts": "a text", "whole_prompt": 7, "place": 8}
+    prompts, _ = prepare([row("A first question?", "Yes.", "Two, and " * 5) | columns, row("Two?") | columns])
+    assert prompts["train"].column_names == ["prompt", "source", *columns]
+    assert all(each == {**each, **columns} for each in prompts["train"])
 
 
 def test_the_oldest_turns_of_a_long_prompt_go_first_and_what_is_too_long_is_dropped(prepare, tiny_model):

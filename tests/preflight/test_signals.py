@@ -1,4 +1,4 @@
-"""What trivial rules and comparisons find in pairs: planted ones, all of them, and nothing where nothing is."""
+"""Trivial rules and comparisons find each fault that was planted in the pairs, and no fault in clean pairs."""
 
 import os
 import random
@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from dpo_recipes.dataset_adapters import recognise
 from dpo_recipes.loading import load_rows, split_pairs
 from dpo_recipes.preflight.findings import THRESHOLDS
-from dpo_recipes.preflight.signals import _sketch, find_signals, signal_findings
+from dpo_recipes.preflight.near_duplicates import sketch
+from dpo_recipes.preflight.signals import find_signals, signal_findings
 from dpo_recipes.recipe import RecipeArguments
 
 DATA = os.environ.get("DPO_RECIPES_DATA")
@@ -188,10 +189,10 @@ texts = st.text(st.characters(codec="utf-8"), max_size=40)
 @settings(max_examples=40, deadline=None)
 @given(st.lists(texts, min_size=1, max_size=6))
 def test_a_sketch_depends_on_its_own_text_alone(drawn):
-    together = _sketch(drawn)
+    together = sketch(drawn)
     assert together.shape == (len(drawn), 16)
-    for text_of, sketch in zip(drawn, together, strict=True):
-        assert (_sketch([text_of])[0] == sketch).all()
+    for text_of, of_all in zip(drawn, together, strict=True):
+        assert (sketch([text_of])[0] == of_all).all()
 
 
 @settings(max_examples=15, deadline=None)

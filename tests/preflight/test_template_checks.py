@@ -1,4 +1,4 @@
-"""What is checked is what is trained: the checks of chat templates, with templates of our own and of real models."""
+"""The preflight checks the text that is trained on: with chat templates written here and those of real models."""
 
 import functools
 import gzip
@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoConfig, AutoTokenizer
 
 from dpo_recipes.dataset_adapters import preference_jsonl
-from dpo_recipes.dataset_adapters.ledger import Ledger
+from dpo_recipes.dataset_adapters.ledger import Ledger, SplitAccount
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.models.pair_ids import encode_pairs
 from dpo_recipes.preflight import signals
@@ -22,13 +22,13 @@ from dpo_recipes.preflight.tokens import (
     SIDES,
     as_plain_text,
     as_rendered,
-    describe_prompts,
+    describe,
     fit,
-    fit_prompts,
     render,
     rendered_pairs,
     template_options,
 )
+from dpo_recipes.recipe import RecipeArguments
 
 DATA = os.environ.get("DPO_RECIPES_DATA")
 REAL = Path(DATA or "", "..", "tokenizers").resolve()
@@ -67,7 +67,7 @@ def tokenizer(tiny_model):
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory):
-    """By name, a real tokenizer with its chat template; a folder, so that a model's settings can lie beside it."""
+    """Loads a real tokenizer with its chat template by name, from a folder of its own."""
     if not REAL.is_dir():
         pytest.skip("there is no folder of real tokenizers")
 
@@ -86,8 +86,8 @@ def measured(rows, tokenizer, tmp_path, *, max_length=None, **script):
         pairs = preference_jsonl(Dataset.from_list(rows, on_mixed_types="use_json"))
         return DatasetDict(train=pairs, test=preference_jsonl(Dataset.from_list([row(prompt="Else? ")], split="test")))
 
-    arguments = types.SimpleNamespace(dataset_name="rows", **script)
-    settings = types.SimpleNamespace(output_dir=str(tmp_path), max_length=max_length)
+    arguments = RecipeArguments(dataset_name="rows", **script)
+    settings = types.SimpleNamespace(output_dir=str(tmp_path), max_length=max_length, trust_remote_code=False)
     return measure_pairs(load_pairs, arguments, settings, tokenizer)
 
 
@@ -207,10 +207,8 @@ def test_control_tokens_in_texts_are_found_and_can_be_encoded_as_text(side, toke
 def test_prompts_of_the_online_trainers_are_looked_through_too(tokenizer):
     rows = [row(number, prompt="<|user|> Is it so, <eos>? ") for number in range(3)]
     with Ledger():
-        prompts = fit_prompts(
-            preference_jsonl(Dataset.from_list(rows)), tokenizer, None, "prompt_too_long", split="train"
-        )
-    described = describe_prompts(prompts)
+        prompts = fit(preference_jsonl(Dataset.from_list(rows)), tokenizer, None, split="train", unit="prompt")
+    described = describe(prompts, account=SplitAccount())
     assert (described["control_tokens"], described["chat_markup"]) == (3, 3)
 
 
