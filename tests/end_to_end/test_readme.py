@@ -19,6 +19,7 @@ from trl import DPOConfig, ModelConfig, RLOOConfig, TrlParser
 from dpo_recipes.catalog import find_recipe, find_settings, recipe_setting
 from dpo_recipes.cli import build_parser
 from dpo_recipes.compare.plan import read_recipes
+from dpo_recipes.dataset_adapters import DROP_REASONS
 from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.launch.launch import prepare
@@ -335,7 +336,7 @@ def test_quoted_messages_are_what_the_source_says():
     quotes = quoted_messages()
     assert len(quotes) > 15
     ours = [text for file in (REPOSITORY / "dpo_recipes").rglob("*.py") for text in messages(file)]
-    others = [text for file in ELSEWHERE for text in messages(file)]
+    others = [*DROP_REASONS.values(), *(text for file in ELSEWHERE for text in messages(file))]
     with pytest.raises(RuntimeError) as refused:
         torch.nn.functional.linear(torch.ones(1, 1, dtype=torch.bfloat16), torch.ones(1, 1))
     for quote in quotes:
