@@ -21,7 +21,8 @@ from trl import RewardConfig
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluate.answers import Entry, Sampling, answer_all, draw_prompts
 from dpo_recipes.evaluate.general import find_tasks, general_tasks
-from dpo_recipes.evaluate.judges import Judged, expected_cost, open_judge
+from dpo_recipes.evaluate.judges import open_judge
+from dpo_recipes.evaluate.pairwise import Judged, expected_cost
 from dpo_recipes.evaluate.report import write_report
 from dpo_recipes.evaluate.results import SIDES, answer_pairs, judging, measures, preference
 from dpo_recipes.files import MANIFEST, check_writable, read_json

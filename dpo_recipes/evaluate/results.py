@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from dpo_recipes import statistics
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluate.answers import Scorer, records
-from dpo_recipes.evaluate.judges import Judge, Judged
+from dpo_recipes.evaluate.judges import Judge
 from dpo_recipes.evaluate.measures import MEASURES, columns, of_model
+from dpo_recipes.evaluate.pairwise import Judged
 from dpo_recipes.intervals import Estimate, wilson
 from dpo_recipes.models.likelihood import PreferenceLogps, calibration
 
