@@ -191,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     comparing = commands.add_parser(
         "compare",
         help="train a recipe and its rivals on the same data, and report which is better",
-        usage="%(prog)s RECIPE [--quick] [--stages dpo,ppo,rloo] [--seeds 0,1,2] [--betas 0.05,0.1] [--budget samples]",
+        usage="%(prog)s RECIPE [--quick] [--stages dpo,ppo,rloo] [--seeds 0,1,2] [--betas 0.05,0.1]",
         epilog="Every other flag is a TRL argument: --max_length 512 for all recipes, --ppo.learning_rate 1e-5 for one",
         allow_abbrev=False,
     )
@@ -200,7 +200,6 @@ def _parser() -> argparse.ArgumentParser:
     comparing.add_argument("--stages", type=_listed(str), metavar="A,B", help="dpo,ppo; there is rloo, too")
     comparing.add_argument("--seeds", type=_listed(int), metavar="N,N", help="0,1,2")
     comparing.add_argument("--betas", type=_listed(spelling), metavar="X,Y", help="by default the DPO recipe's own")
-    comparing.add_argument("--budget", choices=("samples", "compute"), help="what is equal; by default samples")
     comparing.add_argument("--prompts", type=_at_least(2), help="to answer, of the test split: 200")
     comparing.add_argument("--judge", metavar="MODEL", help="a reward model or classifier; by default the recipe's own")
     comparing.add_argument("--output_dir", metavar="DIR", help="by default outputs/compare/RECIPE")

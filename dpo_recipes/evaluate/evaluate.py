@@ -1,4 +1,4 @@
-"""A tuned model beside the one it started from: held-out pairs, answers to held-out prompts, and a judge of those."""
+"""Evaluates a tuned model against its reference model: held-out pairs, sampled answers, and a judge of them."""
 
 import re
 import runpy
@@ -41,14 +41,14 @@ SHOWN = 4  # prompts with both answers
 
 @dataclass
 class Subject:
-    """What is evaluated, and on what."""
+    """The model that is evaluated, its reference model, and the held-out pairs."""
 
     name: str
     model: str
-    start: str
+    start: str  # the reference model
     dataset: str
     beta: float | None
-    pairs: Dataset  # held-out ones
+    pairs: Dataset  # held out
     rule: Any  # the recipe's exact judge, where it has one
     folder: Path  # of the results
     trust_remote_code: bool  # whether code that comes with a model may run
@@ -72,27 +72,27 @@ def evaluate(
     tasks_path: str | None = None,
     endpoint: Mapping[str, Any],
 ) -> Path:
-    """The path of eval.json, beside which are eval.jsonl (the answers) and eval.html.
+    """Evaluates a model against its reference model, and returns the path of eval.json.
 
-    The same call goes on where an earlier one was stopped: with the model whose answers are missing, and with the
-    replies of an endpoint that are.
+    The same call goes on where an earlier one was stopped: after the last model whose answers are kept, and after the
+    last reply of a judge at an endpoint.
 
     Args:
         name: A recipe, or a model: a folder, a run's too, or a Hub name.
         recipe: The recipe's file; None for a model.
         profile: The machine's settings.
         flags: As `dpo-recipes train` takes them; a model needs `--dataset_name`.
-        base: The start; by default the one that the recipe or the run names.
-        output_dir: A recipe's run, as in `train`; of a model, where the results go.
-        prompts: To answer, of the held-out pairs.
-        temperature: Of the answers; at 0, which is greedy, there is no KL.
-        max_new_tokens: Where an answer is cut.
+        base: The reference model; by default the one that the recipe or the run names.
+        output_dir: A recipe's run, as in `train`; for a model, the folder of the results.
+        prompts: Number of prompts to answer, from the held-out pairs.
+        temperature: Of the answers; 0 is greedy, which leaves the KL out.
+        max_new_tokens: Most tokens of an answer.
         seed: Of the sampling.
         judge: As `open_judge` reads it.
-        yes: Spend what an endpoint costs without asking.
-        tasks: Of lm-evaluation-harness, before and after.
-        tasks_path: A folder of task files of one's own.
-        endpoint: Fields of `Endpoint` but the URL.
+        yes: Whether to spend what an endpoint costs without asking.
+        tasks: Tasks of lm-evaluation-harness, run on both models.
+        tasks_path: A folder with the user's own task files.
+        endpoint: Fields of `Endpoint` except the URL.
 
     Raises:
         RecipeError: If the call or the data is wrong.
@@ -101,10 +101,7 @@ def evaluate(
         raise RecipeError("--tasks_path is a folder of task files: name the tasks with --tasks.")
     manager = find_tasks(tasks, tasks_path) if tasks else None
     subject = _open_subject(name, recipe, profile=profile, flags=flags, base=base, output_dir=output_dir)
-    kept = subject.folder / "eval"
-    if (subject.folder / MANIFEST).exists():
-        claim(subject.folder, kept.name)  # a run that is trained again keeps replies that were paid for
-    check_writable(kept)
+    kept = _prepare_folder(subject.folder)
     asked = draw_prompts(subject.pairs, start=subject.start, most=prompts)
     if len(asked) < 2:
         raise RecipeError(
@@ -115,8 +112,8 @@ def evaluate(
         _confirm(expected_cost(endpoint, asked, max_new_tokens=max_new_tokens), yes=yes)
     models = dict(zip(SIDES, (subject.start, subject.model), strict=True))
     hashes = {side: _weights(model) for side, model in models.items()}
-    begun = hashes[SIDES[0]] or subject.start  # the start's log-probs are kept with the tuned model's answers
-    entries = [Entry(side, model, seed, f"{begun}-{hashes[side] or model}") for side, model in models.items()]
+    reference = hashes["before"] or subject.start  # its log-probs are kept with the tuned model's answers
+    entries = [Entry(side, model, seed, f"{reference}-{hashes[side] or model}") for side, model in models.items()]
     sampling = Sampling(temperature, max_new_tokens)
     found = answer_all(
         entries,
@@ -130,8 +127,7 @@ def evaluate(
     texts = [[answer["text"] for answer in found[side]["answers"]] for side in SIDES]
     judged = referee.compare(asked, *texts) if referee else None
     answers = answer_pairs(found, asked, judged)
-    at: dict[str, Any] = dict(hashes=hashes, folder=kept / "tasks", trust_remote_code=subject.trust_remote_code)
-    general = general_tasks(tasks, manager, models=models, **at) if tasks else None
+    at: dict[str, Any] = {"models": models, "hashes": hashes, "folder": kept / "tasks"}
     results = {
         **{key: getattr(subject, key) for key in ("name", "model", "start", "dataset", "beta")},
         "made": datetime.now(UTC).isoformat(timespec="minutes"),
@@ -143,8 +139,8 @@ def evaluate(
         "warnings": _warnings(subject, judge, judged, hashes),
         **judging(found, subject.pairs, referee, judged),
         **preference(found, subject.beta),
-        **measures(found, asked, judged, greedy=temperature == 0),
-        "tasks": general,
+        **measures(found, judged, greedy=temperature == 0),
+        "tasks": general_tasks(tasks, manager, **at, trust_remote_code=subject.trust_remote_code) if tasks else None,
         "samples": answers[:SHOWN],  # the prompts were drawn by seed
         "hardware": hardware(torch.device(torch.accelerator.current_accelerator() or "cpu")),
         "versions": [f"{library} {version(library)}" for library in LIBRARIES],
@@ -163,7 +159,7 @@ def _open_subject(
             raise RecipeError(f"There is no trained model in {model}. Train it first: dpo-recipes train {name}")
         folder, settings = Path(model), run_settings(model)
         given = [(key, str(settings[key])) for key in OF_DATA if settings.get(key) is not None]
-        flags = [*(word for key, value in given for word in (f"--{key}", value)), *flags]  # what it was trained on
+        flags = [*(word for key, value in given for word in (f"--{key}", value)), *flags]  # its training data
     elif "--dataset_name" in named:
         namespace, model = dataset_recipe(""), name
         own = Path(name) if run_settings(name) else Path("outputs/evaluate") / re.sub(r"\W+", "_", name.strip("/."))
@@ -173,17 +169,17 @@ def _open_subject(
             f"{name} is a model, whose pairs are not known. Name them with --dataset_name, or evaluate its recipe "
             "(dpo-recipes list)."
         )
-    script = recipe or Path(folder.name)
     flags = [*flags, "--model_name_or_path", base or find_start(model)]
-    script_args, training_args, model_args = parse_namespace(namespace, script, profile=profile, flags=flags)
+    parsed = parse_namespace(namespace, recipe or Path(folder.name), profile=profile, flags=flags)
+    script_args, training_args, model_args = parsed
     if isinstance(training_args, RewardConfig):
         raise RecipeError(f"{name} makes a reward model, which its training measures: see metrics.json in {model}.")
-    start = str(model_args.model_name_or_path)
-    tokenizer = load_tokenizer(model_args, training_args)
-    _check_related(model, tokenizer, start, trust_remote_code=training_args.trust_remote_code)
-    config = AutoConfig.from_pretrained(start, trust_remote_code=training_args.trust_remote_code).get_text_config()
+    code = {"trust_remote_code": training_args.trust_remote_code}
+    start, tokenizer = str(model_args.model_name_or_path), load_tokenizer(model_args, training_args)
+    _check_related(model, tokenizer, start, **code)
+    config = AutoConfig.from_pretrained(start, **code).get_text_config()
     limits = getattr(training_args, "max_length", None), getattr(config, "max_position_embeddings", None)
-    training_args.max_length = min(filter(None, limits), default=None)  # a profile's may be more than the model takes
+    training_args.max_length = min(filter(None, limits), default=None)  # a profile may ask for more than the model has
     measured = measure_pairs(namespace["load_pairs"], script_args, training_args, tokenizer)
     say("\n".join(measured.lines))
     return Subject(
@@ -191,16 +187,25 @@ def _open_subject(
         model=model,
         start=start,
         dataset=str(script_args.dataset_name),
-        beta=training_args.beta if "--beta" in named else run_settings(model).get("beta"),  # of others it is not known
+        beta=training_args.beta if "--beta" in named else run_settings(model).get("beta"),  # None: not known
         pairs=measured.pairs["test"],
         rule=namespace.get("judge"),
         folder=folder,
-        trust_remote_code=training_args.trust_remote_code,
+        **code,
     )
 
 
+def _prepare_folder(folder: Path) -> Path:
+    """The folder that keeps answers and replies; a run that is trained again leaves it, since replies cost money."""
+    kept = folder / "eval"
+    if (folder / MANIFEST).exists():
+        claim(folder, kept.name)
+    check_writable(kept)
+    return kept
+
+
 def _confirm(cost: str, *, yes: bool) -> None:
-    """Nothing, if the cost may be spent."""
+    """Raises RecipeError unless the user accepts the estimated cost of the judge."""
     say(cost)
     if not yes and sys.stdin.isatty():
         with suppress(EOFError):
@@ -214,7 +219,7 @@ def _weights(model: str) -> str | None:
 
 
 def _check_related(model: str, tokenizer: PreTrainedTokenizerBase, start: str, **options: Any) -> None:
-    """Raises RecipeError unless the model writes text, in the tokens of its start's tokenizer."""
+    """Raises RecipeError unless the model writes text in the tokens of the reference model."""
     artifact = identify(model, base=start, **options)
     if artifact.is_reward_model:
         merged = f"Merge it (dpo-recipes merge {model} --output_dir DIR), and DIR may judge: --judge DIR"
@@ -227,27 +232,27 @@ def _check_related(model: str, tokenizer: PreTrainedTokenizerBase, start: str, *
         )
     check_weights(artifact, **options)
     if artifact.adapter or not (Path(model) / "tokenizer.json").exists():
-        return  # the start's tokenizer is used
+        return  # it is used with the tokenizer of the reference model
     own, tokens = AutoTokenizer.from_pretrained(model, **options).get_vocab(), tokenizer.get_vocab()
     alike = sum(own.get(token) == number for token, number in tokens.items())
     if alike < 0.9 * len(tokens):  # special tokens may have other names
         raise RecipeError(
-            f"{model} has other tokens than {tokenizer.name_or_path}: it was not trained from it. Name its start with "
-            "--base."
+            f"{model} has other tokens than {tokenizer.name_or_path}: it was not trained from it. Name its reference "
+            "model with --base."
         )
 
 
 def _warnings(
     subject: Subject, judge: str | None, judged: Judged | None, hashes: Mapping[str, str | None]
 ) -> list[str]:
-    """What makes the numbers say less than they seem to."""
+    """Reasons to trust the numbers less than their intervals suggest."""
     said = []
     if judged and (unknown := int(np.isnan(judged.won).sum())):
         said.append(f"Of {len(judged.won)} prompts {unknown} have no verdict and are left out of the win rate.")
     judge = judge or (subject.rule if isinstance(subject.rule, str) else None)
     if hashes["before"] and hashes["before"] == hashes["after"]:
-        said.append("The tuned model and its start have the same weights.")
+        said.append("The tuned model and the reference model have the same weights.")
     raised = read_json(Path(subject.model) / DONE_FILE).get("reward_model_hashes") or []
     if judge and Path(judge).is_dir() and _weights(judge) in raised:
-        said.append("The judge is the reward model that this run raised: that it likes the answers says little.")
+        said.append("The judge is the reward model that this run optimised: its praise says little.")
     return said
