@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import runpy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -169,7 +169,10 @@ def plan_stages(
         root: The folder of the stages' folders.
         updates: Of each online algorithm, as `updates_within` returns them.
     """
-    start = [*start_stage(recipes["dpo"])]
+    start: list[Stage] = []
+    sft = recipes["dpo"].launch.stages_before().get("model_name_or_path")  # another recipe makes the model
+    if sft and not recipes["dpo"].launch.is_given("model_name_or_path"):
+        start = [Stage("sft", sft.recipe.stem, sft, Path("outputs") / sft.recipe.stem)]
     stages = [*start]
 
     def add(kind: str, name: str, *flags: str, needs: Sequence[Stage] = (), **point: Any) -> Stage:
@@ -191,13 +194,6 @@ def plan_stages(
             flags += ["--max_steps", str(updates[kind])]
             add(kind, f"{kind}-{beta}-{seed}", *flags, needs=reward, beta=beta, seed=seed)
     return stages
-
-
-def start_stage(recipe: Recipe) -> Iterator[Stage]:
-    """Yields the SFT stage if another recipe makes the recipe's model and no flag names a model that is there."""
-    before = recipe.launch.stages_before().get("model_name_or_path")
-    if before and not recipe.launch.is_given("model_name_or_path"):
-        yield Stage("sft", before.recipe.stem, before, Path("outputs") / before.recipe.stem)
 
 
 def is_done(stage: Stage) -> bool:

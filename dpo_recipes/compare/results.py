@@ -68,12 +68,13 @@ def collect(
         betas: In their order.
     """
     starts = {int(name.removeprefix("sft-")): name for name in runs if name.startswith("sft-")}
-    models = [_model("sft", None, starts, runs, [])]
+    models = [_model("sft", None, starts, runs) | {"cost": None}]
     for kind, beta in itertools.product(ALGORITHMS, betas):
         of = {int(stage.seed or 0): stage for stage in stages if (stage.kind, stage.beta) == (kind, beta)}
         if of:
             spent = [[costs[part.name] for part in stage.chain()] for stage in of.values()]
-            models.append(_model(kind, beta, {seed: stage.name for seed, stage in of.items()}, runs, spent))
+            names = {seed: stage.name for seed, stage in of.items()}
+            models.append(_model(kind, beta, names, runs) | {"cost": model_cost(spent)})
     # With several betas, even prompts choose the beta, and odd prompts compare the chosen models.
     chosen_by, compared_by = (slice(None, None, 2), slice(1, None, 2)) if len(betas) > 1 else (slice(None), slice(None))
     best = {kind: _best(kind, models, runs, rows=chosen_by) for kind in ALGORITHMS}
@@ -88,17 +89,10 @@ def collect(
     }
 
 
-def _model(
-    kind: str,
-    beta: str | None,
-    names: Mapping[int, str],
-    runs: Mapping[str, Any],
-    spent: Sequence[Sequence[Mapping[str, Any]]],
-) -> dict[str, Any]:
-    measured = of_model([runs[name] for name in names.values()], [runs[f"sft-{seed}"] for seed in names])
+def _model(kind: str, beta: str | None, names: Mapping[int, str], runs: Mapping[str, Any]) -> dict[str, Any]:
     label = NAMES[kind] + (f", beta {beta}" if beta else "")
-    cost = model_cost(spent) if spent else None
-    return {"algorithm": kind, "beta": beta, "label": label, "names": dict(names), "cost": cost, **measured}
+    measured = of_model([runs[name] for name in names.values()], [runs[f"sft-{seed}"] for seed in names])
+    return {"algorithm": kind, "beta": beta, "label": label, "names": dict(names), **measured}
 
 
 def _best(

@@ -102,55 +102,53 @@ def answer_all(
     missing = [entry for entry in entries if found[entry.name].get("key") != keys[entry.name]]
     if not missing:
         return found
-    base, tokenizer = open_reference(start, [entry.model for entry in entries], trust_remote_code=trust_remote_code)
+    reference = open_reference(start, [entry.model for entry in entries], trust_remote_code=trust_remote_code)
+    base, tokenizer = reference.model, reference.tokenizer
     ids = _pair_ids(pairs, tokenizer)
     for number, entry in enumerate(missing, start=1):
         say(f"Answers of {entry.name}, {number} of {len(missing)}.")
-        with opened(entry.model, base, tokenizer, start=start, trust_remote_code=trust_remote_code) as (model, _):
+        with reference.opened(entry.model) as (model, _):
             of_pairs = _pair_logps(model, ids, name=entry.model)
             options = asdict(sampling) | {"seed": entry.seed, "batch_size": BATCH}
             sampled = sample_tokens(model, tokenizer, prompts, **options)
             policy = logps(model, sampled, temperature=sampling.temperature)
-        reference = policy if entry.model == start else logps(base, sampled, temperature=sampling.temperature)
+        of_start = policy if entry.model == start else logps(base, sampled, temperature=sampling.temperature)
         answers = [
             read_answer(base, tokenizer, prompt, both) | {"policy": own, "start": other, "scored": len(both[1])}
-            for prompt, both, own, other in zip(prompts, sampled, policy.tolist(), reference.tolist(), strict=True)
+            for prompt, both, own, other in zip(prompts, sampled, policy.tolist(), of_start.tolist(), strict=True)
         ]
         found[entry.name] = {"key": keys[entry.name], "answers": answers, **of_pairs}
         write_json(folder / f"{entry.name}.json", found[entry.name])
     return found
 
 
-def open_reference(
-    start: str, models: Sequence[str], *, trust_remote_code: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The reference model and its tokenizer, in the dtype and the 4 bits that the first LoRA adapter was trained on."""
-    trained = next(filter(read_adapter, models), None)
-    model, tokenizer = open_model(trained or start, base=start, trust_remote_code=trust_remote_code)
-    return model.unload() if isinstance(model, PeftModel) else model, tokenizer
+@dataclass
+class Reference:
+    """The reference model in memory, on which each LoRA adapter is put in turn."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    trust_remote_code: bool  # whether code that comes with a model may run
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]]:
+        """A model and its tokenizer: the reference model itself, with a LoRA adapter in this block, or a full model."""
+        if name == self.name:
+            yield self.model, self.tokenizer
+        elif read_adapter(name):
+            tuned = put_adapter(self.model, name)
+            yield tuned, self.tokenizer
+            tuned.unload()
+        else:
+            yield open_model(name, trust_remote_code=self.trust_remote_code)
 
 
-@contextmanager
-def opened(
-    name: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, start: str, trust_remote_code: bool
-) -> Iterator[tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]]:
-    """A model and its tokenizer; a LoRA adapter is on the reference model until the block ends.
-
-    Args:
-        name: `start`, a LoRA adapter or a full model.
-        base: The reference model, as `open_reference` returns it.
-        tokenizer: The same.
-        start: Name of the reference model.
-        trust_remote_code: Whether code that comes with a model may run.
-    """
-    if name == start:
-        yield base, tokenizer
-    elif read_adapter(name):
-        tuned = put_adapter(base, name)
-        yield tuned, tokenizer
-        tuned.unload()
-    else:
-        yield open_model(name, trust_remote_code=trust_remote_code)
+def open_reference(name: str, tuned: Sequence[str], *, trust_remote_code: bool) -> Reference:
+    """The reference model, in the dtype and the 4 bits that the first LoRA adapter was trained on."""
+    trained = next(filter(read_adapter, tuned), None)
+    model, tokenizer = open_model(trained or name, base=name, trust_remote_code=trust_remote_code)
+    return Reference(name, model.unload() if isinstance(model, PeftModel) else model, tokenizer, trust_remote_code)
 
 
 def _pair_ids(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[PairIds]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 from trl import RewardConfig
 
 from dpo_recipes.errors import RecipeError
@@ -151,15 +151,12 @@ def evaluate(
 def _open_subject(
     name: str, recipe: Path | None, *, profile: Path, flags: Sequence[str], base: str | None, output_dir: str | None
 ) -> Subject:
+    """Checks the model and reads its held-out pairs."""
     named = {flag.partition("=")[0] for flag in flags}
     if recipe:
         namespace = runpy.run_path(str(recipe))
         model = output_dir or str(namespace["RECIPE"]["output_dir"])
-        if not (read_adapter(model) or (Path(model) / "config.json").exists()):
-            raise RecipeError(f"There is no trained model in {model}. Train it first: dpo-recipes train {name}")
-        folder, settings = Path(model), run_settings(model)
-        given = [(key, str(settings[key])) for key in OF_DATA if settings.get(key) is not None]
-        flags = [*(word for key, value in given for word in (f"--{key}", value)), *flags]  # its training data
+        folder, flags = Path(model), [*_data_flags(name, model), *flags]
     elif "--dataset_name" in named:
         namespace, model = dataset_recipe(""), name
         own = Path(name) if run_settings(name) else Path("outputs/evaluate") / re.sub(r"\W+", "_", name.strip("/."))
@@ -174,12 +171,9 @@ def _open_subject(
     script_args, training_args, model_args = parsed
     if isinstance(training_args, RewardConfig):
         raise RecipeError(f"{name} makes a reward model, which its training measures: see metrics.json in {model}.")
-    code = {"trust_remote_code": training_args.trust_remote_code}
     start, tokenizer = str(model_args.model_name_or_path), load_tokenizer(model_args, training_args)
-    _check_related(model, tokenizer, start, **code)
-    config = AutoConfig.from_pretrained(start, **code).get_text_config()
-    limits = getattr(training_args, "max_length", None), getattr(config, "max_position_embeddings", None)
-    training_args.max_length = min(filter(None, limits), default=None)  # a profile may ask for more than the model has
+    _check_related(model, tokenizer, start, trust_remote_code=training_args.trust_remote_code)
+    _limit_length(training_args, start)
     measured = measure_pairs(namespace["load_pairs"], script_args, training_args, tokenizer)
     say("\n".join(measured.lines))
     return Subject(
@@ -191,8 +185,24 @@ def _open_subject(
         pairs=measured.pairs["test"],
         rule=namespace.get("judge"),
         folder=folder,
-        **code,
+        trust_remote_code=training_args.trust_remote_code,
     )
+
+
+def _data_flags(name: str, model: str) -> list[str]:
+    """Flags that name the data a recipe's run was trained on."""
+    if not (read_adapter(model) or (Path(model) / "config.json").exists()):
+        raise RecipeError(f"There is no trained model in {model}. Train it first: dpo-recipes train {name}")
+    given = {key: value for key, value in run_settings(model).items() if key in OF_DATA and value is not None}
+    return [word for key, value in given.items() for word in (f"--{key}", str(value))]
+
+
+def _limit_length(training_args: TrainingArguments, start: str) -> None:
+    """Lowers `max_length`, which a profile may set too high, to what the model takes."""
+    code = training_args.trust_remote_code
+    config = AutoConfig.from_pretrained(start, trust_remote_code=code).get_text_config()
+    limits = getattr(training_args, "max_length", None), getattr(config, "max_position_embeddings", None)
+    training_args.max_length = min(filter(None, limits), default=None)
 
 
 def _prepare_folder(folder: Path) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.evaluate.answers import BATCH, open_reference, opened
+from dpo_recipes.evaluate.answers import BATCH, open_reference
 from dpo_recipes.evaluate.results import SIDES
 from dpo_recipes.terminal import say
 
@@ -68,13 +68,13 @@ def general_tasks(
 
     start = models["before"]
     folder.mkdir(parents=True, exist_ok=True)
-    base = open_reference(start, [*models.values()], trust_remote_code=trust_remote_code)
+    reference = open_reference(start, [*models.values()], trust_remote_code=trust_remote_code)
     found = {}
     for side in SIDES:
         say(f"Tasks, {side}: {', '.join(names)}.")
         key = f"{models[side]} {hashes[side]} {start} {hashes['before']}"
         replies = folder / f"{side}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        with opened(models[side], *base, start=start, trust_remote_code=trust_remote_code) as (model, tokenizer):
+        with reference.opened(models[side]) as (model, tokenizer):
             lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
             found[side] = simple_evaluate(lm, tasks=list(names), task_manager=manager, use_cache=str(replies))
     rows = _rows(*(found[side] for side in SIDES))

@@ -398,7 +398,7 @@ def test_general_tasks_before_and_after(call, run, tiny_model, capsys):
     assert call(run, *flags, "endings") == 0
     results = json.loads(Path("out/eval.json").read_text())["tasks"]
     assert results["words"] in capsys.readouterr().out
-    assert "General tasks" in Path("out/report.html").read_text()
+    assert "Evaluation: general tasks" in Path("out/report.html").read_text()
     questions = [json.loads(line) for line in Path("tasks/endings.jsonl").read_text().splitlines()]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
     before = right_endings(model, tokenizer, questions)
