@@ -54,6 +54,9 @@ def draw_prompts(test: Dataset, *, start: str, most: int) -> list[Text]:
     """At most `most` different prompts of the test pairs, in an order drawn by seed 0.
 
     Prompts that leave no room for an answer of the model `start`, or that its chat template refuses, are left out.
+
+    Raises:
+        RecipeError: If fewer than two prompts are left.
     """
     config, tokenizer = AutoConfig.from_pretrained(start), AutoTokenizer.from_pretrained(start)
     order = random.Random(0).sample(range(len(test)), len(test))
@@ -64,6 +67,8 @@ def draw_prompts(test: Dataset, *, start: str, most: int) -> list[Text]:
         with suppress(Drop):
             check_prompt(config, tokenizer, prompt)
             kept.append(prompt)
+    if len(kept) < 2:
+        raise RecipeError(f"{start} can answer {len(kept)} of the held-out prompts, needs two: give more rows.")
     return kept
 
 

@@ -3,7 +3,7 @@
 import re
 import runpy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -29,6 +29,7 @@ from dpo_recipes.files import MANIFEST, check_writable, read_json
 from dpo_recipes.manifest import claim
 from dpo_recipes.models.chat import find_start
 from dpo_recipes.models.open import changes_layers, check_weights, identify, read_adapter, run_settings
+from dpo_recipes.models.rewards import Text
 from dpo_recipes.preflight.inspect import dataset_recipe, parse_namespace
 from dpo_recipes.preflight.prepare import measure_pairs
 from dpo_recipes.recipe import DONE_FILE, load_tokenizer
@@ -49,7 +50,7 @@ class Subject:
     dataset: str
     beta: float | None
     pairs: Dataset  # held out
-    rule: Any  # the recipe's exact judge, where it has one
+    rule: Callable[[Text, str], float] | str | None  # the recipe's own judge
     folder: Path  # of the results
     trust_remote_code: bool  # whether code that comes with a model may run
 
@@ -103,20 +104,14 @@ def evaluate(
     subject = _open_subject(name, recipe, profile=profile, flags=flags, base=base, output_dir=output_dir)
     kept = _prepare_folder(subject.folder)
     asked = draw_prompts(subject.pairs, start=subject.start, most=prompts)
-    if len(asked) < 2:
-        raise RecipeError(
-            f"{subject.start} can answer {len(asked)} of the held-out prompts, needs two: give more rows."
-        )
     referee = open_judge(judge, rule=subject.rule, endpoint=endpoint, cache=kept / "judgements.jsonl", prompts=asked)
     if referee and referee.scorer is None:
         _confirm(expected_cost(endpoint, asked, max_new_tokens=max_new_tokens), yes=yes)
-    models = dict(zip(SIDES, (subject.start, subject.model), strict=True))
+    models = {"before": subject.start, "after": subject.model}
     hashes = {side: _weights(model) for side, model in models.items()}
-    reference = hashes["before"] or subject.start  # its log-probs are kept with the tuned model's answers
-    entries = [Entry(side, model, seed, f"{reference}-{hashes[side] or model}") for side, model in models.items()]
     sampling = Sampling(temperature, max_new_tokens)
     found = answer_all(
-        entries,
+        _entries(models, hashes, seed),
         subject.start,
         prompts=asked,
         pairs=subject.pairs,
@@ -129,11 +124,9 @@ def evaluate(
     answers = answer_pairs(found, asked, judged)
     at: dict[str, Any] = {"models": models, "hashes": hashes, "folder": kept / "tasks"}
     results = {
-        **{key: getattr(subject, key) for key in ("name", "model", "start", "dataset", "beta")},
-        "made": datetime.now(UTC).isoformat(timespec="minutes"),
+        **_about(subject),
         "judge": referee.name if referee else None,
         "sampling": asdict(sampling) | {"seed": seed},
-        "pairs": len(subject.pairs),
         "prompts": len(asked),
         "hashes": hashes,
         "warnings": _warnings(subject, judge, judged, hashes),
@@ -142,8 +135,6 @@ def evaluate(
         **measures(found, judged, greedy=temperature == 0),
         "tasks": general_tasks(tasks, manager, **at, trust_remote_code=subject.trust_remote_code) if tasks else None,
         "samples": answers[:SHOWN],  # the prompts were drawn by seed
-        "hardware": hardware(torch.device(torch.accelerator.current_accelerator() or "cpu")),
-        "versions": [f"{library} {version(library)}" for library in LIBRARIES],
     }
     return write_report(subject.folder, results, answers)
 
@@ -197,6 +188,30 @@ def _data_flags(name: str, model: str) -> list[str]:
     return [word for key, value in given.items() for word in (f"--{key}", str(value))]
 
 
+def _check_related(model: str, tokenizer: PreTrainedTokenizerBase, start: str, **options: Any) -> None:
+    """Raises RecipeError unless the model writes text in the tokens of the reference model."""
+    artifact = identify(model, base=start, **options)
+    if artifact.is_reward_model:
+        merged = f"Merge it (dpo-recipes merge {model} --output_dir DIR), and DIR may judge: --judge DIR"
+        way_out = merged if artifact.adapter else f"It may judge: --judge {model}"
+        raise RecipeError(f"{model} is a reward model, which writes no answers. {way_out}.")
+    if artifact.adapter and not changes_layers(artifact.adapter):
+        raise RecipeError(
+            f"{model} is an adapter of the kind {artifact.adapter['peft_type']}, which adds to the prompt: its "
+            "log-probs are not compared. See its answers: dpo-recipes try, or sample."
+        )
+    check_weights(artifact, **options)
+    if artifact.adapter or not (Path(model) / "tokenizer.json").exists():
+        return  # it is used with the tokenizer of the reference model
+    own, tokens = AutoTokenizer.from_pretrained(model, **options).get_vocab(), tokenizer.get_vocab()
+    alike = sum(own.get(token) == number for token, number in tokens.items())
+    if alike < 0.9 * len(tokens):  # special tokens may have other names
+        raise RecipeError(
+            f"{model} has other tokens than {tokenizer.name_or_path}: it was not trained from it. Name its reference "
+            "model with --base."
+        )
+
+
 def _limit_length(training_args: TrainingArguments, start: str) -> None:
     """Lowers `max_length`, which a profile may set too high, to what the model takes."""
     code = training_args.trust_remote_code
@@ -228,28 +243,21 @@ def _weights(model: str) -> str | None:
     return weights_hash(SimpleNamespace(name_or_path=model))
 
 
-def _check_related(model: str, tokenizer: PreTrainedTokenizerBase, start: str, **options: Any) -> None:
-    """Raises RecipeError unless the model writes text in the tokens of the reference model."""
-    artifact = identify(model, base=start, **options)
-    if artifact.is_reward_model:
-        merged = f"Merge it (dpo-recipes merge {model} --output_dir DIR), and DIR may judge: --judge DIR"
-        way_out = merged if artifact.adapter else f"It may judge: --judge {model}"
-        raise RecipeError(f"{model} is a reward model, which writes no answers. {way_out}.")
-    if artifact.adapter and not changes_layers(artifact.adapter):
-        raise RecipeError(
-            f"{model} is an adapter of the kind {artifact.adapter['peft_type']}, which adds to the prompt: its "
-            "log-probs are not compared. See its answers: dpo-recipes try, or sample."
-        )
-    check_weights(artifact, **options)
-    if artifact.adapter or not (Path(model) / "tokenizer.json").exists():
-        return  # it is used with the tokenizer of the reference model
-    own, tokens = AutoTokenizer.from_pretrained(model, **options).get_vocab(), tokenizer.get_vocab()
-    alike = sum(own.get(token) == number for token, number in tokens.items())
-    if alike < 0.9 * len(tokens):  # special tokens may have other names
-        raise RecipeError(
-            f"{model} has other tokens than {tokenizer.name_or_path}: it was not trained from it. Name its reference "
-            "model with --base."
-        )
+def _entries(models: Mapping[str, str], hashes: Mapping[str, str | None], seed: int) -> list[Entry]:
+    """Both models. The reference model's hash counts for both, because its log-probs are kept with all answers."""
+    reference = hashes["before"] or models["before"]
+    return [Entry(side, model, seed, f"{reference}-{hashes[side] or model}") for side, model in models.items()]
+
+
+def _about(subject: Subject) -> dict[str, Any]:
+    """The models, the data and the machine of the results."""
+    return {
+        **{key: getattr(subject, key) for key in ("name", "model", "start", "dataset", "beta")},
+        "made": datetime.now(UTC).isoformat(timespec="minutes"),
+        "pairs": len(subject.pairs),
+        "hardware": hardware(torch.device(torch.accelerator.current_accelerator() or "cpu")),
+        "versions": [f"{library} {version(library)}" for library in LIBRARIES],
+    }
 
 
 def _warnings(
