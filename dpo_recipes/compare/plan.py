@@ -38,7 +38,7 @@ FREE = ("dpo.max_steps", "reward.max_steps", "judge.max_steps")
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe of a comparison with its settings there."""
+    """A recipe with its settings in a comparison."""
 
     kind: str
     namespace: Mapping[str, Any]  # of its file

@@ -23,7 +23,7 @@ COSTS = {
 
 
 def stage_cost(stage: Stage) -> dict[str, Any]:
-    """Time, memory and samples of a finished stage. A resumed run knows its last part alone, which is scaled up."""
+    """Time, memory and samples of a finished stage. The time of a resumed run is scaled up from its last part."""
     settings, done = (read_json(stage.folder / name) for name in ("settings.json", "done.json"))
     updates, since = done["updates"], done["updates"] - done["resumed_from_update"]
     seconds = (done["train_seconds"] or 0.0) * updates / max(1, since)
@@ -127,7 +127,7 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
     said += [_in_words(pair, models[pair["one"]], models[pair["other"]]) for pair in pairs]
     if results["duels"]:
         rates = [f"{pair['one']} {_percent(pair['win_rate']['mean'])}" for pair in results["against_start"]]
-        said.append(f"Against the model that all started from: {', '.join(rates)} of the prompts.")
+        said.append(f"Against the reference model: {', '.join(rates)} of the prompts.")
     return said if pairs else [*said, "No model was trained, so that there is nothing to compare."]
 
 

@@ -279,6 +279,15 @@ def test_the_same_lora_preset_token_limit_and_sampling_are_the_recipes_own(dpo_l
         assert ("judge" in recipes) == (name == "hh_rlhf_lora")
 
 
+def test_each_recipe_is_executed_once(dpo_launch, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["dpo-recipes"])
+    executed, original = [], runpy.run_path
+    monkeypatch.setattr(runpy, "run_path", lambda file: executed.append(Path(file).stem) or original(file))
+    recipes = plan.read_recipes(replace(dpo_launch, recipe=RECIPES / "hh_rlhf_lora.py"), ["dpo", "ppo"], flags=[])
+    assert {*recipes} == {"dpo", "ppo", "reward", "judge"}
+    assert sorted(executed) == ["hh_rlhf_lora", "hh_rlhf_ppo", "hh_rlhf_reward"]
+
+
 def test_missing_siblings_are_named(folder, monkeypatch):
     Path("recipes/mine_ppo.py").unlink()
     Path("recipes/mine_reward.py").unlink()

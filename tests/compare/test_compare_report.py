@@ -300,7 +300,7 @@ def test_the_verdict_names_the_winner_by_how_much_and_at_what_cost():
         r"PPO, beta 0.1, more than noise apart, at a KL to the reference model of 3\.\d and 3\.\d nats\.", words
     )
     assert "Training took 60 s and 4.2 min a seed, reward models included." in words
-    assert re.fullmatch(r"Against the model.*: DPO, beta 0.1 \d+ %, PPO, beta 0.1 \d+ % of the prompts.", against_start)
+    assert re.fullmatch(r"Against the reference model: DPO, beta 0.1 \d+ %, PPO, beta 0.1 \d+ % .*", against_start)
     turned = compared(betas=("0.1",), dpo=0.9, ppo=0.4)["verdict"][0]
     assert turned.startswith("DPO, beta 0.1 won against PPO, beta 0.1")
 
