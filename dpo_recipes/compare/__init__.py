@@ -1,1 +1,1 @@
-"""Trains DPO and its rivals on the same data, and reports which is better."""
+"""Trains DPO, PPO and RLOO on the same data, and reports which is better."""

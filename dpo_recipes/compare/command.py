@@ -14,7 +14,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "compare",
         help="train a recipe and its rivals on the same data, and report which is better",
-        usage="%(prog)s RECIPE [--quick] [--stages dpo,ppo,rloo] [--seeds 0,1,2] [--betas 0.05,0.1] [--budget samples]",
+        usage="%(prog)s RECIPE [--quick] [--stages dpo,ppo,rloo] [--seeds 0,1,2] [--betas 0.05,0.1]",
         epilog="Every other flag is a TRL argument: --max_length 512 for all recipes, --ppo.learning_rate 1e-5 for one",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a DPO recipe; NAME_reward and NAME_ppo stand beside it")
@@ -22,7 +22,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--stages", type=listed(str), metavar="A,B", help="dpo,ppo; there is rloo, too")
     parser.add_argument("--seeds", type=listed(int), metavar="N,N", help="0,1,2")
     parser.add_argument("--betas", type=listed(spelling), metavar="X,Y", help="by default the DPO recipe's own")
-    parser.add_argument("--budget", choices=("samples", "compute"), help="what is equal; by default samples")
     parser.add_argument("--prompts", type=at_least(2), help="prompts of the test split to answer: 200")
     parser.add_argument("--judge", metavar="MODEL", help="a reward model or classifier; by default the recipe's own")
     parser.add_argument("--output_dir", metavar="DIR", help="by default outputs/compare/RECIPE")

@@ -1,4 +1,4 @@
-"""DPO against PPO on the same data: runs the stages, judges their answers alike, and reports what came of it."""
+"""Compares DPO with PPO and RLOO on the same data: runs the stages, judges their answers alike, and reports."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -11,53 +11,52 @@ from typing import Any
 
 from datasets import Dataset
 
-from dpo_recipes.compare.budget import budget_in_words, check_match, samples_of, updates_within
+from dpo_recipes.compare.budget import budget_in_words, check_match, updates_within
 from dpo_recipes.compare.plan import ALGORITHMS, ONLINE, Recipe, Stage, plan_stages, read_recipes
 from dpo_recipes.compare.report import write_report
 from dpo_recipes.compare.results import NAMES, collect, stage_cost, verdict
 from dpo_recipes.compare.stages import Clock, run_stages
 from dpo_recipes.estimates import Estimate
-from dpo_recipes.evaluate.answers import Entry, Sampling, answer_all, draw_prompts, exact_judge, records
+from dpo_recipes.evaluate.answers import Entry, Sampling, answer_all, draw_prompts, exact_judge, score_answers
 from dpo_recipes.evaluate.measures import columns
 from dpo_recipes.files import read_json, write_json, write_jsonl
 from dpo_recipes.launch.launch import prepare
 from dpo_recipes.launch.sweep import STOPPED
 from dpo_recipes.loading import digest, prompt_hashes
 from dpo_recipes.manifest import claim, refuse_strangers
-from dpo_recipes.models.rewards import check_reward_model, model_judge, read_reward_config
+from dpo_recipes.models.rewards import Text, check_reward_model, model_judge, read_reward_config
 from dpo_recipes.preflight.prepare import measure_pairs
 from dpo_recipes.recipe import load_tokenizer
 from dpo_recipes.runs.model_card import LIBRARIES
 from dpo_recipes.terminal import say
 
 SHOWN = 4  # prompts with their answers side by side
+RECORDED = ("judge", "reward_model", "kl", "repetition")  # numbers of each answer in records.jsonl
 ORDER = "The judge scores each answer by itself, so that the order of two answers plays no part."
 
 
 @dataclass
 class Comparison:
-    """What is compared, and how."""
+    """The recipes of a comparison and its options."""
 
     root: Path
     recipes: Mapping[str, Recipe]
-    kinds: Sequence[str]
     seeds: Sequence[int]
     betas: Sequence[str]
-    budget: str
     prompts: int
-    judge: Callable[[Any, str], float] | str | None  # the exact reward, or a model's name; None: one is trained
+    judge: Callable[[Text, str], float] | str | None  # the exact reward, or a model's name; None: one is trained
     updates: dict[str, int] = field(default_factory=dict)  # of the online algorithms
     parts: dict[str, Dataset] = field(default_factory=dict)
 
     @property
     def start(self) -> str:
-        """The model that all start from."""
+        """The reference model, from which all are trained."""
         return str(self.recipes["dpo"].model_args.model_name_or_path)
 
     @property
     def sampling(self) -> Sampling:
-        """That of the online algorithms' training; they have the same."""
-        online = next((self.recipes[kind].training_args for kind in ONLINE if kind in self.kinds), None)
+        """The sampling of the online algorithms' training, which is the same for all of them."""
+        online = next((self.recipes[kind].training_args for kind in ONLINE if kind in self.recipes), None)
         return Sampling(getattr(online, "temperature", 1.0), getattr(online, "max_completion_length", 256))
 
 
@@ -71,24 +70,22 @@ def compare(
     seeds: Sequence[int] = (0, 1, 2),
     betas: Sequence[str] = (),
     quick: bool = False,
-    budget: str = "samples",
     prompts: int = 200,
     judge: str | None = None,
     output_dir: str | None = None,
 ) -> int:
-    """Trains what is missing, and writes results.json, records.jsonl, report.html, report.md and the plots.
+    """Trains the stages that are missing, and writes results.json, records.jsonl, report.html, report.md and the plots.
 
     Args:
-        name: A DPO recipe, beside which are those of the reward model and of PPO.
+        name: A DPO recipe; the recipes of the reward model and of PPO lie in the same folder.
         profile: As in `train`.
         accelerate: As in `train`.
         flags: As `read_recipes` reads them.
-        stages: Kinds of stages; what these need is added.
-        seeds: Everything but the SFT model and the judge is trained with each.
-        betas: Each algorithm is trained with each; by default the DPO recipe's own.
-        quick: The first beta and the first seed alone.
-        budget: `samples` or `compute`, as `updates_within` reads it.
-        prompts: To answer, of the test split.
+        stages: Kinds of stages; stages that these need are added.
+        seeds: Every stage but the SFT model and the judge is trained with each seed.
+        betas: Each algorithm is trained with each beta; by default the DPO recipe's own.
+        quick: Whether to take the first beta and the first seed alone.
+        prompts: Number of prompts to answer, from the test split.
         judge: A reward model, or a classifier with two labels; by default the recipe's own judge.
         output_dir: `outputs/compare/RECIPE` by default.
 
@@ -104,46 +101,46 @@ def compare(
     comparison = Comparison(
         root=Path(output_dir or f"outputs/compare/{launch.recipe.stem}"),
         recipes=recipes,
-        kinds=[kind for kind in (*ALGORITHMS, "reward", "judge") if kind in recipes],
         seeds=list(seeds)[some],
         betas=list(betas or [str(recipes["dpo"].training_args.beta)])[some],
-        budget=budget,
         prompts=prompts,
         judge=judge or recipes["dpo"].namespace.get("judge"),
     )
     if isinstance(comparison.judge, str):
         check_reward_model(*read_reward_config(comparison.judge), [], labels=(1, 2))
-    clock, root = Clock(), comparison.root
-    stages_with = partial(plan_stages, recipes, betas=comparison.betas, seeds=comparison.seeds, root=root)
-    planned = stages_with(updates=dict.fromkeys(ONLINE, 0))  # the budget needs the tokenizer that SFT leaves
-    refuse_strangers(root)
-    say("\n".join([f"{len(planned)} stages:", *(f"  {stage.name:<16} {stage.folder}" for stage in planned)]))
-    claim(root, "answers", *(stage.name for stage in planned))
-    before = run_stages([stage for stage in planned if stage.kind == "sft"], clock, total=len(planned))
-    if status := next(iter(before.values()), 0):
-        return status if status in STOPPED else 1
-    comparison.parts = _divide(recipes["dpo"], with_judge=comparison.judge is None)
-    learn = len(comparison.parts["learn"])
-    online = [recipes[kind] for kind in ONLINE if kind in recipes]
-    comparison.updates = {each.kind: updates_within(each, kind=budget, recipes=recipes, pairs=learn) for each in online}
-    planned = stages_with(updates=comparison.updates)
-    statuses = before | run_stages(planned[len(before) :], clock, done=len(before), total=len(planned))
-    if stopped := [status for status in statuses.values() if status in STOPPED]:
+    finished, failed = _train(comparison)
+    if stopped := [status for status in failed.values() if status in STOPPED]:
         return stopped[0] or 1
-    failed = {name: status for name, status in statuses.items() if status != 0}
+    if not comparison.parts:
+        return 1
     if "judge" in failed:
         say("The judge could not be trained, and there is nobody to judge: no report.")
         return 1
-    _report(comparison, [stage for stage in planned if stage.name not in failed], failed)
+    _report(comparison, finished, failed)
     return int(bool(failed))
 
 
-def _divide(dpo: Recipe, *, with_judge: bool) -> dict[str, Dataset]:
-    """The parts: pairs to `learn` from, pairs for the `judge`, and the `test` pairs, whose prompts are answered.
+def _train(comparison: Comparison) -> tuple[list[Stage], dict[str, int | None]]:
+    """Runs the stages and divides the data; returns the finished stages and, by name, the statuses of the others."""
+    clock, root, recipes = Clock(), comparison.root, comparison.recipes
+    plan = partial(plan_stages, recipes, betas=comparison.betas, seeds=comparison.seeds, root=root)
+    planned = plan(updates=dict.fromkeys(ONLINE, 0))  # their updates are known once SFT has left the tokenizer
+    refuse_strangers(root)
+    say("\n".join([f"{len(planned)} stages:", *(f"  {stage.name:<16} {stage.folder}" for stage in planned)]))
+    claim(root, "answers", *(stage.name for stage in planned))
+    statuses = run_stages([stage for stage in planned if stage.kind == "sft"], clock, total=len(planned))
+    if not any(statuses.values()):
+        comparison.parts = _divide(recipes["dpo"], with_judge=comparison.judge is None)
+        budget = partial(updates_within, dpo=recipes["dpo"], pairs=len(comparison.parts["learn"]))
+        comparison.updates = {kind: budget(recipes[kind]) for kind in ONLINE if kind in recipes}
+        planned, done = plan(updates=comparison.updates), len(statuses)
+        statuses |= run_stages(planned[done:], clock, done=done, total=len(planned))
+    failed = {name: status for name, status in statuses.items() if status != 0}
+    return [stage for stage in planned if stage.name not in failed], failed
 
-    Raises:
-        RuntimeError: If two of them share a prompt.
-    """
+
+def _divide(dpo: Recipe, *, with_judge: bool) -> dict[str, Dataset]:
+    """The parts: pairs to `learn` from, pairs for the `judge`, and the `test` pairs, whose prompts are answered."""
     tokenizer = load_tokenizer(dpo.model_args, dpo.training_args)
     parts: dict[str, Dataset] = {}
     for part in ("learn", "judge") if with_judge else (None,):
@@ -155,11 +152,7 @@ def _divide(dpo: Recipe, *, with_judge: bool) -> dict[str, Dataset]:
 
 
 def check_parts(parts: Mapping[str, Dataset]) -> None:
-    """Nothing, if no prompt is in two of the parts.
-
-    Raises:
-        RuntimeError: If one is.
-    """
+    """Raises RuntimeError if two parts share a prompt."""
     hashes = {name: set(prompt_hashes(pairs)) for name, pairs in parts.items()}
     for name, other in (("learn", "judge"), ("learn", "test"), ("judge", "test")):
         if shared := hashes.get(name, set()) & hashes.get(other, set()):
@@ -167,76 +160,67 @@ def check_parts(parts: Mapping[str, Dataset]) -> None:
 
 
 def _report(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[str, int | None]) -> None:
-    """Answers, records, results and report of the stages that are finished."""
-    root, parts = comparison.root, comparison.parts
-    prompts = draw_prompts(parts["test"], start=comparison.start, most=comparison.prompts)
+    """Makes and writes the answers, records, results and report of the finished stages."""
+    root, runs = comparison.root, [stage for stage in finished if stage.kind in ALGORITHMS]
+    prompts = draw_prompts(comparison.parts["test"], start=comparison.start, most=comparison.prompts)
     made_by = next((stage.key() for stage in finished if stage.kind == "sft"), comparison.start)
     entries = [Entry(f"sft-{seed}", comparison.start, seed, made_by) for seed in comparison.seeds]
-    runs = [stage for stage in finished if stage.kind in ALGORITHMS]
     entries += [Entry(stage.name, str(stage.folder), int(stage.seed or 0), stage.key()) for stage in runs]
     found = answer_all(
         entries,
         comparison.start,
         prompts=prompts,
-        pairs=parts["test"],
+        pairs=comparison.parts["test"],
         sampling=comparison.sampling,
         folder=root / "answers",
         trust_remote_code=comparison.recipes["dpo"].training_args.trust_remote_code,
     )
     judge = comparison.judge or root / "judge"
+    scorer = exact_judge(judge) if callable(judge) else model_judge(judge)
     optimised = {stage.seed: model_judge(stage.folder) for stage in finished if stage.kind == "reward"}
-    rows = records(
-        found,
-        prompts=prompts,
-        judge=exact_judge(judge) if callable(judge) else model_judge(judge),
-        rewards={entry.name: optimised[entry.seed] for entry in entries if entry.seed in optimised},
-    )
-    write_jsonl(root / "records.jsonl", ({"run": name} | row for name, each in rows.items() for row in each))
+    rewards = {entry.name: optimised[entry.seed] for entry in entries if entry.seed in optimised}
+    scores = score_answers(found, prompts, judge=scorer, rewards=rewards)
+    measured = {name: columns(found[name], **scores[name]) for name in found}
+    records = {name: _records(found[name]["answers"], measured[name]) for name in found}
+    write_jsonl(root / "records.jsonl", ({"run": name} | row for name, rows in records.items() for row in rows))
+    costs = {stage.name: stage_cost(stage) for stage in finished}
     results = _about(comparison, finished, failed) | {"prompts": len(prompts)}
-    costs = {stage.name: stage_cost(stage, samples_of(stage)) for stage in finished}
-    measured = {name: columns(rows[name], found[name]) for name in found}
     results |= collect(runs, measured, costs, betas=comparison.betas)
     results["verdict"] = verdict(results)
-    results["samples"] = _side_by_side(results, rows, prompts)
+    results["samples"] = _side_by_side(results, records, prompts)
     paths = [write_json(root / "results.json", results), *write_report(root, results)]
     say("\n".join(["", *results["verdict"], "", *map(str, paths)]))
 
 
+def _records(answers: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each answer with its numbers; None for a number that nobody measured."""
+    numbers = {name: measured[name] or [None] * len(answers) for name in RECORDED}
+    return [
+        {"prompt": row, **answer, **{name: values[row] for name, values in numbers.items()}}
+        for row, answer in enumerate(answers)
+    ]
+
+
 def _about(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[str, int | None]) -> dict[str, Any]:
-    """What was compared, and how: everything but the numbers."""
-    parts, sampling = comparison.parts, asdict(comparison.sampling)
-    judge = {"name": "the exact reward", "detail": "The judge is the recipe's exact reward, not a model."}
+    """The settings and conditions of the comparison: everything but its numbers."""
+    parts, recipes, sampling = comparison.parts, comparison.recipes, asdict(comparison.sampling)
     accuracies = {
         stage.name: read_json(stage.folder / "metrics.json")["reward_accuracy"]["all"]
         for stage in finished
         if stage.kind in ("judge", "reward")
     }
-    if isinstance(comparison.judge, str):
-        said = f"The judge is {comparison.judge}, a model that was not trained here."
-        judge = {"name": comparison.judge, "detail": said}
-    elif comparison.judge is None:
-        right = Estimate(**accuracies["judge"])
-        judge = {
-            "name": "a reward model of its own",
-            "detail": "The judge is a reward model, trained by another seed on prompts that no learner saw. It finds "
-            f"chosen better in {right} of the {right.n} held-out pairs.",
-        }
     hashes = {part: digest(parts[part]) if part in parts else None for part in ("learn", "judge")}
-    learn = len(parts["learn"])
-    not_online = [] if comparison.updates else [NAMES["sft"]]
+    compared = [NAMES[kind] for kind in ALGORITHMS if kind in recipes] + ([] if comparison.updates else [NAMES["sft"]])
     return {
-        "title": " against ".join([NAMES[kind] for kind in comparison.kinds if kind in ALGORITHMS] + not_online),
-        "recipe": comparison.recipes["dpo"].launch.recipe.stem,
+        "title": " against ".join(compared),
+        "recipe": recipes["dpo"].launch.recipe.stem,
         "made": datetime.now(UTC).isoformat(timespec="minutes"),
         "start": comparison.start,
         "seeds": list(comparison.seeds),
         "betas": list(comparison.betas),
-        "budget": {
-            "kind": comparison.budget,
-            "detail": budget_in_words(comparison.budget, comparison.recipes, learn, comparison.updates),
-        },
+        "budget": {"kind": "samples", "detail": budget_in_words(recipes, len(parts["learn"]), comparison.updates)},
         "sampling": sampling,
-        "judge": judge | {"order": ORDER},
+        "judge": _about_judge(comparison.judge, accuracies) | {"order": ORDER},
         "reward_accuracy": accuracies,
         "failed": [
             f"{name} ({'not begun' if status is None else f'exit {status}'})" for name, status in failed.items()
@@ -250,8 +234,21 @@ def _about(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[st
     }
 
 
+def _about_judge(judge: object, accuracies: Mapping[str, Any]) -> dict[str, str]:
+    if isinstance(judge, str):
+        return {"name": judge, "detail": f"The judge is {judge}, a model that was not trained here."}
+    if judge is not None:
+        return {"name": "the exact reward", "detail": "The judge is the recipe's exact reward, not a model."}
+    right = Estimate(**accuracies["judge"])
+    return {
+        "name": "a reward model of its own",
+        "detail": "The judge is a reward model, trained by another seed on prompts that no learner saw. It finds "
+        f"chosen better in {right} of the {right.n} held-out pairs.",
+    }
+
+
 def _side_by_side(
-    results: Mapping[str, Any], rows: Mapping[str, Any], prompts: Sequence[Any], *, seed: int = 0
+    results: Mapping[str, Any], records: Mapping[str, Any], prompts: Sequence[Text], *, seed: int = 0
 ) -> list[dict[str, Any]]:
     """A few prompts, drawn by seed, with each algorithm's answer by the first seed of its chosen beta."""
     labels = [duel[side] for duel in results["duels"] for side in ("one", "other")]
@@ -262,7 +259,7 @@ def _side_by_side(
         prompt = prompts[number]
         answers = [
             {"label": model["label"], "algorithm": model["algorithm"]}
-            | {key: rows[next(iter(model["names"].values()))][number][key] for key in ("text", "judge", "ended")}
+            | {key: records[next(iter(model["names"].values()))][number][key] for key in ("text", "judge", "ended")}
             for model in shown
         ]
         asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]

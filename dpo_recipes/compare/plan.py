@@ -1,9 +1,9 @@
-"""What a comparison runs: its stages, each a recipe with its flags, in an order in which each finds what it needs."""
+"""Plans the stages of a comparison: each is a recipe with its flags, and comes after the stages that it needs."""
 
 import hashlib
 import itertools
 import runpy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,25 +18,28 @@ from dpo_recipes.preflight.inspect import parse_namespace
 from dpo_recipes.recipe import argument_classes
 
 ONLINE = ("ppo", "rloo")
-ALGORITHMS = ("dpo", *ONLINE)  # those that are compared
+ALGORITHMS = ("dpo", *ONLINE)  # compared with each other
 KINDS = ("sft", "judge", *ALGORITHMS, "reward")
-JUDGE_SEED = 1000  # of the judge's training, unlike any learner's
+JUDGE_SEED = 1000  # of the judge's training; no learner has it
 RESERVED = {
     **{"output_dir": "--output_dir of the comparison", "seed": "--seeds 0,1,2", "beta": "--betas 0.05,0.1"},
     **{"part": "nothing: the comparison divides the data", "config": "--profile FILE", "sweep": "--betas and --seeds"},
-    **{"reward_model_name_or_path": "nothing: the comparison trains one", "max_steps": "--budget, or --dpo.max_steps"},
+    **{"reward_model_name_or_path": "nothing: the comparison trains one", "max_steps": "--dpo.max_steps"},
     **{"overwrite": "nothing: remove the folder to begin anew", "resume_from_checkpoint": "nothing: it goes on itself"},
     **{"dry_run": "nothing: the plan is printed first", "eval_pairs": "--prompts"},
+    "budget": "nothing: PPO and RLOO sample as many answers as DPO sees pairs",
     **dict.fromkeys(
         ("max_prompt_length", "max_pair_length"), "--max_length: all learn from the prompts of DPO's pairs"
     ),
 }
-"""Settings that are the comparison's own, and what to give in their place."""
+"""Settings that the comparison sets, each with the flag to give in its place."""
+FREE = ("dpo.max_steps", "reward.max_steps", "judge.max_steps")
+"""Reserved settings that one recipe may get all the same."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One of the recipes of a comparison, as it is run there."""
+    """A recipe with its settings in a comparison."""
 
     kind: str
     namespace: Mapping[str, Any]  # of its file
@@ -59,17 +62,17 @@ class Stage:
     seed: int | None = None
 
     def key(self) -> str:
-        """A hash of what is asked for, of this stage and of those that it starts from."""
+        """A hash of the settings, data and code of this stage and of the stages that it needs."""
         asked = [self.launch.request(), *(stage.key() for stage in self.needs)]
         return hashlib.sha256(" ".join(asked).encode()).hexdigest()
 
     def chain(self) -> list["Stage"]:
-        """What has to be trained for this one alone: itself, and the reward model but not the SFT model it needs."""
+        """The stages that are trained for this one alone: its reward model, but not the SFT model, and itself."""
         return [*(stage for stage in self.needs if stage.kind == "reward"), self]
 
 
 def find_siblings(recipe: Path, kinds: Sequence[str]) -> dict[str, Path]:
-    """The file of each kind: hh_rlhf_lora has hh_rlhf_reward, hh_rlhf_ppo and hh_rlhf_rloo beside it.
+    """The file of each kind: hh_rlhf_lora has hh_rlhf_reward, hh_rlhf_ppo and hh_rlhf_rloo in the same folder.
 
     Raises:
         RecipeError: If some are missing; the message names them.
@@ -84,8 +87,8 @@ def find_siblings(recipe: Path, kinds: Sequence[str]) -> dict[str, Path]:
             missing.append(" or ".join(f"{base}_{kind}.py" for base in bases))
     if missing:
         raise RecipeError(
-            f"To compare {recipe.stem} takes {', '.join(missing)} beside it, which is not there. Write it from that of "
-            "hh-rlhf (dpo-recipes copy hh-rlhf-reward), or compare others: --stages dpo."
+            f"To compare {recipe.stem} takes {', '.join(missing)} in the same folder, which has none. Write it from "
+            "that of hh-rlhf (dpo-recipes copy hh-rlhf-reward), or compare others: --stages dpo."
         )
     return found
 
@@ -93,74 +96,84 @@ def find_siblings(recipe: Path, kinds: Sequence[str]) -> dict[str, Path]:
 def read_recipes(
     launch: Launch, stages: Sequence[str], *, flags: Sequence[str], judge: str | None = None
 ) -> dict[str, Recipe]:
-    """The recipes that a comparison takes, by kind, their settings read and found valid.
+    """The recipes of a comparison by kind, with valid settings.
 
-    `reward` is among them where something optimises it, `judge` where the DPO recipe has no exact reward of that name:
-    the same file, another run.
+    `reward` is among them where an algorithm optimises it, and `judge`, the same file for another run, where the DPO
+    recipe names no judge of its own.
 
     Args:
         launch: Of the DPO recipe, without flags.
-        stages: Kinds that are asked for.
+        stages: Kinds that the user asked for.
         flags: `--key value` goes to every recipe that has such a setting, `--ppo.key value` to that one,
             `--reward.key value` to the judge too.
-        judge: A model that was named for it; none is trained then.
+        judge: A model that judges, so that none is trained.
 
     Raises:
-        RecipeError: If a recipe is missing, a stage or flag is none of theirs, or a value is refused.
+        RecipeError: If a recipe is missing, a stage or flag is unknown, or a value is refused.
     """
+    given = grouped(flags)
+    kinds = _check_call(stages, given)
+    namespaces = {launch.recipe: runpy.run_path(str(launch.recipe))}
+    needs_judge = judge is None and "judge" not in namespaces[launch.recipe]
+    files = find_siblings(launch.recipe, [*kinds, *(["reward"] if needs_judge or {*ONLINE} & {*kinds} else [])])
+    files |= {"judge": files["reward"]} if needs_judge else {}
+    for file in {*files.values()} - {launch.recipe}:
+        namespaces[file] = runpy.run_path(str(file))
+    recipes: dict[str, Recipe] = {}
+    known_by: set[str] = set()
+    for kind, file in files.items():
+        known = {entry.name for part in argument_classes(namespaces[file]) for entry in fields(part)}
+        prefixes = ("", kind, "reward" if kind == "judge" else kind)
+        taken = [(name, values) for name, values in given if _is_for(name, prefixes, known)]
+        known_by |= {name for name, _ in taken}
+        own = [word for name, values in taken for word in (f"--{name.rpartition('.')[2]}", *values)]
+        if kind != "dpo":  # all start from the same model
+            own += ["--model_name_or_path", str(recipes["dpo"].model_args.model_name_or_path)]
+        if kind in ONLINE and "max_pair_length" in known and (longest := recipes["dpo"].training_args.max_length):
+            own += ["--max_pair_length", str(longest)]
+        parsed = parse_namespace(namespaces[file], file, profile=launch.profile, flags=own)
+        recipes[kind] = Recipe(kind, namespaces[file], replace(launch, recipe=file, flags=tuple(own)), *parsed)
+    if unknown := [name for name, _ in given if name not in known_by]:
+        raise RecipeError(
+            f"--{unknown[0]} is a setting of none of the recipes {', '.join(files)}. To give one recipe a setting, "
+            "write for example --ppo.learning_rate 1e-5."
+        )
+    return recipes
+
+
+def _check_call(stages: Sequence[str], given: Sequence[tuple[str, list[str]]]) -> list[str]:
+    """The algorithms that the user asked for; raises RecipeError for unknown stages and reserved settings."""
     kinds = [kind for kind in ALGORITHMS if kind in stages]
     if not kinds or not {*stages} <= {*ALGORITHMS, "sft", "reward"}:
         raise RecipeError(f"Got --stages {','.join(stages)}, which needs some of {', '.join(ALGORITHMS)}.")
-    given = grouped(flags)
-    free = ("dpo.max_steps", "reward.max_steps", "judge.max_steps")
-    if taken := [name for name, _ in given if name.rpartition(".")[2] in RESERVED and name not in free]:
-        raise RecipeError(f"--{taken[0]} is for the comparison to set. Give {RESERVED[taken[0].rpartition('.')[2]]}.")
-    is_judged = judge is None and "judge" not in runpy.run_path(str(launch.recipe))
-    needs_reward = is_judged or {*ONLINE} & {*kinds}
-    files = find_siblings(launch.recipe, [*kinds, *(["reward"] if needs_reward else [])])
-    files |= {"judge": files["reward"]} if is_judged else {}
-    namespaces = {kind: runpy.run_path(str(file)) for kind, file in files.items()}
-    known = {
-        kind: {entry.name for part in argument_classes(namespace) for entry in fields(part)}
-        for kind, namespace in namespaces.items()
-    }
-    recipes: dict[str, Recipe] = {}
-    taken_by: set[str] = set()
-    for kind, namespace in namespaces.items():
-        own = []
-        for name, values in given:
-            of, _, key = name.rpartition(".")
-            if of in ("", kind, "reward" if kind == "judge" else kind) and key in known[kind]:
-                own += [f"--{key}", *values]
-                taken_by.add(name)
-        if kind != "dpo":  # all start from the same model
-            own += ["--model_name_or_path", str(recipes["dpo"].model_args.model_name_or_path)]
-        longest = recipes["dpo"].training_args.max_length if kind in ONLINE else None
-        if longest and "max_pair_length" in known[kind]:
-            own += ["--max_pair_length", str(longest)]
-        parsed = parse_namespace(namespace, files[kind], profile=launch.profile, flags=own)
-        recipes[kind] = Recipe(kind, namespace, replace(launch, recipe=files[kind], flags=tuple(own)), *parsed)
-    if unknown := [name for name, _ in given if name not in taken_by]:
-        raise RecipeError(
-            f"--{unknown[0]} is a setting of none of the recipes {', '.join(known)}. One alone gets, for example, "
-            "--ppo.learning_rate 1e-5."
-        )
-    return recipes
+    for name, _ in given:
+        key = name.rpartition(".")[2]
+        if key in RESERVED and name not in FREE:
+            raise RecipeError(f"--{name} is for the comparison to set. Give {RESERVED[key]}.")
+    return kinds
+
+
+def _is_for(name: str, prefixes: Sequence[str], known: set[str]) -> bool:
+    prefix, _, key = name.rpartition(".")
+    return prefix in prefixes and key in known
 
 
 def plan_stages(
     recipes: Mapping[str, Recipe], *, betas: Sequence[str], seeds: Sequence[int], root: Path, updates: Mapping[str, int]
 ) -> list[Stage]:
-    """The stages in their order: the SFT model and the judge once, then for each seed everything else.
+    """The stages in their order: the SFT model and the judge once, then the other stages for each seed.
 
     Args:
-        recipes: As `read_recipes` returns them; where there is a judge among them, all learn from the part `learn`.
-        betas: Each algorithm is trained with each of them.
-        seeds: Each is trained with each of them.
+        recipes: As `read_recipes` returns them; with a judge among them, all others learn from the part `learn`.
+        betas: Each algorithm is trained with each beta.
+        seeds: Each stage but the SFT model and the judge is trained with each seed.
         root: The folder of the stages' folders.
-        updates: Of each online algorithm, within its budget.
+        updates: Of each online algorithm, as `updates_within` returns them.
     """
-    start = [*start_stage(recipes["dpo"])]
+    start: list[Stage] = []
+    sft = recipes["dpo"].launch.stages_before().get("model_name_or_path")  # another recipe makes the model
+    if sft and not recipes["dpo"].launch.is_given("model_name_or_path"):
+        start = [Stage("sft", sft.recipe.stem, sft, Path("outputs") / sft.recipe.stem)]
     stages = [*start]
 
     def add(kind: str, name: str, *flags: str, needs: Sequence[Stage] = (), **point: Any) -> Stage:
@@ -184,15 +197,8 @@ def plan_stages(
     return stages
 
 
-def start_stage(recipe: Recipe) -> Iterator[Stage]:
-    """The SFT stage, where the recipe's model is one that a recipe makes, and not one that a flag names."""
-    before = recipe.launch.stages_before().get("model_name_or_path")
-    if before and not recipe.launch.is_given("model_name_or_path"):
-        yield Stage("sft", before.recipe.stem, before, Path("outputs") / before.recipe.stem)
-
-
 def is_done(stage: Stage) -> bool:
-    """Whether the folder holds the finished stage that is asked for, made from the stages that are asked for."""
+    """Returns True if the folder holds this stage, finished, with the same settings of all stages that it needs."""
     if stage.kind == "sft":
         return stage.launch.is_done(stage.folder)
     return stage.launch.is_done(stage.folder) and read_json(stage.folder / "stage.json").get("key") == stage.key()

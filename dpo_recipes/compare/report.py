@@ -1,4 +1,4 @@
-"""The report of a comparison: a page, the same in Markdown, and the plots."""
+"""Writes the report of a comparison: a page, the same in Markdown, and the plots."""
 
 import base64
 import io
@@ -15,10 +15,10 @@ from dpo_recipes.files import write_bytes
 from dpo_recipes.pages import page
 
 COLOURS = {"sft": "#7d8591", "dpo": "#2b6cb0", "ppo": "#c2571a", "rloo": "#2f8f6b"}
-PLOTS = {  # file: what stands across, its label, what the plot shows
+PLOTS = {  # file: measure on the x-axis, its label, title
     "reward_kl.png": (
-        *("kl", "KL to the start, nats an answer"),
-        "Reward against KL: what each model earns, and how far it has moved from the start for that",
+        *("kl", "KL to the reference model, nats an answer"),
+        "Reward against KL: the judge's reward of each model, and its distance from the reference model",
     ),
     "two_rewards.png": (
         *("reward_model", "score by the reward model that PPO optimises"),
@@ -28,23 +28,23 @@ PLOTS = {  # file: what stands across, its label, what the plot shows
 
 
 def write_report(folder: Path, results: Mapping[str, Any]) -> list[Path]:
-    """The paths of report.html, report.md and the plots, made of what results.json holds."""
+    """Writes report.html, report.md and the plots from what results.json holds, and returns their paths."""
     pictures = []
     for name, (across, label, title) in PLOTS.items():
         if results["runs"] and all(run[across] is not None for run in results["runs"].values()):
             drawn = _plot(results, across, label)
             write_bytes(folder / name, drawn)
             pictures.append({"name": name, "title": title, "data": base64.b64encode(drawn).decode()})
-    shown = {"measures": MEASURES, "rates": RATES, "colours": COLOURS, "pictures": pictures}
-    pages = []
-    for kind in ("html", "md"):
-        template = page.TEMPLATES / f"comparison.{kind}.jinja"
-        pages.append(page.write_page(folder / f"report.{kind}", template, {**results, **shown}, {"cell": _cell}))
+    data = {**results, "measures": MEASURES, "rates": RATES, "colours": COLOURS, "pictures": pictures}
+    pages = [
+        page.write_page(folder / f"report.{kind}", page.TEMPLATES / f"comparison.{kind}.jinja", data, {"cell": _cell})
+        for kind in ("html", "md")
+    ]
     return [*pages, *(folder / picture["name"] for picture in pictures)]
 
 
 def _cell(text: str) -> str:
-    """Text that stays in one cell or point of Markdown."""
+    """The text for one cell or list item of Markdown."""
     return text.replace("|", "\\|").replace("\n", " ")
 
 

@@ -1,4 +1,4 @@
-"""The numbers of a comparison, from the records of its answers: what results.json holds and the report shows."""
+"""Numbers of a comparison for results.json and the report, made of the numbers of its runs."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -22,36 +22,34 @@ COSTS = {
 }
 
 
-def stage_cost(stage: Stage, samples: int) -> dict[str, Any]:
-    """What a finished stage took. A run that was resumed knows the seconds since; the rest is put in by its updates."""
-    done = read_json(stage.folder / "done.json")
+def stage_cost(stage: Stage) -> dict[str, Any]:
+    """Time, memory and samples of a finished stage. The time of a resumed run is scaled up from its last part."""
+    settings, done = (read_json(stage.folder / name) for name in ("settings.json", "done.json"))
     updates, since = done["updates"], done["updates"] - done["resumed_from_update"]
     seconds = (done["train_seconds"] or 0.0) * updates / max(1, since)
     on_gpu = "peak_gpu_memory_mib" in done
+    epochs = settings["num_iterations"] if stage.kind in ONLINE else 1  # over each answer
     return {
         "seconds": seconds,
         "gpu_hours": seconds / 3600 * int(done["hardware"].partition(" x ")[0]) if on_gpu else None,
         "memory_mib": done["peak_gpu_memory_mib" if on_gpu else "peak_memory_mib"],
-        "samples": samples,
+        "samples": int(updates * settings["pairs_per_update"] / epochs),
         "tokens": done.get("tokens"),
     }
 
 
 def model_cost(costs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Of a model, for one seed on average: all that was trained for it alone; of memory the most.
+    """Mean cost of a model for one seed, with all stages that are trained for it alone; of memory the maximum.
 
     Args:
-        costs: For each seed those of its stages, the algorithm's own last, whose samples are the ones that count.
+        costs: For each seed the costs of its stages. The algorithm's own is the last, and its samples alone count.
     """
-    totals: list[dict[str, Any]] = []
-    for seed in costs:
-        known = {name: [cost[name] for cost in seed] for name in COSTS}
-        totals.append({name: None if None in values else sum(values) for name, values in known.items()})
-        totals[-1]["samples"] = seed[-1]["samples"]
-    mean = {
-        name: None if totals[0][name] is None else sum(total[name] for total in totals) / len(totals) for name in COSTS
-    }
-    return mean | {"memory_mib": max(cost["memory_mib"] for seed in costs for cost in seed)}
+    mean: dict[str, Any] = {"memory_mib": max(cost["memory_mib"] for seed in costs for cost in seed)}
+    mean["samples"] = sum(seed[-1]["samples"] for seed in costs) / len(costs)
+    for name in ("seconds", "gpu_hours", "tokens"):
+        known = all(cost[name] is not None for seed in costs for cost in seed)
+        mean[name] = sum(sum(cost[name] for cost in seed) for seed in costs) / len(costs) if known else None
+    return {name: mean[name] for name in COSTS}
 
 
 def collect(
@@ -61,74 +59,65 @@ def collect(
     *,
     betas: Sequence[str],
 ) -> dict[str, Any]:
-    """Models, comparisons and what they are made of.
+    """Measures of each model and its rates against others, with the numbers that these are made of.
 
     Args:
-        stages: Those whose models were evaluated.
-        runs: By the name of a stage, and `sft-SEED` for the start: as `columns` returns them.
-        costs: By the name of every finished stage, as `stage_cost` returns them.
+        stages: Stages whose models were evaluated.
+        runs: By the name of a stage, and `sft-SEED` for the reference model: numbers as `columns` returns them.
+        costs: By the name of each finished stage, as `stage_cost` returns them.
         betas: In their order.
     """
     starts = {int(name.removeprefix("sft-")): name for name in runs if name.startswith("sft-")}
-    models = [_model("sft", None, starts, runs, [])]
+    models = [_model("sft", None, starts, runs) | {"cost": None}]
     for kind, beta in itertools.product(ALGORITHMS, betas):
         of = {int(stage.seed or 0): stage for stage in stages if (stage.kind, stage.beta) == (kind, beta)}
         if of:
             spent = [[costs[part.name] for part in stage.chain()] for stage in of.values()]
-            models.append(_model(kind, beta, {seed: stage.name for seed, stage in of.items()}, runs, spent))
-    best = {kind: _best(kind, models, runs, several=len(betas) > 1) for kind in ALGORITHMS}
-    # Where a beta was chosen, it was by the even prompts: what is said of the chosen ones is said of the odd ones.
-    rest = slice(1, None, 2) if len(betas) > 1 else slice(None)
+            names = {seed: stage.name for seed, stage in of.items()}
+            models.append(_model(kind, beta, names, runs) | {"cost": model_cost(spent)})
+    # With several betas, even prompts choose the beta, and odd prompts compare the chosen models.
+    chosen_by, compared_by = (slice(None, None, 2), slice(1, None, 2)) if len(betas) > 1 else (slice(None), slice(None))
+    best = {kind: _best(kind, models, runs, rows=chosen_by) for kind in ALGORITHMS}
     pairs = [(one, other) for kind in ONLINE if (one := best["dpo"]) and (other := best[kind])]
-    duels = [_compare(*pair, runs, rows=rest) for pair in pairs]
-    against_start = [_compare(model, models[0], runs) for model in models[1:]]
+    duels = [_compare(*pair, runs, rows=compared_by) for pair in pairs]
     return {
         "models": models,
-        "duels": [duel for duel in duels if duel],
-        "against_start": against_start,
+        "duels": [duel for duel in duels if duel["seeds"]],
+        "against_start": [_compare(model, models[0], runs) for model in models[1:]],
         "runs": dict(runs),
         "costs": dict(costs),
     }
 
 
-def _model(
-    kind: str,
-    beta: str | None,
-    names: Mapping[int, str],
-    runs: Mapping[str, Any],
-    spent: Sequence[Sequence[Mapping[str, Any]]],
-) -> dict[str, Any]:
-    measured = of_model([runs[name] for name in names.values()], [runs[f"sft-{seed}"] for seed in names])
+def _model(kind: str, beta: str | None, names: Mapping[int, str], runs: Mapping[str, Any]) -> dict[str, Any]:
     label = NAMES[kind] + (f", beta {beta}" if beta else "")
-    cost = model_cost(spent) if spent else None
-    return {"algorithm": kind, "beta": beta, "label": label, "names": dict(names), "cost": cost, **measured}
+    measured = of_model([runs[name] for name in names.values()], [runs[f"sft-{seed}"] for seed in names])
+    return {"algorithm": kind, "beta": beta, "label": label, "names": dict(names), **measured}
+
+
+def _best(
+    kind: str, models: Sequence[Mapping[str, Any]], runs: Mapping[str, Any], *, rows: slice
+) -> Mapping[str, Any] | None:
+    """The model of an algorithm with the highest judge's reward on the given prompts."""
+
+    def reward(model: Mapping[str, Any]) -> float:
+        return float(np.mean([runs[name]["judge"][rows] for name in model["names"].values()]))
+
+    return max((model for model in models if model["algorithm"] == kind), key=reward, default=None)
 
 
 def _compare(
     one: Mapping[str, Any], other: Mapping[str, Any], runs: Mapping[str, Any], *, rows: slice = slice(None)
 ) -> dict[str, Any]:
-    """The rates of a model against another over the seeds that both have; nothing where there are none."""
+    """Rates of a model against another over the `seeds` that both have; no rates where there is none."""
     seeds = [seed for seed in one["names"] if seed in other["names"]]
-    if not seeds:
-        return {}
     sides = ([runs[model["names"][seed]] for seed in seeds] for model in (one, other))
-    rates = against(*sides, rows=rows)
+    rates = against(*sides, rows=rows) if seeds else {}
     return {"one": one["label"], "other": other["label"], "seeds": seeds, "every_other_prompt": rows.step == 2, **rates}
 
 
-def _best(
-    kind: str, models: Sequence[Mapping[str, Any]], runs: Mapping[str, Any], *, several: bool
-) -> Mapping[str, Any] | None:
-    """The model of an algorithm with the highest judge's reward on the even prompts."""
-
-    def reward(model: Mapping[str, Any]) -> float:
-        return float(np.mean([runs[name]["judge"][:: 2 if several else 1] for name in model["names"].values()]))
-
-    return max((model for model in models if model["algorithm"] == kind), key=reward, default=None)
-
-
 def verdict(results: Mapping[str, Any]) -> list[str]:
-    """In plain words: which won, by how much, whether that is more than noise, and at what cost."""
+    """Sentences on which algorithm won, by how much, whether that is more than noise, and at what cost."""
     said = []
     if failed := results["failed"]:
         said.append(f"This is a part of the comparison, as some stages failed: {', '.join(failed)}.")
@@ -138,7 +127,7 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
     said += [_in_words(pair, models[pair["one"]], models[pair["other"]]) for pair in pairs]
     if results["duels"]:
         rates = [f"{pair['one']} {_percent(pair['win_rate']['mean'])}" for pair in results["against_start"]]
-        said.append(f"Against the model that all started from: {', '.join(rates)} of the prompts.")
+        said.append(f"Against the reference model: {', '.join(rates)} of the prompts.")
     return said if pairs else [*said, "No model was trained, so that there is nothing to compare."]
 
 
@@ -148,30 +137,29 @@ def _in_words(pair: Mapping[str, Any], one: Mapping[str, Any], other: Mapping[st
     winner, loser = (pair["other"], pair["one"]) if turned else (pair["one"], pair["other"])
 
     def share(found: float) -> float:
+        """The winner's share."""
         return min(1.0, max(0.0, 1 - found if turned else found))
 
     def interval(low: float, high: float) -> str:
         return "{} to {}".format(*(_percent(end) for end in sorted((share(low), share(high)))))
 
+    won = f"Neither won: {winner} is no better than noise against {loser}" if noise else f"{winner} won against {loser}"
     over_seeds = "; one seed, so that another training might say otherwise"
     if rate["seeds_low"] is not None:
         over_seeds = f", {interval(rate['seeds_low'], rate['seeds_high'])} over {len(rate['by_seed'])} seeds"
-    result = (
-        f"Neither won: {winner} is no better than noise against {loser}" if noise else f"{winner} won against {loser}"
-    )
     more = "no more" if estimates.is_noise(pair["difference"], 0.0) else "more"
-    words = [
-        f"{result}: the judge prefers its answer to {_percent(share(rate['mean']))} of {rate['n']} prompts, ties "
-        f"counting one half (95 % interval {interval(rate['low'], rate['high'])} over prompts{over_seeds}).",
-        f"At equal length it would be {_percent(share(pair['length_controlled']['mean']))}.",
+    words = (
+        f"{won}: the judge prefers its answer to {_percent(share(rate['mean']))} of {rate['n']} prompts, ties "
+        f"counting one half (95 % interval {interval(rate['low'], rate['high'])} over prompts{over_seeds}). "
+        f"At equal length it would be {_percent(share(pair['length_controlled']['mean']))}. "
         f"The judge's reward is {one['judge']['mean']:.3f} for {pair['one']} and {other['judge']['mean']:.3f} for "
-        f"{pair['other']}, {more} than noise apart, at a KL to the start of {one['kl']['mean']:.1f} "
-        f"and {other['kl']['mean']:.1f} nats.",
-    ]
+        f"{pair['other']}, {more} than noise apart, at a KL to the reference model of {one['kl']['mean']:.1f} "
+        f"and {other['kl']['mean']:.1f} nats."
+    )
     if one["cost"] and other["cost"]:
         spent = [duration(model["cost"]["seconds"]) for model in (one, other)]
-        words.append(f"Training took {spent[0]} and {spent[1]} a seed, reward models included.")
-    return " ".join(words)
+        words += f" Training took {spent[0]} and {spent[1]} a seed, reward models included."
+    return words
 
 
 def _percent(share: float) -> str:

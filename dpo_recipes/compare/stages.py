@@ -1,4 +1,4 @@
-"""Runs the stages of a comparison one after the other, those that are finished left as they are."""
+"""Runs the stages of a comparison one after the other, and leaves finished stages as they are."""
 
 import time
 from collections.abc import Sequence
@@ -9,39 +9,39 @@ from dpo_recipes.launch.sweep import STOPPED
 from dpo_recipes.manifest import claim
 from dpo_recipes.terminal import say
 
-# How long a stage takes beside the others, until one of its kind has been measured.
+# Relative time of a stage, until one of its kind has been measured.
 WEIGHTS = {"sft": 2.0, "judge": 1.0, "dpo": 1.0, "reward": 1.0, "ppo": 4.0, "rloo": 3.0}
 
 
 class Clock:
-    """What the stages took, and so how long the others will take."""
+    """Times of the stages that have run, from which it estimates the time of the others."""
 
     def __init__(self) -> None:
-        self.begun = time.monotonic()
+        self.since = time.monotonic()
         self.took: dict[str, list[float]] = {}  # seconds, by kind
 
     def left(self, stages: Sequence[Stage]) -> str:
-        """In words, for those of the stages that are not finished; nothing until one has run."""
+        """A phrase with the time that the unfinished stages will take; empty until one stage has run."""
         times = {kind: sum(took) / len(took) for kind, took in self.took.items()}
         if not times:
             return ""
         unit = sum(seconds / WEIGHTS[kind] for kind, seconds in times.items()) / len(times)
         left = sum(times.get(stage.kind, WEIGHTS[stage.kind] * unit) for stage in stages if not is_done(stage))
-        return f"; {(time.monotonic() - self.begun) / 60:.0f} min so far, about {left / 60:.0f} min left"
+        return f"; {(time.monotonic() - self.since) / 60:.0f} min so far, about {left / 60:.0f} min left"
 
 
 def run_stages(
     stages: Sequence[Stage], clock: Clock, *, done: int = 0, total: int | None = None
 ) -> dict[str, int | None]:
-    """The exit status of each stage by its name; None where what it needs failed.
+    """Runs the stages, up to one that a signal stops, and returns their exit statuses by name.
 
-    A stage that a signal stopped is the last.
+    The status is None where a stage that this one needs has failed.
 
     Args:
-        stages: In an order in which each comes after those among them that it needs.
-        clock: Learns how long they take.
-        done: Stages that were run before these.
-        total: Stages of the whole comparison, for the progress.
+        stages: In an order in which each comes after the stages that it needs.
+        clock: Learns the time of each stage.
+        done: Number of stages that were run before these.
+        total: Number of stages of the whole comparison, for the progress.
     """
     statuses: dict[str, int | None] = {}
     for number, stage in enumerate(stages):
@@ -60,14 +60,14 @@ def run_stages(
 def _run(stage: Stage, clock: Clock) -> int:
     if is_done(stage):
         return 0
-    begun, launch = time.monotonic(), stage.launch
-    if stage.kind != "sft":  # the launcher knows how to go on with that one
+    since, launch = time.monotonic(), stage.launch
+    if stage.kind != "sft":  # the launcher goes on with SFT by itself
         key, held = stage.key(), read_json(stage.folder / "stage.json").get("key")
-        launch = launch.going_on(anew=held != key, keep=held is None)  # None: no run of a comparison
+        launch = launch.going_on(anew=held != key, keep=held is None)  # None: not a run of a comparison
         if held or not stage.folder.exists():
             claim(stage.folder, "stage.json")  # a stage that is made anew keeps it
             write_json(stage.folder / "stage.json", {"key": key})
     status = launch.run()
     if not status:
-        clock.took.setdefault(stage.kind, []).append(time.monotonic() - begun)
+        clock.took.setdefault(stage.kind, []).append(time.monotonic() - since)
     return status

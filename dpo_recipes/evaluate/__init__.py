@@ -1,1 +1,1 @@
-"""Evaluates a model against the model that it was trained from."""
+"""Evaluates a tuned model against its reference model."""

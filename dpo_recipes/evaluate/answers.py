@@ -1,11 +1,11 @@
-"""The room in which all are judged alike: the same prompts, token limit, sampling and seed, one judge."""
+"""Answers and log-probs of several models under equal conditions: prompts, token limit, sampling, seed and judge."""
 
 import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,27 +16,25 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_recipes.dataset_adapters import Drop
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.estimates import repetition
 from dpo_recipes.files import read_json, write_json
 from dpo_recipes.models.likelihood import check_prompt, read_answer, sample_tokens
 from dpo_recipes.models.open import open_model, put_adapter, read_adapter
-from dpo_recipes.models.pair_ids import encode_pairs
+from dpo_recipes.models.pair_ids import PairIds, encode_pairs
 from dpo_recipes.models.rewards import Text
 from dpo_recipes.preflight.tokens import render, template_options
 from dpo_recipes.terminal import say
 
-SIDES = ("chosen", "rejected")
 BATCH = 16  # answers, or completions of pairs, at a time
 Scorer = Callable[[Sequence[Text], Sequence[str]], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are sampled, from every model alike."""
+    """The way in which answers are sampled, the same for every model."""
 
     temperature: float
     max_new_tokens: int
@@ -44,12 +42,34 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Entry:
-    """A model that is compared: a run's, or the start itself."""
+    """A model that is compared: a run's, or the reference model itself."""
 
     name: str  # of its records
-    model: str  # folder, or hub name
-    seed: int  # of the sampling: that of its training
+    model: str  # folder, or Hub name
+    seed: int  # of the sampling: the seed of its training
     made_by: str  # a hash of the training
+
+
+def draw_prompts(test: Dataset, *, start: str, most: int) -> list[Text]:
+    """At most `most` different prompts of the test pairs, in an order drawn by seed 0.
+
+    Prompts that leave no room for an answer of the model `start`, or that its chat template refuses, are left out.
+
+    Raises:
+        RecipeError: If fewer than two prompts are left.
+    """
+    config, tokenizer = AutoConfig.from_pretrained(start), AutoTokenizer.from_pretrained(start)
+    order = random.Random(0).sample(range(len(test)), len(test))
+    kept: list[Text] = []
+    for prompt in {str(prompt): prompt for prompt in test.select(order)["prompt"]}.values():
+        if len(kept) == most:
+            break
+        with suppress(Drop):
+            check_prompt(config, tokenizer, prompt)
+            kept.append(prompt)
+    if len(kept) < 2:
+        raise RecipeError(f"{start} can answer {len(kept)} of the held-out prompts, needs two: give more rows.")
+    return kept
 
 
 def answer_all(
@@ -62,24 +82,24 @@ def answer_all(
     folder: Path,
     trust_remote_code: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Each model's answers to the prompts, and its log-probs of the held-out pairs.
+    """Answers of each model to the prompts, and its log-probs of the held-out pairs.
 
-    The start is loaded once, and each LoRA adapter put on it in turn. What a model gave is kept in `folder`: the same
-    call goes on after the last one that is there.
+    The reference model is loaded once, and each LoRA adapter is put on it in turn. The results of each model are kept
+    in `folder`, so that the same call goes on after the last of them.
 
     Args:
-        entries: Models; those whose `model` is `start` are the start itself.
-        start: What all of them were trained from.
-        prompts: That `check_prompt` lets through.
+        entries: Models; an entry whose `model` is `start` is the reference model itself.
+        start: The reference model, which all others were trained from.
+        prompts: Prompts that `draw_prompts` returned.
         pairs: Held-out pairs.
-        sampling: The same for all.
-        folder: Where each model's answers are kept.
+        sampling: The same for all models.
+        folder: Keeps each model's answers.
         trust_remote_code: Whether code that comes with a model may run.
 
     Returns:
         By name, `answers` (as `generate` returns them, with `policy` and `start`, their log-probs in nats under the
-        model that sampled them and under the start, and `scored`, the tokens that these are of) and `chosen` and
-        `rejected`, log-probs of the pairs' completions, with `chosen_tokens` and `rejected_tokens`.
+        model that sampled them and under the reference model, and `scored`, the number of tokens in these log-probs)
+        and `chosen` and `rejected`, log-probs of the pairs' completions, with `chosen_tokens` and `rejected_tokens`.
     """
     asked = hashlib.sha256(json.dumps([start, prompts, pairs[:], asdict(sampling)]).encode()).hexdigest()
     keys = {entry.name: f"{asked[:16]}-{entry.seed}-{entry.made_by}" for entry in entries}
@@ -87,42 +107,78 @@ def answer_all(
     missing = [entry for entry in entries if found[entry.name].get("key") != keys[entry.name]]
     if not missing:
         return found
-    trained = next((entry.model for entry in entries if read_adapter(entry.model)), None)
-    # As it was trained on: its dtype, its 4 bits.
-    base, tokenizer = open_model(trained or start, base=start, trust_remote_code=trust_remote_code)
-    base = base.unload() if isinstance(base, PeftModel) else base
-    texts = [
-        render(row["prompt"], *(row[side] for side in SIDES), tokenizer=tokenizer, **template_options(row))
-        for row in pairs
-    ]
-    ids = encode_pairs(texts, tokenizer, is_chat=not isinstance(pairs[0]["prompt"], str))
-    lengths = {f"{side}_tokens": [len(getattr(row, side)) for row in ids] for side in SIDES}
+    reference = open_reference(start, [entry.model for entry in entries], trust_remote_code=trust_remote_code)
+    base, tokenizer = reference.model, reference.tokenizer
+    ids = _pair_ids(pairs, tokenizer)
     for number, entry in enumerate(missing, start=1):
         say(f"Answers of {entry.name}, {number} of {len(missing)}.")
-        if entry.model == start:
-            model = base
-        elif read_adapter(entry.model):
-            model = put_adapter(base, entry.model)
-        else:
-            model = open_model(entry.model, trust_remote_code=trust_remote_code)[0]
-        sides = {side: logps(model, [(row.prompt, getattr(row, side)) for row in ids]).tolist() for side in SIDES}
-        if broken := sum(map(math.isnan, sides["chosen"] + sides["rejected"])):
-            raise RecipeError(
-                f"{entry.model} gives NaN for {broken} of {2 * len(ids)} held-out completions: its training has broken "
-                "it, or its dtype overflows."
-            )
-        options = asdict(sampling) | {"seed": entry.seed, "batch_size": BATCH}
-        sampled = sample_tokens(model, tokenizer, prompts, **options)
-        policy = logps(model, sampled, temperature=sampling.temperature)
-        base = model.unload() if isinstance(model, PeftModel) else base
-        begun = policy if model is base else logps(base, sampled, temperature=sampling.temperature)
+        with reference.opened(entry.model) as (model, _):
+            of_pairs = _pair_logps(model, ids, name=entry.model)
+            options = asdict(sampling) | {"seed": entry.seed, "batch_size": BATCH}
+            sampled = sample_tokens(model, tokenizer, prompts, **options)
+            policy = logps(model, sampled, temperature=sampling.temperature)
+        of_start = policy if entry.model == start else logps(base, sampled, temperature=sampling.temperature)
         answers = [
             read_answer(base, tokenizer, prompt, both) | {"policy": own, "start": other, "scored": len(both[1])}
-            for prompt, both, own, other in zip(prompts, sampled, policy.tolist(), begun.tolist(), strict=True)
+            for prompt, both, own, other in zip(prompts, sampled, policy.tolist(), of_start.tolist(), strict=True)
         ]
-        found[entry.name] = {"key": keys[entry.name], "answers": answers, **sides, **lengths}
+        found[entry.name] = {"key": keys[entry.name], "answers": answers, **of_pairs}
         write_json(folder / f"{entry.name}.json", found[entry.name])
     return found
+
+
+@dataclass
+class Reference:
+    """The reference model in memory, on which each LoRA adapter is put in turn."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    trust_remote_code: bool  # whether code that comes with a model may run
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]]:
+        """A model and its tokenizer: the reference model itself, with a LoRA adapter in this block, or a full model."""
+        if name == self.name:
+            yield self.model, self.tokenizer
+        elif read_adapter(name):
+            tuned = put_adapter(self.model, name)
+            yield tuned, self.tokenizer
+            tuned.unload()
+        else:
+            yield open_model(name, trust_remote_code=self.trust_remote_code)
+
+
+def open_reference(name: str, tuned: Sequence[str], *, trust_remote_code: bool) -> Reference:
+    """The reference model, in the dtype and the 4 bits that the first LoRA adapter was trained on."""
+    trained = next(filter(read_adapter, tuned), None)
+    model, tokenizer = open_model(trained or name, base=name, trust_remote_code=trust_remote_code)
+    return Reference(name, model.unload() if isinstance(model, PeftModel) else model, tokenizer, trust_remote_code)
+
+
+def _pair_ids(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[PairIds]:
+    rendered = [
+        render(row["prompt"], row["chosen"], row["rejected"], tokenizer=tokenizer, **template_options(row))
+        for row in pairs
+    ]
+    return encode_pairs(rendered, tokenizer, is_chat=not isinstance(pairs[0]["prompt"], str))
+
+
+def _pair_logps(model: PreTrainedModel | PeftModel, ids: Sequence[PairIds], *, name: str) -> dict[str, list[Any]]:
+    """Summed log-probs and numbers of tokens of the chosen and rejected completions.
+
+    Raises:
+        RecipeError: If some log-probs are NaN.
+    """
+    sides = {"chosen": [pair.chosen for pair in ids], "rejected": [pair.rejected for pair in ids]}
+    prompts = [pair.prompt for pair in ids]
+    found = {side: logps(model, list(zip(prompts, rows, strict=True))).tolist() for side, rows in sides.items()}
+    if broken := sum(map(math.isnan, found["chosen"] + found["rejected"])):
+        raise RecipeError(
+            f"{name} gives NaN for {broken} of {2 * len(ids)} held-out completions: its training has broken it, or its "
+            "dtype overflows."
+        )
+    return found | {f"{side}_tokens": [len(row) for row in rows] for side, rows in sides.items()}
 
 
 @torch.no_grad()
@@ -163,62 +219,28 @@ def logps(
 
 
 def exact_judge(judge: Callable[[Text, str], float]) -> Scorer:
-    """The judge that a recipe file names, over many answers."""
+    """The judge of a recipe file, which scores one answer, as a scorer of many."""
     return lambda prompts, texts: np.array([float(judge(*both)) for both in zip(prompts, texts, strict=True)])
 
 
-def keep_answerable(start: str, prompts: Iterable[Text], most: int) -> list[Text]:
-    """The first `most` prompts that leave room for an answer and that the chat template takes."""
-    config, tokenizer = AutoConfig.from_pretrained(start), AutoTokenizer.from_pretrained(start)
-    kept: list[Text] = []
-    for prompt in prompts:
-        if len(kept) == most:
-            break
-        with suppress(Drop):
-            check_prompt(config, tokenizer, prompt)
-            kept.append(prompt)
-    return kept
-
-
-def draw_prompts(test: Dataset, *, start: str, most: int) -> list[Any]:
-    """The different prompts of the test pairs, in an order drawn by seed 0, those that the start can answer."""
-    order = random.Random(0).sample(range(len(test)), len(test))
-    return keep_answerable(start, {str(prompt): prompt for prompt in test.select(order)["prompt"]}.values(), most)
-
-
-def records(
-    found: Mapping[str, Mapping[str, Any]],
-    *,
-    prompts: Sequence[Text],
-    judge: Scorer | None,
-    rewards: Mapping[str, Scorer],
-) -> dict[str, list[dict[str, Any]]]:
-    """By name, a record for each prompt: the answer, and every number that the results are made of.
+def score_answers(
+    found: Mapping[str, Mapping[str, Any]], prompts: Sequence[Text], *, judge: Scorer, rewards: Mapping[str, Scorer]
+) -> dict[str, dict[str, list[float]]]:
+    """Scores of each model's answers by its name: `judge` of all, `reward_model` of the models in `rewards`.
 
     Args:
         found: As `answer_all` returns it.
-        prompts: The same.
-        judge: Scores all answers; None: nobody does.
-        rewards: By name, the reward model that PPO optimised with the same seed, where there is one.
+        prompts: The prompts of the answers.
+        judge: Scores the answers of all models.
+        rewards: By name, the reward model that PPO optimised with the same seed.
     """
-
-    def scores(scorer: Scorer, names: Sequence[str]) -> dict[str, list[float]]:
-        """All at once: a model is loaded once."""
-        texts = [answer["text"] for name in names for answer in found[name]["answers"]]
-        given = np.split(scorer([*prompts] * len(names), texts), len(names))
-        return {name: of_name.tolist() for name, of_name in zip(names, given, strict=True)}
-
-    none: Sequence[float | None] = [None] * len(prompts)
-    judged = scores(judge, list(found)) if judge else dict.fromkeys(found, none)
-    rewarded = dict.fromkeys(found, none)
+    scores: dict[str, dict[str, list[float]]] = {name: {} for name in found}
+    asked = [("judge", judge, list(found))]
     for scorer in set(rewards.values()):
-        rewarded |= scores(scorer, [name for name in found if rewards.get(name) is scorer])
-    kept: dict[str, list[dict[str, Any]]] = {}
-    for name, of_name in found.items():
-        rows = zip(of_name["answers"], judged[name], rewarded[name], strict=True)
-        kept[name] = [
-            {"prompt": number, **answer, "judge": good, "reward_model": reward}
-            | {"kl": answer["policy"] - answer["start"], "repetition": repetition(answer["text"])}
-            for number, (answer, good, reward) in enumerate(rows)
-        ]
-    return kept
+        asked.append(("reward_model", scorer, [name for name in found if rewards.get(name) is scorer]))
+    for key, scorer, names in asked:
+        texts = [answer["text"] for name in names for answer in found[name]["answers"]]
+        given = np.split(scorer([*prompts] * len(names), texts), len(names))  # in one call: a model is loaded once
+        for name, of_name in zip(names, given, strict=True):
+            scores[name][key] = of_name.tolist()
+    return scores

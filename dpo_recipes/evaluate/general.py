@@ -1,20 +1,17 @@
-"""Tasks of lm-evaluation-harness before and after: what the model could do, and can do still."""
+"""Tasks of lm-evaluation-harness before and after: shows abilities that the training has cost."""
 
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from peft import PeftModel
 
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.evaluate.answers import BATCH
+from dpo_recipes.evaluate.answers import BATCH, open_reference
 from dpo_recipes.evaluate.results import SIDES
-from dpo_recipes.models.open import open_model, read_adapter
 from dpo_recipes.terminal import say
 
 Z = 1.959964  # standard errors of a 95 % interval
@@ -25,7 +22,7 @@ def find_tasks(names: Sequence[str], folder: str | None) -> Any:
 
     Args:
         names: Tasks or groups of tasks.
-        folder: Of task files of one's own, beside those of the harness.
+        folder: Task files of the user, which are added to those of the harness.
 
     Raises:
         RecipeError: If the harness is not installed, or does not know a task.
@@ -53,76 +50,74 @@ def general_tasks(
     folder: Path,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """`rows`, a metric each, with both sides and their difference, and `words`.
+    """`rows`, one for each metric, with both sides and their difference, and `words`.
 
-    Prompts are the harness's own, without the chat template. The replies are kept in `folder`: a call that was stopped
-    goes on after the last of them.
+    The prompts are the harness's own, without the chat template. The replies are kept in `folder`, so that the same
+    call goes on after the last of them.
 
     Args:
-        names: Of the tasks.
-        manager: What `find_tasks` returned.
-        models: By side. Of a LoRA adapter the base is in memory once.
+        names: Names of the tasks.
+        manager: As `find_tasks` returned it.
+        models: By side.
         hashes: Of their weights.
-        folder: Of the replies.
+        folder: Keeps the replies.
         trust_remote_code: Whether code that comes with a model may run.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    start, tuned = (models[side] for side in SIDES)
+    start = models["before"]
     folder.mkdir(parents=True, exist_ok=True)
-    model = None
+    reference = open_reference(start, [*models.values()], trust_remote_code=trust_remote_code)
     found = {}
     for side in SIDES:
         say(f"Tasks, {side}: {', '.join(names)}.")
-        if not isinstance(model, PeftModel):
-            name, base = (tuned, start) if read_adapter(tuned) else (models[side], None)
-            model, tokenizer = open_model(name, base=base, trust_remote_code=trust_remote_code)
-        is_base = side == SIDES[0] and isinstance(model, PeftModel)
-        made_by = hashlib.sha256(f"{models[side]} {hashes[side]} {start} {hashes[SIDES[0]]}".encode()).hexdigest()[:16]
-        with model.disable_adapter() if is_base else nullcontext():
+        key = f"{models[side]} {hashes[side]} {start} {hashes['before']}"
+        replies = folder / f"{side}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        with reference.opened(models[side]) as (model, tokenizer):
             lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
-            replies = str(folder / f"{side}-{made_by}")
-            found[side] = simple_evaluate(lm, tasks=list(names), task_manager=manager, use_cache=replies)
+            found[side] = simple_evaluate(lm, tasks=list(names), task_manager=manager, use_cache=str(replies))
     rows = _rows(*(found[side] for side in SIDES))
     return {"rows": rows, "words": _words(rows)}
 
 
 def _rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each metric that has a standard error; the other entries are names and counts."""
     rows = []
     for task, metrics in before["results"].items():
         for key in metrics:
             metric, _, filtered = key.partition(",")
-            error = f"{metric}_stderr,{filtered}"
-            if error not in metrics:
-                continue  # a name, a number of questions, or an error itself
-            sides = [
-                {"mean": found[key], "standard_error": found[error] if isinstance(found[error], float) else None}
-                for found in (metrics, after["results"][task])
-            ]
-            gaps = np.subtract(*(_singly(found, task, metric, filtered) for found in (after, before)))
-            difference = sides[1]["mean"] - sides[0]["mean"]
-            spread = None
-            if len(gaps) > 1 and np.isclose(gaps.mean(), difference):  # the same questions before and after
-                spread = float(gaps.std(ddof=1) / len(gaps) ** 0.5)
-            elif all(side["standard_error"] is not None for side in sides):  # as if they were other questions: wider
-                spread = math.hypot(*(side["standard_error"] for side in sides))
-            higher = before["higher_is_better"].get(task, {}).get(metric, True)
-            lost = -difference if higher else difference
-            rows.append(
-                {
-                    "name": f"{task}, {metric}" if filtered == "none" else f"{task}, {metric} ({filtered})",
-                    "n": len(gaps) or None,  # of a group of tasks the harness keeps no questions
-                    "better": "higher" if higher else "lower",
-                    **dict(zip(SIDES, sides, strict=True)),
-                    "difference": {"mean": difference, "standard_error": spread},
-                    "degraded": None if spread is None else lost > Z * spread,
-                }
-            )
+            if f"{metric}_stderr,{filtered}" in metrics:
+                rows.append(_row(before, after, task, metric, filtered))
     return rows
 
 
-def _singly(found: Mapping[str, Any], task: str, metric: str, filtered: str) -> NDArray[np.float64]:
+def _row(before: Mapping[str, Any], after: Mapping[str, Any], task: str, metric: str, filtered: str) -> dict[str, Any]:
+    sides = []
+    for found in (before["results"][task], after["results"][task]):
+        error = found[f"{metric}_stderr,{filtered}"]
+        mean = found[f"{metric},{filtered}"]
+        sides.append({"mean": mean, "standard_error": error if isinstance(error, float) else None})
+    gaps = np.subtract(*(_by_question(found, task, metric, filtered) for found in (after, before)))
+    difference = sides[1]["mean"] - sides[0]["mean"]
+    spread = None
+    if len(gaps) > 1 and np.isclose(gaps.mean(), difference):  # the same questions before and after
+        spread = float(gaps.std(ddof=1) / len(gaps) ** 0.5)
+    elif None not in (errors := [side["standard_error"] for side in sides]):  # wider: as if the questions were others
+        spread = math.hypot(*errors)
+    is_better_higher = before["higher_is_better"].get(task, {}).get(metric, True)
+    lost = -difference if is_better_higher else difference
+    return {
+        "name": f"{task}, {metric}" + ("" if filtered == "none" else f" ({filtered})"),
+        "n": len(gaps) or None,  # the harness keeps no questions of a group of tasks
+        "better": "higher" if is_better_higher else "lower",
+        **dict(zip(SIDES, sides, strict=True)),
+        "difference": {"mean": difference, "standard_error": spread},
+        "degraded": None if spread is None else lost > Z * spread,
+    }
+
+
+def _by_question(found: Mapping[str, Any], task: str, metric: str, filtered: str) -> NDArray[np.float64]:
     """The metric of each question, where it is a number."""
     kept = [line.get(metric) for line in found["samples"].get(task, []) if line["filter"] == filtered]
     return np.array([value for value in kept if isinstance(value, int | float | np.number)], dtype=np.float64)

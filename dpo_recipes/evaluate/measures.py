@@ -1,4 +1,4 @@
-"""What is measured of a model by its answers and its log-probs, and of one model against another."""
+"""Measures of a model by its answers and log-probs, and rates of one model against another."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,53 +8,60 @@ from numpy.typing import NDArray
 
 from dpo_recipes import estimates
 
-MEASURES = {  # key: label, decimals, and what a reader should know of it
+MEASURES = {  # key: label, decimals, a hint for the reader
     "judge": ("judge's reward", 3, "higher is better"),
     "reward_model": ("reward model's score", 3, "what PPO and RLOO optimise; higher is not better by itself"),
-    "kl": ("KL to the start, nats", 2, "of an answer, from samples; how far the model has moved"),
+    "kl": ("KL to the reference model, nats", 2, "of an answer, from samples; how far the model has moved"),
     "tokens": ("tokens of an answer", 1, ""),
     "unended": ("share without an end token", 3, "cut at the token limit"),
     "preference_accuracy": ("preference accuracy", 3, "of the log-probs on held-out pairs, ties one half"),
     "distinct_1": ("distinct-1", 3, f"different words, in {estimates.GROUP} answers together"),
     "distinct_2": ("distinct-2", 3, f"different pairs of words, in {estimates.GROUP} answers together"),
     "repetition": ("self-repetition", 3, "4-grams of an answer that it has said before"),
-    "surprise": (
-        "surprise to the start",
-        3,
-        "nats a token under the start; its own answers are 1, and 1.1 is odd text",
-    ),
+    "surprise": ("surprise to the reference model", 3, "nats a token, as a ratio to its own answers: 1.1 is odd text"),
 }
-"""Of every model."""
+"""Measures of every model."""
 RATES = {
     "win_rate": ("win rate", "ties one half"),
     "length_controlled": ("length-controlled win rate", "had both answered at the same length"),
     "ties": ("share of ties", ""),
     "difference": ("difference in the judge's reward", ""),
 }
-"""Of one model against another, on the same prompts and by the same seed."""
+"""Rates of one model against another, on the same prompts and by the same seed."""
 
 
-def columns(records: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> dict[str, list[float] | None]:
-    """The numbers of one run that its measures are made of: by prompt, by pair, or by group of answers."""
-    texts = [record["text"] for record in records]
-    scores = {name: [record[name] for record in records] for name in ("judge", "reward_model")}
+def columns(
+    found: Mapping[str, Any], *, judge: Sequence[float] | None = None, reward_model: Sequence[float] | None = None
+) -> dict[str, Sequence[float] | None]:
+    """The numbers from which the measures of one run are made: by prompt, by pair, or by group of answers.
+
+    Args:
+        found: Answers and log-probs of the run's model, as `answer_all` returns them.
+        judge: Scores of the answers by the judge.
+        reward_model: Scores of the answers by the reward model that PPO optimised.
+    """
+    answers = found["answers"]
+    texts = [answer["text"] for answer in answers]
     return {
-        **{name: [float(record[name]) for record in records] for name in ("kl", "tokens", "repetition")},
-        **{name: None if None in values else values for name, values in scores.items()},
-        "unended": [float(not record["ended"]) for record in records],
-        "nll": [-record["start"] for record in records],
-        "scored": [float(record["scored"]) for record in records],
+        "judge": judge,
+        "reward_model": reward_model,
+        "kl": [answer["policy"] - answer["start"] for answer in answers],
+        "tokens": [float(answer["tokens"]) for answer in answers],
+        "unended": [float(not answer["ended"]) for answer in answers],
+        "repetition": [estimates.repetition(text) for text in texts],
+        "nll": [-answer["start"] for answer in answers],
+        "scored": [float(answer["scored"]) for answer in answers],
         "preference_accuracy": estimates.wins(np.array(found["chosen"]), np.array(found["rejected"])).tolist(),
         **{f"distinct_{n}": estimates.distinct(texts, n).tolist() for n in (1, 2)},
     }
 
 
 def of_model(runs: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The measures of one model: an algorithm with one beta, over its seeds.
+    """Measures of one model, an algorithm with one beta, over its seeds.
 
     Args:
-        runs: By seed, as `columns` returns them.
-        starts: The start's, for the same seeds.
+        runs: Numbers of each seed's run, as `columns` returns them.
+        starts: The same of the reference model, for the same seeds.
     """
     arrays = [{name: np.array(values) for name, values in run.items() if values is not None} for run in runs]
     measured: dict[str, Any] = {}
@@ -75,27 +82,28 @@ def of_model(runs: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, An
 def against(
     one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], *, rows: slice = slice(None)
 ) -> dict[str, Any]:
-    """The rates of one model against another.
+    """Rates of one model against another.
 
     Args:
-        one: By seed, as `columns` returns them.
-        other: For the same seeds.
+        one: Numbers of each seed's run, as `columns` returns them.
+        other: The same of the other model, for the same seeds.
         rows: The prompts to take.
     """
 
-    def pair(name: str) -> list[list[NDArray[np.float64]]]:
-        both = zip(one, other, strict=True)
-        return [[np.array(run[name])[rows] for run in runs] for runs in both]
+    def of_both(name: str) -> list[list[NDArray[np.float64]]]:
+        """A list for each seed, with an array for each model."""
+        return [[np.array(run[name])[rows] for run in runs] for runs in zip(one, other, strict=True)]
 
-    won = [estimates.wins(*scores) for scores in pair("judge")]
-    longer = [first - second for first, second in pair("tokens")]
+    scores, tokens = of_both("judge"), of_both("tokens")
+    won = [estimates.wins(*each) for each in scores]
+    longer = [first - second for first, second in tokens]
     return {
         "win_rate": estimates.estimate(estimates.mean, [[rate] for rate in won]),
         "length_controlled": estimates.estimate(
             estimates.length_controlled,
-            [list(both) for both in zip(won, longer, strict=True)],
+            [list(each) for each in zip(won, longer, strict=True)],
             resamples=estimates.RESAMPLES_OF_FITS,
         ),
         "ties": estimates.estimate(estimates.mean, [[(rate == 0.5).astype(float)] for rate in won]),
-        "difference": estimates.estimate(estimates.mean, [[first - second] for first, second in pair("judge")]),
+        "difference": estimates.estimate(estimates.mean, [[first - second] for first, second in scores]),
     }

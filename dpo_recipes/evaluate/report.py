@@ -1,4 +1,4 @@
-"""What an evaluation leaves: eval.json, eval.jsonl, a page, and its part of the run's page and model card."""
+"""Files of an evaluation: eval.json, eval.jsonl, its sections of the run's page, and its part of the model card."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,6 @@ from typing import Any
 from dpo_recipes.evaluate.measures import MEASURES
 from dpo_recipes.evaluate.results import SIDES
 from dpo_recipes.files import write_json, write_jsonl, write_text
-from dpo_recipes.pages import page
 from dpo_recipes.pages.markdown import fence, inline
 from dpo_recipes.recipe import DONE_FILE
 from dpo_recipes.runs.curves import table
@@ -20,26 +19,29 @@ BEGIN, END = "<!-- Evaluation by dpo-recipes: begin -->", "<!-- Evaluation by dp
 
 
 def write_report(folder: Path, results: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> Path:
-    """The path of eval.json; prints the table."""
-    template, path = page.TEMPLATES / "evaluation.html.jinja", folder / "eval.json"
-    write_json(path, json.loads(json.dumps(results, default=asdict)))
-    write_jsonl(path.with_suffix(".jsonl"), answers)
-    page.write_page(path.with_suffix(".html"), template, {**results, "labels": MEASURES})
+    """Writes the files of an evaluation, prints its table, and returns the path of eval.json."""
+    path = write_json(folder / "eval.json", json.loads(json.dumps({**results, "labels": MEASURES}, default=asdict)))
+    write_jsonl(folder / "eval.jsonl", answers)
+    page = write_run_page(folder)
     shown, words = table(("", *SIDES), _rows(results)), results["verdict"]["words"]
     if results["tasks"]:
         words += f"\n\nGeneral tasks: {results['tasks']['words']}"
-    if (card := folder / "README.md").exists() and (folder / DONE_FILE).exists():
-        text = card.read_text(encoding="utf-8")
-        before, _, rest = text.partition(BEGIN)
-        before, after = (before, rest.partition(END)[2]) if END in rest else (text, "")  # what others wrote stays
-        about = f"{results['pairs']} held-out pairs of {inline(results['dataset'])}, {results['prompts']} prompts"
-        section = f"## Evaluation\n\n{words}\n\n{fence(shown)}\n\n({about}; judge: {inline(results['judge'])})"
-        write_text(card, f"{before.rstrip()}\n\n{BEGIN}\n{section}\n{END}\n{after.rstrip()}\n")
-        write_run_page(folder)
+    if (folder / "README.md").exists() and (folder / DONE_FILE).exists():
+        _put_into_card(folder / "README.md", results, words, shown)
     warnings = [f"WARNING: {warning}" for warning in results["warnings"]]
-    files = f"{path}, beside it eval.jsonl (the answers) and eval.html"
+    files = f"{path}, beside it eval.jsonl (the answers) and {page.name}"
     say("\n".join(["", shown, "(95 % intervals)", "", words, *warnings, "", files]))
     return path
+
+
+def _put_into_card(card: Path, results: Mapping[str, Any], words: str, shown: str) -> None:
+    """Replaces the evaluation's part of the model card, or adds it at the end; the other parts stay."""
+    text = card.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    before, after = (before, rest.partition(END)[2]) if END in rest else (text, "")
+    about = f"{results['pairs']} held-out pairs of {inline(results['dataset'])}, {results['prompts']} prompts"
+    section = f"## Evaluation\n\n{words}\n\n{fence(shown)}\n\n({about}; judge: {inline(results['judge'])})"
+    write_text(card, f"{before.rstrip()}\n\n{BEGIN}\n{section}\n{END}\n{after.rstrip()}\n")
 
 
 def _rows(results: Mapping[str, Any]) -> list[list[Any]]:

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation, and what they mean in words."""
+"""The numbers of an evaluation and its verdict."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,23 +10,24 @@ from numpy.typing import NDArray
 from dpo_recipes import estimates
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.estimates import Estimate, wilson
-from dpo_recipes.evaluate.answers import Scorer, records
-from dpo_recipes.evaluate.judges import Judge, Judged
+from dpo_recipes.evaluate.answers import Scorer
+from dpo_recipes.evaluate.judges import Judge
 from dpo_recipes.evaluate.measures import MEASURES, columns, of_model
+from dpo_recipes.evaluate.pairwise import Judged
 from dpo_recipes.models.likelihood import PreferenceLogps, calibration
 
 SIDES = ("before", "after")
-WORKS, COIN = 0.55, 0.5  # win rates: all above the first the tuning was worth it, all below the second it did harm
+WORKS, COIN = 0.55, 0.5  # an interval of the win rate above WORKS: worth the training; below COIN: harmful
 
 
 def judging(found: Mapping[str, Any], pairs: Dataset, judge: Judge | None, judged: Judged | None) -> dict[str, Any]:
-    """Win rates, how the judging went, and the verdict.
+    """Win rates, facts of the judging, and the verdict.
 
     Args:
         found: The answers, as `answer_all` returns them under `SIDES`.
-        pairs: Held-out ones, which show how far to trust a judge that scores each answer by itself.
-        judge: Who judged; None: nobody.
-        judged: What it said.
+        pairs: Held-out pairs, which show how far to trust a judge that scores answers one by one.
+        judge: The judge; None if there is none.
+        judged: Its verdicts.
 
     Raises:
         RecipeError: If no verdict could be read.
@@ -53,7 +54,7 @@ def judging(found: Mapping[str, Any], pairs: Dataset, judge: Judge | None, judge
 
 
 def _as_labelled(pairs: Dataset, scorer: Scorer) -> Estimate | None:
-    """The share of held-out pairs that the judge ranks as their labels do, of those that it ranks."""
+    """Share of the held-out pairs that the judge ranks as their labels do, among the pairs that it can rank."""
     sides = [*pairs["chosen"], *pairs["rejected"]]
     texts = [side if isinstance(side, str) else side[0]["content"] for side in sides]
     won = estimates.wins(*np.split(scorer([*pairs["prompt"]] * 2, texts), 2))
@@ -70,7 +71,7 @@ def _of(estimated: Mapping[str, Any]) -> Estimate:
 
 
 def verdict(rate: Estimate | None) -> dict[str, str]:
-    """Whether the tuning was worth it: a `level`, and `words` that say no more than the whole interval does."""
+    """Verdict on the tuning: a `level`, and `words` that hold for the whole interval of the win rate."""
     if rate is None:
         words = "Nobody judged the answers. Name a judge: --judge, as docs/evaluation.md says."
         return {"level": "unjudged", "words": words}
@@ -81,23 +82,26 @@ def verdict(rate: Estimate | None) -> dict[str, str]:
     if rate.low > WORKS:
         return {"level": "works", "words": f"It works: {found}, and all of the interval is above 55 %."}
     if rate.high < COIN:
-        words = f"It is worse than its start: {found}, and all of the interval is below 50 %."
+        words = f"It is worse than the reference model: {found}, and all of the interval is below 50 %."
         return {"level": "worse", "words": words}
     why = {
-        (True, True): "it is better than its start, but by less than the 55 % that would make it worth it",
-        (True, False): "it is better than its start, but perhaps by less than the 55 % that would make it worth it",
-        (False, True): "it does not reach 55 %, and may be worse than its start",
-        (False, False): "it may be worse than its start (below 50 %) or work (above 55 %)",
+        (True, True): "it is better than the reference model, but by less than the 55 % that count as working",
+        (
+            True,
+            False,
+        ): "it is better than the reference model, but perhaps by less than the 55 % that count as working",
+        (False, True): "it does not reach 55 %, and may be worse than the reference model",
+        (False, False): "it may be worse than the reference model (below 50 %) or work (above 55 %)",
     }[rate.low > COIN, rate.high < WORKS]
     return {"level": "not known", "words": f"Not known: {found}; {why}. More --prompts narrow the interval."}
 
 
 def preference(found: Mapping[str, Any], beta: float | None) -> dict[str, Any]:
-    """Accuracy on the held-out pairs, within strata of length too, calibration, and perplexity on the chosen side.
+    """Accuracy on the held-out pairs, overall and by length, calibration, and perplexity on the chosen completions.
 
     Args:
         found: Log-probs, as `answer_all` returns them under `SIDES`.
-        beta: Of the implicit reward; None: it is not calibrated.
+        beta: Of the implicit reward; None leaves its calibration out.
     """
     names = [f"{side}{kind}" for kind in ("", "_tokens") for side in ("chosen", "rejected")]
     logps = {side: PreferenceLogps(*(np.array(found[side][name], float) for name in names)) for side in SIDES}
@@ -125,27 +129,25 @@ def _perplexity(logps: NDArray[np.float64], tokens: NDArray[np.float64]) -> floa
     return float(np.exp(-logps.sum() / tokens.sum()))
 
 
-def measures(
-    found: Mapping[str, Any], prompts: Sequence[Any], judged: Judged | None, *, greedy: bool
-) -> dict[str, Any]:
-    """Those of a comparison, of each side's answers; the KL, with its standard error, is none of greedy ones."""
-    rows = records(found, prompts=prompts, judge=None, rewards={})
-    of = {side: columns(rows[side], found[side]) for side in SIDES}
+def measures(found: Mapping[str, Any], judged: Judged | None, *, greedy: bool) -> dict[str, Any]:
+    """Measures of both models' answers. The KL comes with its standard error and is left out for greedy answers."""
+    scores: dict[str, list[float] | None] = dict.fromkeys(SIDES)
     if judged and judged.scores:
         known = np.isfinite(judged.scores).all(axis=0)
-        for side, scores in zip(SIDES, judged.scores, strict=True):
-            of[side]["judge"] = scores[known].tolist() or None
-    measured = {side: of_model([of[side]], [of["before"]]) for side in SIDES}
+        scores = {side: given[known].tolist() or None for side, given in zip(SIDES, judged.scores, strict=True)}
+    numbers = {side: columns(found[side], judge=scores[side]) for side in SIDES}
+    measured = {side: of_model([numbers[side]], [numbers["before"]]) for side in SIDES}
     left_out = {"preference_accuracy", *(["kl"] if greedy else [])}  # `preference` says more of the first
-    names = [name for name in MEASURES if name in measured["after"] and name not in left_out]
     kept = {
-        name: {side: _of(measured[side][name]) for side in SIDES if (name, side) != ("kl", SIDES[0])} for name in names
+        name: {side: _of(measured[side][name]) for side in SIDES if (name, side) != ("kl", "before")}
+        for name in MEASURES
+        if name in measured["after"] and name not in left_out
     }
     return {"measures": kept, "kl_standard_error": None if greedy else measured["after"]["kl"]["standard_error"]}
 
 
 def answer_pairs(found: Mapping[str, Any], prompts: Sequence[Any], judged: Judged | None) -> list[dict[str, Any]]:
-    """Each prompt with both answers, and what the judge says of them."""
+    """Each prompt with both answers and the judge's verdict."""
     lines = []
     for row, prompt in enumerate(prompts):
         line = {"prompt": prompt, **{side: dict(found[side]["answers"][row]) for side in SIDES}}

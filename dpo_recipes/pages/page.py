@@ -1,4 +1,4 @@
-"""Pages as one file, for a screen, a phone or paper, without scripts; all extend base.html.jinja."""
+"""Fills the templates of pages: each is one file without scripts, for a screen, a phone or paper."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ NOTHING = "\N{EN DASH}"
 def write_page(
     path: str | Path, template: Path, data: Mapping[str, Any], filters: Mapping[str, Callable[..., str]] | None = None
 ) -> Path:
-    """The path, holding the template filled with the data, all of it escaped where the template is of a page."""
+    """Fills the template with the data, which an HTML template escapes, and returns the path of the file."""
     environment = Environment(
         loader=FileSystemLoader([template.parent, TEMPLATES]),
         finalize=lambda value: shown(value) if type(value) is str else value,
@@ -29,10 +29,10 @@ def write_page(
 
 
 def number(value: float | None, places: int = 3) -> str:
-    """As it is shown; a dash for none."""
+    """The number with its decimals and thousands separators; a dash for None."""
     return NOTHING if value is None else f"{value:,.{places}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def time(seconds: float | None) -> str:
-    """As a person would say it; a dash for none."""
+    """The duration in words; a dash for None."""
     return NOTHING if seconds is None else duration(seconds)

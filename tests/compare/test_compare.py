@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import math
 import os
 import runpy
 import shutil
@@ -28,6 +27,7 @@ from dpo_recipes.compare import compare as comparing
 from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluate import answers
+from dpo_recipes.evaluate.measures import columns
 from dpo_recipes.flags import grouped
 from dpo_recipes.launch import processes
 from dpo_recipes.launch.launch import Launch
@@ -204,7 +204,7 @@ def test_a_stopped_stage_stops_the_comparison(ran, status, capsys):
 def test_progress_and_the_time_left_are_told_by_what_the_stages_took(ran, capsys):
     clock = stages.Clock()
     clock.took = {"dpo": [60.0], "reward": [120.0]}
-    clock.begun -= 180
+    clock.since -= 180
     # PPO has not been measured: 4 times the unit, which is the mean of 60 and 120.
     grid = planned()
     assert clock.left(grid[3:]) == "; 3 min so far, about 6 min left"
@@ -226,10 +226,11 @@ def dpo_launch():
         ("--seed 3", "--seeds 0,1,2"),
         ("--ppo.seed 3", "--seeds 0,1,2"),
         ("--part learn", "the comparison divides the data"),
-        ("--max_steps 3", "--budget, or --dpo.max_steps"),
-        ("--ppo.max_steps 3", "--budget, or --dpo.max_steps"),
+        ("--max_steps 3", "Give --dpo.max_steps"),
+        ("--ppo.max_steps 3", "Give --dpo.max_steps"),
         ("--reward_model_name_or_path x", "the comparison trains one"),
         ("--overwrite true", "remove the folder"),
+        ("--budget samples", "PPO and RLOO sample as many answers"),
         ("--ppo.max_prompt_length 64", "--max_length: all learn from the prompts"),
         ("--learning_rat 1e-5", "--learning_rat is a setting of none of the recipes dpo"),
         ("--dpo.center_rewards_coefficient 0.1", "--dpo.center_rewards_coefficient is a setting of none"),
@@ -277,6 +278,15 @@ def test_the_same_lora_preset_token_limit_and_sampling_are_the_recipes_own(dpo_l
         online = [recipes[kind].training_args for kind in plan.ONLINE]
         assert len({(args.temperature, args.max_completion_length) for args in online}) == 1
         assert ("judge" in recipes) == (name == "hh_rlhf_lora")
+
+
+def test_each_recipe_is_executed_once(dpo_launch, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["dpo-recipes"])
+    executed, original = [], runpy.run_path
+    monkeypatch.setattr(runpy, "run_path", lambda file: executed.append(Path(file).stem) or original(file))
+    recipes = plan.read_recipes(replace(dpo_launch, recipe=RECIPES / "hh_rlhf_lora.py"), ["dpo", "ppo"], flags=[])
+    assert {*recipes} == {"dpo", "ppo", "reward", "judge"}
+    assert sorted(executed) == ["hh_rlhf_lora", "hh_rlhf_ppo", "hh_rlhf_reward"]
 
 
 def test_missing_siblings_are_named(folder, monkeypatch):
@@ -330,31 +340,17 @@ def budgeted(tmp_path, *, epochs=2.0, max_steps=-1):
 
 def test_equal_samples_are_as_many_answers_as_dpo_sees_pairs(folder, tmp_path):
     recipes = budgeted(tmp_path)
-    given = dict(kind="samples", recipes=recipes, pairs=704)
+    given = dict(dpo=recipes["dpo"], pairs=704)
     # 704 pairs twice: 1,408 answers are 22 rollouts of 64; PPO's are 2 updates of 32 each, 4 times.
     assert budget.updates_within(recipes["ppo"], **given) == 22 * 2 * 4
     assert budget.updates_within(recipes["rloo"], **given) == 22
-    said = budget.budget_in_words("samples", recipes, 704, {"ppo": 22 * 2 * 4, "rloo": 22})
+    said = budget.budget_in_words(recipes, 704, {"ppo": 22 * 2 * 4, "rloo": 22})
     assert "DPO sees 1,408 pairs a seed, of 704 different ones; PPO samples 1,408 answers; RLOO samples 1,408" in said
-    recipes = budgeted(tmp_path, max_steps=10)
     # 160 pairs: three whole rollouts, the third not full.
-    given |= {"recipes": recipes}
-    assert budget.updates_within(recipes["ppo"], **given) == 3 * 2 * 4
-
-
-def test_equal_compute_takes_off_what_the_reward_model_took(folder, tmp_path):
-    recipes = budgeted(tmp_path, epochs=4.0)
-    # DPO: 2,816 pairs of 8 passes; the reward model: 1,408 pairs of 6; PPO: 28 an answer, RLOO: 6.
-    left = 2816 * 8 - 1408 * 6
-    ppo, rloo = (recipes[kind] for kind in ("ppo", "rloo"))
-    assert budget.passes_per_answer(ppo) == 3 + 1 + 4 * (3 + 3)
-    assert budget.passes_per_answer(rloo) == 3 + 3
-    given = dict(kind="compute", recipes=recipes, pairs=704)
-    assert budget.updates_within(ppo, **given) == math.ceil(left // 28 / 64) * 8
-    assert budget.updates_within(rloo, **given) == math.ceil(left // 6 / 64)
-    few = budgeted(tmp_path, epochs=1.0)
-    with pytest.raises(RecipeError, match="leaves ppo 0 answers, and one rollout has 64"):
-        budget.updates_within(few["ppo"], **given | {"recipes": few})
+    dpo = budgeted(tmp_path, max_steps=10)["dpo"]
+    assert budget.updates_within(recipes["ppo"], dpo=dpo, pairs=704) == 3 * 2 * 4
+    with pytest.raises(RecipeError, match="DPO sees 48 pairs, and one rollout of ppo has 64 answers"):
+        budget.updates_within(recipes["ppo"], dpo=budgeted(tmp_path, max_steps=3)["dpo"], pairs=704)
 
 
 def test_the_parts_share_no_prompt_and_are_all_there_is():
@@ -417,7 +413,7 @@ MATCH = dict(betas=["0.1"], prompts={"learn": "p", "judge": "j"}, sampling={"tem
         ({}, None),
         ({"start": "other"}, "All started from the same weights."),
         ({"settings": {"lora_r": 8}}, "All were trained with the same LoRA settings."),
-        ({"prompts": "other"}, "All learned from the same prompts, but for ppo-0.1-0."),
+        ({"prompts": "other"}, "All learned from the same prompts, except ppo-0.1-0."),
         ({"settings": {"temperature": 0.7}}, "All answered the same prompts, by the temperature"),
         ({"settings": {"max_completion_length": 64}}, "All answered the same prompts, by the temperature"),
     ],
@@ -519,7 +515,9 @@ def test_the_start_is_at_no_distance_from_itself_and_a_changed_model_is(two_mode
     assert sum(apart) / len(apart) > 0.1
     assert found["sft-0"]["chosen"] != found["dpo-0"]["chosen"]
     judge = answers.exact_judge(lambda prompt, text: len(text))
-    records = answers.records(found, prompts=PROMPTS * 20, judge=judge, rewards={"dpo-0": judge})
+    scores = answers.score_answers(found, PROMPTS * 20, judge=judge, rewards={"dpo-0": judge})
+    measured = {name: columns(found[name], **scores[name]) for name in found}
+    records = {name: comparing._records(found[name]["answers"], measured[name]) for name in found}
     assert records["dpo-0"][3]["judge"] == records["dpo-0"][3]["reward_model"] == len(records["dpo-0"][3]["text"])
     assert records["sft-0"][0]["reward_model"] is None
     assert records["dpo-0"][5]["kl"] == pytest.approx(apart[5])

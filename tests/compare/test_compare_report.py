@@ -296,9 +296,11 @@ def test_the_verdict_names_the_winner_by_how_much_and_at_what_cost():
     share, low, high = map(int, numbers)
     assert 50 < low <= share <= high <= 100
     assert re.search(r", \d+ % to \d+ % over 3 seeds\)", words)
-    assert re.search(r"PPO, beta 0.1, more than noise apart, at a KL to the start of 3\.\d and 3\.\d nats\.", words)
+    assert re.search(
+        r"PPO, beta 0.1, more than noise apart, at a KL to the reference model of 3\.\d and 3\.\d nats\.", words
+    )
     assert "Training took 60 s and 4.2 min a seed, reward models included." in words
-    assert re.fullmatch(r"Against the model.*: DPO, beta 0.1 \d+ %, PPO, beta 0.1 \d+ % of the prompts.", against_start)
+    assert re.fullmatch(r"Against the reference model: DPO, beta 0.1 \d+ %, PPO, beta 0.1 \d+ % .*", against_start)
     turned = compared(betas=("0.1",), dpo=0.9, ppo=0.4)["verdict"][0]
     assert turned.startswith("DPO, beta 0.1 won against PPO, beta 0.1")
 
@@ -318,10 +320,10 @@ def test_prompts_alone_do_not_make_a_winner_where_the_seeds_disagree():
 
 def test_one_seed_failures_and_an_unequal_match_are_told_first():
     results = compared(betas=("0.1",), seeds=(0,), failed=["ppo-0.1-1 (exit 1)"])
-    results["fairness"].append({"held": False, "detail": "All learned from the same prompts, but for ppo-0.1-0."})
+    results["fairness"].append({"held": False, "detail": "All learned from the same prompts, except ppo-0.1-0."})
     words = made.verdict(results)
     assert words[0] == "This is a part of the comparison, as some stages failed: ppo-0.1-1 (exit 1)."
-    assert words[1] == "Not an equal match: All learned from the same prompts, but for ppo-0.1-0."
+    assert words[1] == "Not an equal match: All learned from the same prompts, except ppo-0.1-0."
     assert "one seed, so that another training might say otherwise" in words[2]
 
 

@@ -1,4 +1,4 @@
-"""A tuned model beside its start: the numbers are those of a direct computation, and the words follow from them."""
+"""Evaluation of a tuned model: its numbers equal a direct computation, and its words follow from the numbers."""
 
 import html
 import io
@@ -154,8 +154,14 @@ def test_every_number_of_the_held_out_pairs_is_that_of_a_direct_computation(call
     assert card.startswith("# run\n")
     assert card.count("## Evaluation") == 1
     assert results["verdict"]["words"] in html.unescape((run / "report.html").read_text())
-    page = (run / "eval.html").read_text()
-    for text in ("Win rate", "chosen shorter", "Calibration", "perplexity on chosen", "at equal length"):
+    page = (run / "report.html").read_text()
+    for text in (
+        "Evaluation: win rate",
+        "chosen shorter",
+        "Evaluation: calibration",
+        "perplexity on chosen",
+        "at equal length",
+    ):
         assert text in page
 
 
@@ -316,18 +322,18 @@ def test_an_endpoint_judges_by_the_command_and_is_asked_once(call, run, monkeypa
     assert results["judging"]["cost"] == pytest.approx(asked * (100 * 1 + 10 * 2) / 1e6)
     assert results["judge"] == f"a-judge at {server.url}"
     assert "judge" not in results["measures"]
-    assert "one in each order" in Path("out/eval.html").read_text()
+    assert "one in each order" in Path("out/report.html").read_text()
 
 
 @pytest.mark.parametrize(
     ("won", "n", "level", "words"),
     [
         (140, 200, "works", "It works"),
-        (115, 200, "not known", "perhaps by less than the 55 % that would make it worth it"),
-        (5_100, 10_000, "not known", "better than its start, but by less than"),
-        (104, 200, "not known", "may be worse than its start"),
+        (115, 200, "not known", "perhaps by less than the 55 % that count as working"),
+        (5_100, 10_000, "not known", "better than the reference model, but by less than"),
+        (104, 200, "not known", "may be worse than the reference model"),
         (5_000, 10_000, "not known", "does not reach 55 %, and may be worse"),
-        (80, 200, "worse", "worse than its start"),
+        (80, 200, "worse", "worse than the reference model"),
     ],
 )
 def test_the_words_say_what_the_whole_interval_says(won, n, level, words):
@@ -392,7 +398,7 @@ def test_general_tasks_before_and_after(call, run, tiny_model, capsys):
     assert call(run, *flags, "endings") == 0
     results = json.loads(Path("out/eval.json").read_text())["tasks"]
     assert results["words"] in capsys.readouterr().out
-    assert "General tasks" in Path("out/eval.html").read_text()
+    assert "Evaluation: general tasks" in Path("out/report.html").read_text()
     questions = [json.loads(line) for line in Path("tasks/endings.jsonl").read_text().splitlines()]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
     before = right_endings(model, tokenizer, questions)

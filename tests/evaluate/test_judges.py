@@ -18,8 +18,11 @@ import pytest
 from sklearn.metrics import accuracy_score, cohen_kappa_score
 
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.evaluate import judges
-from dpo_recipes.evaluate.judges import Endpoint, agreement, ask_all, expected_cost, open_judge, read_verdict
+from dpo_recipes.evaluate import endpoint as asking
+from dpo_recipes.evaluate import pairwise
+from dpo_recipes.evaluate.endpoint import REPLY_TOKENS, Endpoint, request_body
+from dpo_recipes.evaluate.judges import agreement, open_judge
+from dpo_recipes.evaluate.pairwise import QUESTION, ask_all, expected_cost, read_verdict
 
 KEY = "a-secret-of-the-tests"
 
@@ -193,7 +196,7 @@ def test_a_key_that_is_sent_back_in_a_reply_is_not_kept(serve, given, shown, tmp
 
 @pytest.mark.parametrize("fault", ["hang", "drip"])
 def test_an_endpoint_that_never_ends_its_reply_is_given_up(serve, fault, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(judges, "PATIENCE", 0.5)
+    monkeypatch.setattr(pairwise, "PATIENCE", 0.5)
     asked = endpoint(serve([fault] * 9), workers=2, timeout=0.6, deadline=1.5)
     with pytest.raises(RecipeError, match=r"answered nothing: no reply \(.*in \d tries"):
         ask_all(asked, PROMPTS, FIRST, SECOND, cache=tmp_path / "cache.jsonl")
@@ -225,12 +228,13 @@ def test_ctrl_c_ends_the_judging_and_keeps_the_replies(serve, fault, tmp_path):
     ask_all(endpoint(server), PROMPTS[:2], FIRST[:2], SECOND[:2], cache=cache)
     server.faults, server.seen = [fault] * 9, Counter()
     code = (
-        "import sys; from pathlib import Path; from dpo_recipes.judges import Endpoint, ask_all; "
+        "import sys; from pathlib import Path; from dpo_recipes.evaluate.pairwise import Endpoint, ask_all; "
         "ask_all(Endpoint(sys.argv[1], 'a-judge'), ['p', 'q'], ['a', 'b'], ['c', 'd'], cache=Path(sys.argv[2]))"
     )
     judging = subprocess.Popen([sys.executable, "-c", code, server.url, cache], stderr=subprocess.DEVNULL)
     try:
         while len(server.seen) < 4:
+            assert judging.poll() is None, "it ended before it had asked"
             time.sleep(0.1)
         judging.send_signal(signal.SIGINT)
         assert judging.wait(timeout=30) != 0, "whose requests may take 120 s"
@@ -261,7 +265,7 @@ def test_replies_under_way_are_kept_when_another_is_refused(serve, tmp_path):
 
 
 def test_an_endpoint_that_answers_nothing_is_left_after_its_first_requests(serve, tmp_path, monkeypatch):
-    monkeypatch.setattr(judges, "TRIES", 2)
+    monkeypatch.setattr(asking, "TRIES", 2)
     server = serve([500, 500])
     with pytest.raises(RecipeError, match="answered nothing: HTTP 500 Internal Server Error, in 2 tries"):
         ask_all(endpoint(server, workers=2), PROMPTS, FIRST, SECOND, cache=tmp_path / "cache.jsonl")
@@ -333,7 +337,7 @@ def test_a_judge_that_likes_what_stands_first_gives_ties_and_is_found_out(serve,
 
 
 def test_one_request_that_is_refused_or_fails_spoils_no_other(serve, tmp_path, monkeypatch):
-    monkeypatch.setattr(judges, "TRIES", 2)
+    monkeypatch.setattr(asking, "TRIES", 2)
     server = serve([400, 400])
     cache = tmp_path / "cache.jsonl"
     with pytest.raises(RecipeError, match=r'answered nothing: HTTP 400 Bad Request: \{"error": "no"'):
@@ -347,17 +351,16 @@ def test_one_request_that_is_refused_or_fails_spoils_no_other(serve, tmp_path, m
 
 
 def test_a_request_says_what_it_is_told_to(serve, tmp_path):
-    body = json.loads(
-        judges._body(Endpoint("u", "m", options={"max_tokens": None, "max_completion_tokens": 9}), "why?")
-    )
+    options = {"max_tokens": None, "max_completion_tokens": 9}
+    body = json.loads(request_body(Endpoint("u", "m", options=options), "why?"))
     assert body["max_completion_tokens"] == 9
     assert "max_tokens" not in body
 
 
 def test_the_cost_is_the_most_that_it_can_be():
     said = expected_cost({"model": "m", "price": (2.0, 8.0)}, PROMPTS, max_new_tokens=100)
-    read = 2 * (sum(len(judges.QUESTION) + len(p[0]["content"]) + len("user: ") for p in PROMPTS) // 4 + 1200)
-    written = 12 * judges.REPLY_TOKENS
+    read = 2 * (sum(len(QUESTION) + len(p[0]["content"]) + len("user: ") for p in PROMPTS) // 4 + 1200)
+    written = 12 * REPLY_TOKENS
     assert f"12 requests, about {read:,} tokens to read and {written:,} to write" in said
     assert f"{(2 * read + 8 * written) / 1e6:.2f}" in said
     longer = {"max_tokens": None, "max_completion_tokens": 20_000}

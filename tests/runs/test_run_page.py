@@ -66,7 +66,18 @@ def run():
         "eval": {
             **{"verdict": {"level": "works", "words": "It works: all of the interval is above 55 %."}},
             **{"pairs": 77, "prompts": 66, "judge": "a rule", "warnings": ["The same weights."]},
-            **{"win_rate": estimate(0.7), "length_controlled": estimate(0.66), "ties": estimate(0.1)},
+            **{"win_rate": estimate(0.7), "length_controlled": estimate(0.66), "ties": estimate(0.1), "judging": {}},
+            **{
+                "dataset": "some/pairs",
+                "made": "2026-01-03",
+                "hardware": "a card",
+                "start": "a-start",
+                "model": "beta03",
+            },
+            **{"sampling": {"temperature": 1.0, "max_new_tokens": 72, "seed": 0}, "versions": ["trl 1.16.0"]},
+            **{"preference_accuracy": {"all": {"summed": both(0.71, 0.72)}}, "perplexity": both(4.1, 4.3)},
+            **{"measures": {"tokens": both(30.0, 33.3)}, "labels": {"tokens": ["tokens of an answer", 1, ""]}},
+            **{"samples": [{"prompt": "Why?", "won": 1.0, **answers}]},
         },
         "samples": [{"prompt": [{"role": "user", "content": "May I?"}], "temperature": 0.7, **answers}] * 9,
     }
@@ -107,8 +118,11 @@ def test_every_section_says_what_the_files_hold(page_of):
         *("Answers, greedy exact reward n = 400 before 0.440", "KL to the start, nats an answer 1.16 ± 0.21"),
         *(
             "completion, nats -9.56 → -8.99",
-            "77 held-out pairs and 66 prompts; judge: a rule",
-            "win rate 0.700 [0.650,",
+            "77 held-out pairs and 66 prompts of some/pairs",
+            "judge a rule",
+            "win rate n = 400, Wilson 0.700 [0.650,",
+            "tokens of an answer n = 400 before 30.0 [29.9, 30.0] after 33.3",
+            "Won Why? before cut Yes, go ahead. after Please do not.",
         ),
         *("Loss 0.4321 0.5432", "rewards/chosen 0.0804 none", "update answer tokens ended repeated"),
         *("44 37.50 1.00 0.25", "The first 6 of 9 in samples.jsonl", "Temperature 0.7 May I?"),
@@ -169,6 +183,14 @@ def test_a_folder_without_results_says_that_the_run_has_not_finished(page_of):
     assert "This run has not finished" in empty.words
 
 
+def test_an_evaluation_without_a_run_has_a_page_of_its_own(page_of):
+    page = page_of({"eval": run()["eval"]}, curves=False)
+    assert "It works: all of the interval is above 55 %." in page.words
+    assert "tokens of an answer n = 400" in page.words
+    assert "This run has not finished" not in page.words
+    assert "health rule" not in page.words
+
+
 def test_hostile_texts_stay_texts(page_of):
     """Whatever stands in the files: prompts and answers of any data, names of datasets, scores and strata."""
     attacked = {name: hostile(data) for name, data in run().items()}
@@ -187,4 +209,4 @@ def test_the_page_needs_nothing_but_itself_and_names_its_files(page_of):
     page = page_of(run())
     assert not {tag for tag, _ in page.tags} & {"script", "iframe", "object", "embed", "form"}
     links = [value for _, given in page.tags for name, value in given.items() if name in ("href", "src")]
-    assert [re.sub(r"base64,.*", "base64", link) for link in links] == ["data:,", "eval.html", "data:image/png;base64"]
+    assert [re.sub(r"base64,.*", "base64", link) for link in links] == ["data:,", "data:image/png;base64"]
