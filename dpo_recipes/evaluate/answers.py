@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer
 from dpo_recipes.dataset_adapters import Drop
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json, write_json
-from dpo_recipes.models.likelihood import check_prompt, read_answer, sample_tokens
+from dpo_recipes.models.generation import check_prompt, read_answer, sample_tokens
 from dpo_recipes.models.open import open_model, put_adapter, read_adapter
 from dpo_recipes.models.pair_ids import encode_pairs
 from dpo_recipes.models.rewards import Text

@@ -13,7 +13,8 @@ from dpo_recipes.evaluate.answers import Scorer, records
 from dpo_recipes.evaluate.judges import Judge, Judged
 from dpo_recipes.evaluate.measures import MEASURES, columns, of_model
 from dpo_recipes.intervals import Estimate, wilson
-from dpo_recipes.models.likelihood import PreferenceLogps, calibration
+from dpo_recipes.models.likelihood import PreferenceLogps
+from dpo_recipes.models.rewards import calibration
 
 SIDES = ("before", "after")
 WORKS, COIN = 0.55, 0.5  # win rates: all above the first the tuning was worth it, all below the second it did harm

@@ -128,7 +128,7 @@ def try_run(
     Raises:
         RecipeError: If a model cannot be loaded, or the start is not known.
     """
-    from dpo_recipes.models.likelihood import check_prompt, sample_tokens
+    from dpo_recipes.models.generation import check_prompt, sample_tokens
 
     start = base or find_start(run)
     trust: dict[str, Any] = dict(trust_remote_code=trust_remote_code)

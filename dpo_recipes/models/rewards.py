@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 from numpy.typing import NDArray
+from scipy.special import expit
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template
@@ -215,6 +216,42 @@ def model_judge(name: str | Path) -> Callable[[Sequence[Text], Sequence[Text]], 
         return score(*load_reward_model(str(name), labels=(1, 2)), prompts, texts)
 
     return scores
+
+
+def calibration(margins: NDArray[np.float64], *, bins: int = 10) -> dict[str, Any]:
+    """How far sigmoid(margin) is the probability that chosen is better (Bradley and Terry 1952).
+
+    Of each pair the side with the higher score is the favourite, with the probability sigmoid(|margin|); it is right
+    where it is the chosen one, and half right where the scores are equal.
+
+    Args:
+        margins: Score of chosen minus score of rejected. Shape (pairs,).
+        bins: Of equal width over the favourite's probability, from 0.5 to 1.
+
+    Returns:
+        `log_loss` in nats and `brier` of sigmoid(margin); `expected_calibration_error`, the mean over pairs of how far
+        their bin's share of right favourites is from its mean probability (Guo et al. 2017, eq. 3); and `reliability`,
+        the bins that have pairs: `low`, `high`, `n`, `said` (mean probability), `right`.
+    """
+    said, right = expit(np.abs(margins)), np.where(margins == 0, 0.5, margins > 0)
+    edges = np.linspace(0.5, 1, bins + 1)
+    which = np.clip(np.digitize(said, edges) - 1, 0, bins - 1)
+    table = [
+        {
+            "low": float(edges[each]),
+            "high": float(edges[each + 1]),
+            "n": int((which == each).sum()),
+            "said": float(said[which == each].mean()),
+            "right": float(right[which == each].mean()),
+        }
+        for each in np.unique(which)
+    ]
+    return {
+        "log_loss": float(np.logaddexp(0, -margins).mean()),
+        "brier": float(np.square(expit(-margins)).mean()),
+        "expected_calibration_error": sum(row["n"] * abs(row["said"] - row["right"]) for row in table) / len(margins),
+        "reliability": table,
+    }
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from dpo_recipes.dataset_adapters.adapting import require_columns
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import check_writable, write_json, write_jsonl
 from dpo_recipes.loading import load_rows
-from dpo_recipes.models.likelihood import generate
+from dpo_recipes.models.generation import generate
 from dpo_recipes.models.open import open_model
 from dpo_recipes.recipe import RecipeArguments
 from dpo_recipes.sample.sampling import Rows, in_steps

@@ -26,7 +26,7 @@ from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import check_writable, read_jsonl, write_jsonl
 from dpo_recipes.loading import load_rows
-from dpo_recipes.models.likelihood import check_prompt, generate
+from dpo_recipes.models.generation import check_prompt, generate
 from dpo_recipes.models.open import open_model
 from dpo_recipes.models.rewards import check_reward_model, model_judge, read_reward_config
 from dpo_recipes.recipe import RecipeArguments

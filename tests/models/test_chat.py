@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from dpo_recipes.cli import main
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.models.chat import merge
-from dpo_recipes.models.likelihood import generate
+from dpo_recipes.models.generation import generate
 from dpo_recipes.models.open import open_model
 from dpo_recipes.terminal import shown
 

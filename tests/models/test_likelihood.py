@@ -8,15 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer
 
 from dpo_recipes.intervals import mean_with_interval, wilson
-from dpo_recipes.models.likelihood import (
-    PreferenceLogps,
-    generate,
-    preference_logps,
-    read_answer,
-    reference_model,
-    sample_tokens,
-    sampled_kl,
-)
+from dpo_recipes.models.generation import generate, read_answer, sample_tokens
+from dpo_recipes.models.likelihood import PreferenceLogps, preference_logps, reference_model, sampled_kl
 from dpo_recipes.statistics import length_controlled, wins
 
 

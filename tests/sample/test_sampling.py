@@ -12,7 +12,7 @@ from dpo_recipes.cli import main
 from dpo_recipes.dataset_adapters import recognise
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.loading import load_rows
-from dpo_recipes.models.likelihood import generate
+from dpo_recipes.models.generation import generate
 from dpo_recipes.recipe import RecipeArguments
 from dpo_recipes.sample import sampling
 

@@ -1,0 +1,155 @@
+"""Lets a language model answer prompts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from trl.trainer.utils import pad
+
+from dpo_recipes.dataset_adapters import Drop
+from dpo_recipes.errors import RecipeError
+from dpo_recipes.models.rewards import Text, context_length
+
+
+def check_prompt(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, prompt: Text) -> None:
+    """Nothing, if the model of that configuration can answer the prompt; else raises Drop with the reason.
+
+    Raises:
+        RecipeError: If the prompt is a conversation, and the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None and not isinstance(prompt, str):
+        raise RecipeError(
+            f"The tokenizer of {tokenizer.name_or_path} has no chat template: it is no model that answers. Name "
+            "another."
+        )
+    try:
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt, verbose=False)["input_ids"]
+        else:
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise Drop("template_refuses") from error
+    if len(ids) >= context_length(config):
+        raise Drop("no_room")
+
+
+def generate(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], **options: Any
+) -> list[dict[str, Any]]:
+    """One answer to each prompt, in order; the options are those of `sample_tokens`.
+
+    Returns:
+        For each prompt `text` (special tokens removed; what goes on with plain text keeps its white space), `tokens`
+        (their number) and `ended` (it gave its end token).
+    """
+    sampled = sample_tokens(model, tokenizer, prompts, **options)
+    return [read_answer(model, tokenizer, *both) for both in zip(prompts, sampled, strict=True)]
+
+
+@torch.no_grad()
+def sample_tokens(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Text],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    streamer: TextStreamer | None = None,
+) -> list[tuple[list[int], list[int]]]:
+    """The tokens of each prompt and of one answer to it, up to its end token, in order.
+
+    Both are empty where the prompt leaves no room for an answer in the model's context.
+
+    Args:
+        model: A causal language model; its mode (train or eval) is left as it was.
+        tokenizer: Its tokenizer, for conversations with a chat template. Padding is done on the left here, whatever its
+            own side is.
+        prompts: Conversations that end in a user turn, or plain text to go on with.
+        max_new_tokens: Where an answer is cut, if the model's context does not cut it before.
+        temperature: 0 is greedy decoding. Sampling is from the whole distribution (no top-k, no top-p).
+        seed: Of the sampling; the same seed, prompts and batch size give the same answers.
+        batch_size: Prompts at a time. They are sorted by length, so that little is padded; of those that leave less
+            room than `max_new_tokens` only equally long ones go together.
+        streamer: Is given each token of the answer to a single prompt.
+    """
+    stops, context = stop_tokens(model, tokenizer), context_length(model.config)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=1.0,  # a model's own default may be another
+        eos_token_id=stops,
+        pad_token_id=tokenizer.pad_token_id,
+        **(dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else {}),
+    )
+    is_text = any(isinstance(prompt, str) for prompt in prompts)  # it gets special tokens from the tokenizer
+    texts = [
+        prompt if is_text else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        for prompt in prompts
+    ]
+    encoded = tokenizer(texts, add_special_tokens=is_text, verbose=False)["input_ids"]
+    ids = [torch.tensor(row, dtype=torch.long) for row in encoded]
+    order = sorted((row for row in range(len(texts)) if len(ids[row]) < context), key=lambda row: len(texts[row]))
+    sampled: list[tuple[list[int], list[int]]] = [([], [])] * len(texts)
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng():  # the caller's random state is left alone
+        torch.manual_seed(seed)
+        batches = _alike(order, [len(row) for row in ids], most=batch_size, room=context - max_new_tokens)
+        for rows in tqdm(batches, desc="Generating", leave=False, disable=streamer is not None):
+            # Not by the tokenizer, which would keep that it pads, and be saved so.
+            padded = pad([ids[row] for row in rows], tokenizer.pad_token_id, "left").to(model.device)
+            mask = pad([torch.ones_like(ids[row]) for row in rows], 0, "left").to(model.device)
+            width = padded.shape[1]
+            config.max_new_tokens = min(max_new_tokens, context - width)
+            output = model.generate(
+                input_ids=padded,
+                attention_mask=mask,
+                generation_config=config,
+                streamer=streamer,
+            )
+            for row, tokens in zip(rows, output.tolist(), strict=True):
+                answer = tokens[width:]
+                end = next((at for at, token in enumerate(answer, start=1) if token in stops), None)
+                sampled[row] = tokens[width - len(ids[row]) : width], answer[:end]
+    model.train(was_training)
+    return sampled
+
+
+def _alike(order: Sequence[int], lengths: Sequence[int], *, most: int, room: int) -> list[list[int]]:
+    """The rows in batches; where one is longer than `room`, all are as long: it would cut a shorter one's answer."""
+    batches: list[list[int]] = []
+    for row in order:
+        last = [lengths[other] for other in batches[-1]] if batches else []
+        differ = max([lengths[row], *last]) > room and {lengths[row]} != {*last}
+        if not last or len(last) == most or differ:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def read_answer(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Text,
+    sampled: tuple[list[int], list[int]],
+) -> dict[str, Any]:
+    """What `sample_tokens` gave for a prompt, as `generate` returns an answer."""
+    before, tokens = sampled
+    kept = tokens[:-1] if tokens and tokens[-1] in stop_tokens(model, tokenizer) else tokens
+    if isinstance(prompt, str):  # decoded alone, SentencePiece's first token would lose its space
+        whole, begun = tokenizer.batch_decode([before + kept, before], skip_special_tokens=True)
+        text = whole[len(begun) :]
+    else:
+        text = tokenizer.decode(kept, skip_special_tokens=True).strip()
+    return {"text": text, "tokens": len(kept), "ended": len(kept) < len(tokens)}
+
+
+def stop_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the tokenizer's EOS token and those of the model's generation settings."""
+    more = model.generation_config.eos_token_id
+    return [tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])]
