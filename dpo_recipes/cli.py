@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "evaluate":
                 return evaluate_model(given, flags)
             case "merge":
-                from dpo_recipes.models.chat import merge
+                from dpo_recipes.models.merge import merge
 
                 merge(**given)
             case "page":
