@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from dpo_recipes.dataset_adapters import Drop
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json, write_json
 from dpo_recipes.models.generation import check_prompt, read_answer, sample_tokens
+from dpo_recipes.models.likelihood import answer_logps
 from dpo_recipes.models.open import open_model, put_adapter, read_adapter
 from dpo_recipes.models.pair_ids import encode_pairs
 from dpo_recipes.models.rewards import Text
@@ -105,7 +104,8 @@ def answer_all(
             model = put_adapter(base, entry.model)
         else:
             model = open_model(entry.model, trust_remote_code=trust_remote_code)[0]
-        sides = {side: logps(model, [(row.prompt, getattr(row, side)) for row in ids]).tolist() for side in SIDES}
+        completions = {side: [(row.prompt, getattr(row, side)) for row in ids] for side in SIDES}
+        sides = {side: answer_logps(model, both, batch_size=BATCH).tolist() for side, both in completions.items()}
         if broken := sum(map(math.isnan, sides["chosen"] + sides["rejected"])):
             raise RecipeError(
                 f"{entry.model} gives NaN for {broken} of {2 * len(ids)} held-out completions: its training has broken "
@@ -113,52 +113,16 @@ def answer_all(
             )
         options = asdict(sampling) | {"seed": entry.seed, "batch_size": BATCH}
         sampled = sample_tokens(model, tokenizer, prompts, **options)
-        policy = logps(model, sampled, temperature=sampling.temperature)
+        measured: dict[str, Any] = dict(temperature=sampling.temperature, batch_size=BATCH)
+        policy = answer_logps(model, sampled, **measured)
         base = model.unload() if isinstance(model, PeftModel) else base
-        begun = policy if model is base else logps(base, sampled, temperature=sampling.temperature)
+        begun = policy if model is base else answer_logps(base, sampled, **measured)
         answers = [
             read_answer(base, tokenizer, prompt, both) | {"policy": own, "start": other, "scored": len(both[1])}
             for prompt, both, own, other in zip(prompts, sampled, policy.tolist(), begun.tolist(), strict=True)
         ]
         found[entry.name] = {"key": keys[entry.name], "answers": answers, **sides, **lengths}
         write_json(folder / f"{entry.name}.json", found[entry.name])
-    return found
-
-
-@torch.no_grad()
-def logps(
-    model: Any, sequences: Sequence[tuple[list[int], list[int]]], *, temperature: float = 1.0
-) -> NDArray[np.float64]:
-    """Log-prob of each completion after its prompt, as it is sampled at that temperature. Shape (completions,).
-
-    Args:
-        model: A causal language model in evaluation mode.
-        sequences: Token ids of prompts and completions.
-        temperature: 0 counts as 1: greedy decoding has no log-probs.
-    """
-    order = sorted(range(len(sequences)), key=lambda row: sum(map(len, sequences[row])))  # little is padded
-    found = np.zeros(len(order))
-    for start in tqdm(range(0, len(order), BATCH), desc="Log-probs", leave=False):
-        rows = order[start : start + BATCH]
-        width = max(sum(map(len, sequences[row])) for row in rows)
-        longest = max(len(sequences[row][1]) for row in rows)
-        # Padded on the left: the completions stand at the end, and logits are made of these positions alone.
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask, labels = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-        for at, row in enumerate(rows):
-            prompt, completion = sequences[row]
-            ids[at, width - len(prompt) - len(completion) :] = torch.tensor(prompt + completion)
-            mask[at, width - len(prompt) - len(completion) :] = 1
-            labels[at, width - len(completion) :] = True
-        ids, mask, labels = (part.to(model.device) for part in (ids, mask, labels))
-        places = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        output = model(
-            input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=longest + 1
-        )
-        # (rows, longest, vocabulary): each position predicts the next token
-        tempered = torch.log_softmax(output.logits[:, :-1].float() / (temperature or 1.0), dim=-1)
-        chosen = tempered.gather(2, ids[:, -longest:, None]).squeeze(2) * labels[:, -longest:]
-        found[rows] = chosen.double().sum(dim=1).cpu().numpy()
     return found
 
 

@@ -1,6 +1,7 @@
 """Lets a language model answer prompts."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from dpo_recipes.dataset_adapters import Drop
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.models.rewards import Text, context_length
 
+Sampled = tuple[list[int], list[int]]
+"""Token ids of a prompt and of one answer to it."""
+
 
 def check_prompt(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, prompt: Text) -> None:
-    """Nothing, if the model of that configuration can answer the prompt; else raises Drop with the reason.
+    """Raises Drop with the reason unless a model of that configuration can answer the prompt.
 
     Raises:
         RecipeError: If the prompt is a conversation, and the tokenizer has no chat template.
@@ -40,11 +44,11 @@ def check_prompt(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, p
 def generate(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], **options: Any
 ) -> list[dict[str, Any]]:
-    """One answer to each prompt, in order; the options are those of `sample_tokens`.
+    """Generates one answer to each prompt, in order; the options are those of `sample_tokens`.
 
     Returns:
-        For each prompt `text` (special tokens removed; what goes on with plain text keeps its white space), `tokens`
-        (their number) and `ended` (it gave its end token).
+        For each prompt `text` (without special tokens; an answer to plain text keeps its white space), `tokens` (their
+        number) and `ended` (the model gave an end token).
     """
     sampled = sample_tokens(model, tokenizer, prompts, **options)
     return [read_answer(model, tokenizer, *both) for both in zip(prompts, sampled, strict=True)]
@@ -61,95 +65,83 @@ def sample_tokens(
     seed: int = 0,
     batch_size: int = 16,
     streamer: TextStreamer | None = None,
-) -> list[tuple[list[int], list[int]]]:
-    """The tokens of each prompt and of one answer to it, up to its end token, in order.
+) -> list[Sampled]:
+    """Token ids of each prompt and of one answer to it, up to its end token, in order.
 
-    Both are empty where the prompt leaves no room for an answer in the model's context.
+    Both are empty if the prompt leaves no room for an answer in the model's context.
 
     Args:
-        model: A causal language model; its mode (train or eval) is left as it was.
-        tokenizer: Its tokenizer, for conversations with a chat template. Padding is done on the left here, whatever its
-            own side is.
+        model: A causal language model; its mode (train or eval) stays as it was.
+        tokenizer: Its tokenizer, for conversations with a chat template. Prompts are padded on the left here, whatever
+            the tokenizer's own side is.
         prompts: Conversations that end in a user turn, or plain text to go on with.
-        max_new_tokens: Where an answer is cut, if the model's context does not cut it before.
+        max_new_tokens: Tokens after which an answer is cut, if the model's context does not cut it before.
         temperature: 0 is greedy decoding. Sampling is from the whole distribution (no top-k, no top-p).
         seed: Of the sampling; the same seed, prompts and batch size give the same answers.
-        batch_size: Prompts at a time. They are sorted by length, so that little is padded; of those that leave less
-            room than `max_new_tokens` only equally long ones go together.
+        batch_size: Prompts at a time. They are sorted by length, so that little is padded; prompts that leave less
+            room than `max_new_tokens` only go together with equally long ones.
         streamer: Is given each token of the answer to a single prompt.
     """
     stops, context = stop_tokens(model, tokenizer), context_length(model.config)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        repetition_penalty=1.0,  # a model's own default may be another
-        eos_token_id=stops,
-        pad_token_id=tokenizer.pad_token_id,
-        **(dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else {}),
-    )
+    sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else {}
+    # A model's own default of the repetition penalty may be another one.
+    ends = dict(repetition_penalty=1.0, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
+    config = GenerationConfig(**ends, **sampling)
     is_text = any(isinstance(prompt, str) for prompt in prompts)  # it gets special tokens from the tokenizer
     texts = [
         prompt if is_text else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         for prompt in prompts
     ]
-    encoded = tokenizer(texts, add_special_tokens=is_text, verbose=False)["input_ids"]
-    ids = [torch.tensor(row, dtype=torch.long) for row in encoded]
+    ids = tokenizer(texts, add_special_tokens=is_text, verbose=False)["input_ids"]
     order = sorted((row for row in range(len(texts)) if len(ids[row]) < context), key=lambda row: len(texts[row]))
-    sampled: list[tuple[list[int], list[int]]] = [([], [])] * len(texts)
+    batches = _batches(order, [len(row) for row in ids], most=batch_size, room=context - max_new_tokens)
+    sampled: list[Sampled] = [([], [])] * len(texts)
     was_training = model.training
     model.eval()
-    with torch.random.fork_rng():  # the caller's random state is left alone
+    with torch.random.fork_rng():  # the caller's random state stays as it was
         torch.manual_seed(seed)
-        batches = _alike(order, [len(row) for row in ids], most=batch_size, room=context - max_new_tokens)
         for rows in tqdm(batches, desc="Generating", leave=False, disable=streamer is not None):
-            # Not by the tokenizer, which would keep that it pads, and be saved so.
-            padded = pad([ids[row] for row in rows], tokenizer.pad_token_id, "left").to(model.device)
-            mask = pad([torch.ones_like(ids[row]) for row in rows], 0, "left").to(model.device)
+            padded, mask = pad_left([ids[row] for row in rows], tokenizer.pad_token_id, model.device)
             width = padded.shape[1]
             config.max_new_tokens = min(max_new_tokens, context - width)
-            output = model.generate(
-                input_ids=padded,
-                attention_mask=mask,
-                generation_config=config,
-                streamer=streamer,
-            )
+            output = model.generate(input_ids=padded, attention_mask=mask, generation_config=config, streamer=streamer)
             for row, tokens in zip(rows, output.tolist(), strict=True):
                 answer = tokens[width:]
                 end = next((at for at, token in enumerate(answer, start=1) if token in stops), None)
-                sampled[row] = tokens[width - len(ids[row]) : width], answer[:end]
+                sampled[row] = ids[row], answer[:end]
     model.train(was_training)
     return sampled
 
 
-def _alike(order: Sequence[int], lengths: Sequence[int], *, most: int, room: int) -> list[list[int]]:
-    """The rows in batches; where one is longer than `room`, all are as long: it would cut a shorter one's answer."""
-    batches: list[list[int]] = []
-    for row in order:
-        last = [lengths[other] for other in batches[-1]] if batches else []
-        differ = max([lengths[row], *last]) > room and {lengths[row]} != {*last}
-        if not last or len(last) == most or differ:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
+def _batches(order: Sequence[int], lengths: Sequence[int], *, most: int, room: int) -> list[list[int]]:
+    """Divides rows into batches; a row longer than `room`, which would cut the others' answers, is with its equals."""
+    groups = [list(rows) for _, rows in groupby(order, key=lambda row: max(lengths[row], room))]
+    return [rows[at : at + most] for rows in groups for at in range(0, len(rows), most)]
+
+
+def pad_left(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of some sequences, padded on the left, and their mask. Each has shape (sequences, longest)."""
+    # Not by the tokenizer: it would keep that it pads, and be saved so.
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    mask = pad([torch.ones_like(row) for row in ids], 0, "left")
+    return pad(ids, fill, "left").to(device), mask.to(device)
 
 
 def read_answer(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Text,
-    sampled: tuple[list[int], list[int]],
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: Text, sampled: Sampled
 ) -> dict[str, Any]:
-    """What `sample_tokens` gave for a prompt, as `generate` returns an answer."""
+    """Decodes an answer of `sample_tokens` to a prompt, in the form that `generate` returns."""
     before, tokens = sampled
     kept = tokens[:-1] if tokens and tokens[-1] in stop_tokens(model, tokenizer) else tokens
     if isinstance(prompt, str):  # decoded alone, SentencePiece's first token would lose its space
-        whole, begun = tokenizer.batch_decode([before + kept, before], skip_special_tokens=True)
-        text = whole[len(begun) :]
+        whole, beginning = tokenizer.batch_decode([before + kept, before], skip_special_tokens=True)
+        text = whole[len(beginning) :]
     else:
         text = tokenizer.decode(kept, skip_special_tokens=True).strip()
     return {"text": text, "tokens": len(kept), "ended": len(kept) < len(tokens)}
 
 
 def stop_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the tokenizer's EOS token and those of the model's generation settings."""
+    """Tokens that end an answer: the tokenizer's EOS token and those of the model's generation settings."""
     more = model.generation_config.eos_token_id
     return [tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])]

@@ -1,4 +1,4 @@
-"""Measures a tuned model against its start: preference accuracy by log-probs, and answers side by side."""
+"""Asks models for the log-probs of completions: accuracy on pairs, KL of sampled answers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -9,16 +9,70 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, Trainer
 from trl import DPOTrainer, RewardTrainer
-from trl.trainer.utils import add_fused_lm_head, use_adapter
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, use_adapter
 
 from dpo_recipes.errors import UnhealthyRunError
 from dpo_recipes.intervals import Estimate, wilson
-from dpo_recipes.models.generation import sample_tokens
+from dpo_recipes.models.generation import Sampled, pad_left, sample_tokens
+from dpo_recipes.models.open import identify, load_full
 from dpo_recipes.models.rewards import Text
+
+
+@torch.no_grad()
+def answer_logps(
+    model: Any, sequences: Sequence[Sampled], *, temperature: float = 1.0, batch_size: int = 1
+) -> NDArray[np.float64]:
+    """Log-probs in nats of completions after their prompts, as sampled at a temperature. Shape (completions,).
+
+    Args:
+        model: A causal language model; its mode (train or eval) stays as it was.
+        sequences: Token ids of prompts and completions.
+        temperature: 0 counts as 1: greedy decoding has no log-probs.
+        batch_size: Completions at a time, sorted by length, so that little is padded. Their logits are in memory.
+    """
+    order = sorted(range(len(sequences)), key=lambda row: sum(map(len, sequences[row])))
+    found = np.zeros(len(order))
+    was_training = model.training
+    model.eval()
+    for start in tqdm(range(0, len(order), batch_size), desc="Log-probs", leave=False):
+        places = order[start : start + batch_size]
+        prompts, completions = zip(*(sequences[place] for place in places), strict=True)
+        ids, mask = pad_left([[*both[0], *both[1]] for both in zip(prompts, completions, strict=True)], 0, model.device)
+        labels, _ = pad_left(completions, -100, model.device)  # (rows, longest completion)
+        longest = labels.size(1)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        output = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=longest + 1
+        )
+        logits = output.logits[:, -longest - 1 : -1].float() / (temperature or 1.0)  # each predicts the next token
+        losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        found[places] = -losses.double().sum(dim=1).cpu().numpy()
+    model.train(was_training)
+    return found
+
+
+def completion_logps(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Per-token log-probs of a batch of TRL's DPO data collator; 0 outside of completions. Shape (2 pairs, tokens - 1).
+
+    Args:
+        model: A model with TRL's fused head.
+        batch: Its plan for shared prompts, if it has one, is left out.
+    """
+    logps: torch.Tensor = fused_outputs(model, batch).log_probs
+    return logps[:, 1 - batch["input_ids"].size(1) :].float()  # prompt tuning puts its own tokens in front
+
+
+def fused_outputs(model: Any, batch: dict[str, Any]) -> FusedCausalLMOutput:
+    """Per-token fields of TRL's fused head for a batch of TRL's DPO data collator; 0 outside of completions."""
+    others = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+    inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name not in others}
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    return model(**inputs, labels=labels, fused_lm_head=True, use_cache=False)
 
 
 @dataclass
@@ -31,7 +85,7 @@ class PreferenceLogps:
     rejected_tokens: NDArray[np.float64]
 
     def __getitem__(self, pairs: NDArray[np.bool_]) -> "PreferenceLogps":
-        """Those of some of the pairs."""
+        """Log-probs and lengths of some of the pairs."""
         return PreferenceLogps(*(getattr(self, entry.name)[pairs] for entry in fields(self)))
 
     def accuracy(self, *, per_token: bool = False) -> Estimate:
@@ -41,68 +95,18 @@ class PreferenceLogps:
             chosen, rejected = chosen / self.chosen_tokens, rejected / self.rejected_tokens
         return share_ahead(chosen - rejected)
 
-    def accuracy_against(self, start: "PreferenceLogps") -> Estimate:
+    def accuracy_against(self, reference: "PreferenceLogps") -> Estimate:
         """Share of pairs with the higher implicit reward, beta log(policy / reference), on the chosen completion."""
-        return share_ahead((self.chosen - start.chosen) - (self.rejected - start.rejected))
+        return share_ahead((self.chosen - reference.chosen) - (self.rejected - reference.rejected))
 
 
 def share_ahead(margins: NDArray[np.float64]) -> Estimate:
-    """The share of margins above 0, a tie counting one half."""
+    """Share of margins above 0, a tie counting one half."""
     return wilson(float((margins > 0).sum() + (margins == 0).sum() / 2), len(margins))
 
 
-def sharded(trainer: Trainer) -> bool:
-    """Returns whether FSDP or DeepSpeed may have split the model, so that no process holds all of it."""
-    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-
-
-@contextmanager
-def reference_in_memory(trainer: Trainer) -> Iterator[Any]:
-    """Yields the reference model that the trainer holds, or None where it holds none.
-
-    With LoRA it is the policy without its LoRA adapter, or with TRL's copy "ref" of it.
-    """
-    policy = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.ref_model is None and isinstance(policy, PeftModel):
-        with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
-            yield trainer.model_wrapped
-    else:
-        yield trainer.ref_model
-
-
-@contextmanager
-def reference_model(trainer: Trainer) -> Iterator[Any]:
-    """Yields the model that the policy started from.
-
-    It is the reference model in memory, or is read from disk again where there is none (`precompute_ref_log_probs`, a
-    beta of 0) or one that moves (`sync_ref_model`).
-    """
-    with reference_in_memory(trainer) as reference:
-        if reference is not None and not trainer.args.sync_ref_model:
-            yield reference
-            return
-    policy = trainer.accelerator.unwrap_model(trainer.model)
-    start = AutoModelForCausalLM.from_pretrained(policy.config.name_or_path, **(trainer.args.model_init_kwargs or {}))
-    add_fused_lm_head(start, temperature=getattr(trainer.args, "temperature", 1.0))
-    yield start.to(trainer.accelerator.device, policy.dtype)
-
-
-def completion_logps(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """Per-token log-probs of a batch of TRL's DPO data collator; 0 outside of completions. Shape (2 pairs, tokens - 1).
-
-    Args:
-        model: With TRL's fused head.
-        batch: Its plan for shared prompts, if it has one, is left out.
-    """
-    others = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
-    inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name not in others}
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    logps: torch.Tensor = model(**inputs, labels=labels, fused_lm_head=True, use_cache=False).log_probs
-    return logps[:, 1 - labels.size(1) :].float()  # prompt tuning puts its own tokens in front
-
-
 def preference_logps(trainer: DPOTrainer, *, reference: bool = False) -> PreferenceLogps:
-    """Log-probs of the evaluation pairs under the policy, or under the reference model it started from.
+    """Log-probs of the evaluation pairs under the policy, or under the reference model.
 
     Runs on all processes; each gets the result for all pairs.
     """
@@ -118,7 +122,7 @@ def preference_logps(trainer: DPOTrainer, *, reference: bool = False) -> Prefere
 
 
 def pair_scores(trainer: RewardTrainer) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The scores of the evaluation pairs' chosen and rejected completions. Each has shape (pairs,).
+    """Scores of the evaluation pairs' chosen and rejected completions. Each has shape (pairs,).
 
     Runs on all processes; each gets the result for all pairs.
     """
@@ -134,7 +138,7 @@ def pair_scores(trainer: RewardTrainer) -> tuple[NDArray[np.float64], NDArray[np
 def _over_held_out_pairs(
     trainer: Trainer, model: Any, measured: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor], name: str
 ) -> NDArray[np.float64]:
-    """What is measured of each evaluation pair, in their order. Shape (measures, pairs)."""
+    """Measures each evaluation pair, in order. Shape (measures, pairs)."""
     # All of the pairs, whatever the trainer's own loader is told to do.
     pairs = DataLoader(
         trainer.eval_dataset, batch_size=trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator
@@ -153,13 +157,12 @@ def _over_held_out_pairs(
 
 @torch.no_grad()
 def sampled_kl(trainer: Trainer, prompts: Sequence[Text], *, max_new_tokens: int) -> dict[str, Any]:
-    """KL(policy || reference) of the answers, estimated by one that the policy samples to each prompt.
-
-    The temperature is 1, or the one that an online trainer samples at, whose log-probs are those of that temperature.
+    """KL(policy || reference) of answers, estimated from one answer of the policy to each prompt.
 
     An answer counts with the sum over its tokens, the end token included, of log p_policy - log p_reference (Schulman
-    2020, k1: unbiased). Where answers are cut it is the divergence of their first `max_new_tokens` tokens. Runs on one
-    process, on a model that is not sharded.
+    2020, k1: unbiased). If answers are cut it is the divergence of their first `max_new_tokens` tokens. Sampling and
+    log-probs are at temperature 1, or at that of an online trainer. Runs on one process, on a model that is not
+    sharded.
 
     Returns:
         `nats` (the mean over prompts), `standard_error` (None for one prompt), `n` prompts, `tokens` sampled.
@@ -168,23 +171,45 @@ def sampled_kl(trainer: Trainer, prompts: Sequence[Text], *, max_new_tokens: int
     temperature = getattr(trainer.args, "temperature", 1.0)  # DPOConfig has none
     options = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=trainer.args.seed)
     sampled = [both for both in sample_tokens(policy, tokenizer, prompts, **options) if both[1]]
-    ratios = answer_logps(policy, sampled)
+    ratios = answer_logps(policy, sampled, temperature=temperature)
     with reference_model(trainer) as reference:
-        ratios -= answer_logps(trainer.accelerator.unwrap_model(reference), sampled)
+        ratios -= answer_logps(trainer.accelerator.unwrap_model(reference), sampled, temperature=temperature)
     error = float(ratios.std(ddof=1) / len(ratios) ** 0.5) if len(ratios) > 1 else None
     tokens = sum(len(answer) for _, answer in sampled)
     return {"nats": float(ratios.mean()), "standard_error": error, "n": len(ratios), "tokens": tokens}
 
 
-@torch.no_grad()
-def answer_logps(model: Any, sampled: Sequence[tuple[list[int], list[int]]]) -> NDArray[np.float64]:
-    """Log-prob of each answer after its prompt. Shape (answers,)."""
-    logps = []
-    was_training = model.training
-    model.eval()
-    for prompt, answer in sampled:  # one at a time: nothing is padded
-        ids = torch.tensor([prompt + answer], device=model.device)
-        labels = torch.tensor([[-100] * len(prompt) + answer], device=model.device)
-        logps.append(model(input_ids=ids, labels=labels, fused_lm_head=True, use_cache=False).log_probs.double().sum())
-    model.train(was_training)
-    return torch.stack(logps).cpu().numpy()
+@contextmanager
+def reference_model(trainer: Trainer) -> Iterator[Any]:
+    """Yields the initial model of the policy.
+
+    It is the reference model in memory. If there is none (`precompute_ref_log_probs`, a beta of 0) or it moves
+    (`sync_ref_model`), the initial model is read from disk again.
+    """
+    with reference_in_memory(trainer) as reference:
+        if reference is not None and not trainer.args.sync_ref_model:
+            yield reference
+            return
+    policy, options = trainer.accelerator.unwrap_model(trainer.model), trainer.args.model_init_kwargs or {}
+    initial = load_full(identify(policy.config.name_or_path, **options), AutoModelForCausalLM, **options)
+    add_fused_lm_head(initial, temperature=getattr(trainer.args, "temperature", 1.0))
+    yield initial.to(trainer.accelerator.device, policy.dtype)
+
+
+@contextmanager
+def reference_in_memory(trainer: Trainer) -> Iterator[Any]:
+    """Yields the reference model that the trainer holds, or None if it holds none.
+
+    With LoRA it is the policy without its LoRA adapter, or with TRL's copy "ref" of it.
+    """
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.ref_model is None and isinstance(policy, PeftModel):
+        with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
+            yield trainer.model_wrapped
+    else:
+        yield trainer.ref_model
+
+
+def sharded(trainer: Trainer) -> bool:
+    """Returns whether FSDP or DeepSpeed may have split the model, so that no process holds all of it."""
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
