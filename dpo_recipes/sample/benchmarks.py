@@ -1,7 +1,8 @@
-"""Answers as public benchmarks read them: AlpacaEval's model_outputs.json, MT-Bench's file of a model's answers."""
+"""Writes answers as benchmarks read them: AlpacaEval's model_outputs.json, MT-Bench's file of a model's answers."""
 
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,10 @@ def answer(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Path:
-    """The path of the answers, written whole; until then a .part lies beside it: the same call goes on with it.
+    """Answers a benchmark's questions, and returns the path of the file that holds the answers.
 
-    Every row has its answer, since both benchmarks compare row by row: where a prompt leaves no room for one it is
-    empty, and counted.
+    The file is written whole. Until then a .part file lies beside it, with which the same call goes on. Every row has
+    an answer, since both benchmarks compare row by row: if a prompt leaves no room for one it is empty, and counted.
 
     Args:
         model: As `open_model` reads it.
@@ -63,26 +64,16 @@ def answer(
     check_writable(target.parent)
     rows = load_rows(dataset)["train"]
     require_columns(rows, COLUMNS[benchmark], name=benchmark)
-    asked = []
-    for number, row in enumerate(rows):
-        turns = [row["instruction"]] if is_alpaca else row["turns"]
-        if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn for turn in turns)):
-            raise RecipeError(f"Row {number} of {dataset.dataset_name} asks {turns!r}, where text is needed.")
-        warmth = TEMPERATURES.get(row.get("category"), OTHERWISE) if temperature is None else temperature
-        asked.append({"turns": turns, "temperature": warmth})
+    asked = [_question(row, temperature, f"Row {number} of {dataset.dataset_name}") for number, row in enumerate(rows)]
     loaded, tokenizer = open_model(model, trust_remote_code=trust_remote_code)
     if tokenizer.chat_template is None:
         raise RecipeError(f"The tokenizer of {model} has no chat template: it is no model that answers. Name another.")
 
-    def answer_step(questions: Rows, seed: int) -> Rows:
-        return _converse(loaded, tokenizer, questions, **options | {"seed": seed})
-
-    with in_steps(answer_step, asked, target, step=options["batch_size"], model=model, settings=options) as done:
+    step = partial(_converse, loaded, tokenizer, **options)
+    with in_steps(step, asked, target, step=options["batch_size"], model=model, settings=options) as done:
         both = list(zip(rows, (line["turns"] for line in done), strict=True))
         if is_alpaca:
-            kept = [column for column in ("dataset", "datasplit", "instruction") if column in rows.column_names]
-            own = [{**{key: row[key] for key in kept}, "output": turns[0], "generator": name} for row, turns in both]
-            write_json(target, own)
+            write_json(target, [_alpaca_eval(row, turns[0], generator=name) for row, turns in both])
         else:
             write_jsonl(target, [_fastchat(row["question_id"], turns, model_id=name) for row, turns in both])
     ended = [end for line in done for end in line["ended"]]
@@ -92,13 +83,27 @@ def answer(
     return target
 
 
+def _question(row: dict[str, Any], temperature: float | None, what: str) -> dict[str, Any]:
+    """Turns of a row's question and the temperature of its answers."""
+    turns = row["turns"] if "turns" in row else [row["instruction"]]
+    if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn for turn in turns)):
+        raise RecipeError(f"{what} asks {turns!r}, where text is needed.")
+    by_category = TEMPERATURES.get(row.get("category", ""), OTHERWISE)
+    return {"turns": turns, "temperature": by_category if temperature is None else temperature}
+
+
+def _alpaca_eval(row: dict[str, Any], output: str, *, generator: str) -> dict[str, Any]:
+    kept: dict[str, Any] = {key: row[key] for key in ("dataset", "datasplit", "instruction") if key in row}
+    return {**kept, "output": output, "generator": generator}
+
+
 def _fastchat(question_id: Any, turns: list[str], *, model_id: str) -> dict[str, Any]:
     own = {"question_id": question_id, "answer_id": uuid.uuid4().hex, "model_id": model_id}
     return {**own, "choices": [{"index": 0, "turns": turns}], "tstamp": time.time()}
 
 
 def _converse(model: Any, tokenizer: Any, questions: Rows, **options: Any) -> Rows:
-    """For each question its `turns`, answered one after the other with what was said before, and which of them `ended`.
+    """Answers each question turn by turn; returns the texts as `turns`, and whether each text `ended`.
 
     Questions of one temperature are answered together.
     """
