@@ -22,11 +22,11 @@ WEIGHTS_ALONE = "saved without its optimizer (--save_only_model true)"
 
 
 def incomplete_reason(checkpoint: str | Path) -> str | None:
-    """A predicate of a checkpoint that cannot be resumed from ("half-written (...)"); None for a complete one.
+    """Reason why a checkpoint cannot be resumed from ("half-written (...)"); None for a complete one.
 
-    transformers writes `trainer_state.json` last on the main process, so a readable one means that the main process
-    got to the end; every weight, optimizer and random-state file is opened as well, because a full disk or another
-    rank may have left one short.
+    transformers writes `trainer_state.json` last, so a readable one means that the main process wrote all its files.
+    Every file of weights, optimizer and random state is opened as well: a full disk or another rank may have left one
+    short.
     """
     folder = Path(checkpoint)
     try:
@@ -57,17 +57,17 @@ def incomplete_reason(checkpoint: str | Path) -> str | None:
 
 
 def checkpoints_of(output_dir: str | Path) -> list[Path]:
-    """The checkpoints of a run, complete or not, the highest-numbered first."""
+    """Checkpoints of a run, complete or not, the highest-numbered first."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
 
 
 def latest_checkpoint(output_dir: str | Path, *, before: float = math.inf) -> Path | None:
-    """The highest-numbered complete checkpoint of a run, or None. Incomplete ones are skipped with a warning.
+    """Highest-numbered complete checkpoint of a run, or None. Incomplete ones are skipped with a warning.
 
     Args:
         output_dir: The run's folder.
-        before: The update that the checkpoint is to precede.
+        before: Only checkpoints of earlier updates count.
     """
     for folder in checkpoints_of(output_dir):
         if reason := incomplete_reason(folder):
@@ -78,20 +78,19 @@ def latest_checkpoint(output_dir: str | Path, *, before: float = math.inf) -> Pa
 
 
 def trained_weights(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
-    """The weights that `save_pretrained` is to write: the LoRA adapter's for a PeftModel, else all of them."""
+    """Weights that `save_pretrained` writes: the adapter's for a PeftModel, else all of them."""
     state: Mapping[str, Any] = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
     return dict(state)
 
 
 def check_saved(folder: str | Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """Compare what lies in a folder with the weights that were trained, bit for bit.
+    """Raises RuntimeError unless a folder holds the weights that were trained, bit for bit.
+
+    Tied weights that safetensors leaves out do not count as missing.
 
     Args:
-        folder: Where `save_pretrained` wrote safetensors files.
+        folder: Folder into which `save_pretrained` wrote safetensors files.
         weights: Name to tensor, as `trained_weights` returns them.
-
-    Raises:
-        RuntimeError: If a tensor is missing or differs. Tied weights that safetensors leaves out are not missing.
     """
     saved: dict[str, torch.Tensor] = {}
     for file in Path(folder).glob("*model*.safetensors"):  # PPO's critic lies beside them
@@ -104,6 +103,4 @@ def check_saved(folder: str | Path, weights: Mapping[str, torch.Tensor]) -> None
                 continue
             raise RuntimeError(f"{folder} lacks {name}: what was saved is not what was trained.")
         if not torch.equal(saved[name].to(tensor.dtype), tensor.detach().cpu()):
-            raise RuntimeError(
-                f"{name} in {folder} differs from the trained weight: what was saved is not what it was."
-            )
+            raise RuntimeError(f"{name} in {folder} differs from the trained weight: it was not saved as it is.")

@@ -5,7 +5,7 @@ import textwrap
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from json import JSONDecodeError
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -271,8 +272,7 @@ def open_model(
         raise RecipeError(f"{name} is a reward model: it scores, and answers nothing. Name a language model.")
     options = {"dtype": "auto", "device_map": {"": torch.accelerator.current_accelerator() or "cpu"}, **options}
     if artifact.adapter and as_trained:
-        known = {entry.name for entry in fields(ModelConfig) if entry.init}
-        chosen = ModelConfig(**{key: value for key, value in settings.items() if key in known})
+        (chosen,) = HfArgumentParser(ModelConfig).parse_dict(settings, allow_extra_keys=True)
         options |= {"dtype": settings.get("dtype") or "auto", "quantization_config": get_quantization_config(chosen)}
     model, tokenizer = _assemble(artifact, **options)
     if tokenizer.pad_token is None:

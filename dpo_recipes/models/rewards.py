@@ -218,11 +218,7 @@ def score(
 
 def model_judge(name: str | Path) -> Callable[[Sequence[Text], Sequence[Text]], NDArray[np.float64]]:
     """Function that scores answers to prompts by a reward model or a classifier with two labels, loaded when called."""
-
-    def scores(prompts: Sequence[Text], texts: Sequence[Text]) -> NDArray[np.float64]:
-        return score(*load_reward_model(str(name), labels=(1, 2)), prompts, texts)
-
-    return scores
+    return lambda prompts, texts: score(*load_reward_model(str(name), labels=(1, 2)), prompts, texts)
 
 
 def calibration(margins: NDArray[np.float64], *, bins: int = 10) -> dict[str, Any]:
