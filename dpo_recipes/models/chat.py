@@ -57,13 +57,8 @@ def try_run(
             continue
         for title, model, context in sides:
             say(f"\n--- {title}")
-            # A new streamer each time: after Ctrl-C it still holds what it was about to write.
-            streamer = _Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            try:
-                with context():
-                    sample_tokens(model, tokenizer, [messages], streamer=streamer, **options)
-            except KeyboardInterrupt:
-                say("\n(stopped)")
+            with context():
+                _stream(model, tokenizer, messages, **options)
 
 
 def _typed() -> Iterator[str]:
@@ -76,6 +71,15 @@ def _typed() -> Iterator[str]:
         for line in filter(None, map(str.strip, sys.stdin)):
             say(f"\n> {line}")
             yield line
+
+
+def _stream(model: Any, tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> None:
+    # A new streamer each time: after Ctrl-C it still holds what it was about to write.
+    streamer = _Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    try:
+        sample_tokens(model, tokenizer, [messages], streamer=streamer, **options)
+    except KeyboardInterrupt:
+        say("\n(stopped)")
 
 
 class _Streamer(TextStreamer):

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -94,8 +95,7 @@ def check_saved(folder: str | Path, weights: Mapping[str, torch.Tensor]) -> None
     """
     saved: dict[str, torch.Tensor] = {}
     for file in Path(folder).glob("*model*.safetensors"):  # PPO's critic lies beside them
-        with safe_open(file, framework="pt") as tensors:
-            saved.update({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118 (not a mapping)
+        saved |= load_file(file)
     kept_storage = {weights[name].data_ptr() for name in saved if name in weights}
     for name, tensor in weights.items():
         if name not in saved:

@@ -87,15 +87,10 @@ def sample_tokens(
     # A model's own default of the repetition penalty may be another one.
     ends = dict(repetition_penalty=1.0, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
     config = GenerationConfig(**ends, **sampling)
-    is_text = any(isinstance(prompt, str) for prompt in prompts)  # it gets special tokens from the tokenizer
-    texts = [
-        prompt if is_text else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        for prompt in prompts
-    ]
-    ids = tokenizer(texts, add_special_tokens=is_text, verbose=False)["input_ids"]
-    order = sorted((row for row in range(len(texts)) if len(ids[row]) < context), key=lambda row: len(texts[row]))
+    texts, ids = _encode(tokenizer, prompts)
+    order = sorted((row for row in range(len(ids)) if len(ids[row]) < context), key=lambda row: len(texts[row]))
     batches = _batches(order, [len(row) for row in ids], most=batch_size, room=context - max_new_tokens)
-    sampled: list[Sampled] = [([], [])] * len(texts)
+    sampled: list[Sampled] = [([], [])] * len(ids)
     was_training = model.training
     model.eval()
     with torch.random.fork_rng():  # the caller's random state stays as it was
@@ -111,6 +106,15 @@ def sample_tokens(
                 sampled[row] = ids[row], answer[:end]
     model.train(was_training)
     return sampled
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]) -> tuple[list[str], list[list[int]]]:
+    """Texts of prompts and their token ids. Plain text gets special tokens from the tokenizer, not from a template."""
+    if is_text := any(isinstance(prompt, str) for prompt in prompts):
+        texts = [str(prompt) for prompt in prompts]
+    else:
+        texts = [tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True) for each in prompts]
+    return texts, tokenizer(texts, add_special_tokens=is_text, verbose=False)["input_ids"]
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], *, most: int, room: int) -> list[list[int]]:

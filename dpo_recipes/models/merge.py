@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import check_writable, fingerprint, read_json, write_json
@@ -62,16 +62,14 @@ def merge(run: str, output_dir: str | None = None, *, base: str | None = None, t
     say(f"Merging {run} into {origin['base_model']}.")
     how: dict[str, Any] = dict(as_trained=False, reward_model=True, trust_remote_code=trust_remote_code)
     model, tokenizer = open_model(run, base=base, **how)
-    probe = tokenizer(PROBE, return_tensors="pt", return_token_type_ids=False).to(model.device)
     try:
-        merged = merge_adapter(model, probe)
+        merged = merge_adapter(model, _probe(tokenizer, model))
     except NotImplementedError as error:
         raise _unmergeable(run, adapter) from error
     if in_place:
         replace_adapter(target, merged)
     else:
-        is_reward_model = adapter.get("task_type") == "SEQ_CLS"
-        _write(target, merged, tokenizer, origin, probe=probe if is_reward_model else None)
+        _write(target, merged, tokenizer, origin)
     say(f"Model         {target} ({str(merged.dtype).removeprefix('torch.')}; its outputs on a probe are as before)")
     return target
 
@@ -81,6 +79,10 @@ def _unmergeable(run: str, adapter: Mapping[str, Any]) -> RecipeError:
         f"{run} is an adapter of the kind {adapter['peft_type']}, which cannot be merged into its base. Load it with "
         "PEFT as it is, or train a LoRA adapter."
     )
+
+
+def _probe(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> BatchEncoding:
+    return tokenizer(PROBE, return_tensors="pt", return_token_type_ids=False).to(model.device)
 
 
 def _earlier_files(target: Path, origin: Mapping[str, str]) -> list[Path]:
@@ -101,33 +103,18 @@ def _earlier_files(target: Path, origin: Mapping[str, str]) -> list[Path]:
     return there
 
 
-def _write(
-    target: Path,
-    merged: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    origin: Mapping[str, str],
-    *,
-    probe: Mapping[str, torch.Tensor] | None,
-) -> None:
-    """Writes a merged model into a folder beside `target` and puts it there whole; an earlier merge goes.
-
-    Args:
-        target: The folder.
-        merged: The full model.
-        tokenizer: Of the run.
-        origin: Adapter and base, for merge.json.
-        probe: A batch that a reward model, read again, must score as the one in memory does.
-    """
+def _write(target: Path, merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, origin: dict[str, str]) -> None:
+    """Writes a merged model into a folder beside `target`, proves it, and puts it in the place of an earlier merge."""
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
         written = Path(temporary) / target.name
         merged.save_pretrained(written)
         check_saved(written, merged.state_dict())
         tokenizer.save_pretrained(written)
-        if probe is not None:
-            check_reloads(str(written), merged, probe)
+        if type(merged).__name__.endswith("ForSequenceClassification"):
+            check_reloads(str(written), merged, _probe(tokenizer, merged))
         # A manifest would say that a run wrote these files, and a run may replace its own.
         files = {file.name: fingerprint(file) for file in sorted(written.iterdir())}
-        write_json(written / MERGE_FILE, {**origin, "files": files})
+        write_json(written / MERGE_FILE, origin | {"files": files})
         for file in _earlier_files(target, origin):
             file.unlink()
         os.replace(written, target)
