@@ -32,7 +32,7 @@ def try_run(
         base: The initial model; by default the one that the run names.
         system: A system message in front of each prompt.
         trust_remote_code: As in `open_model`.
-        options: Those of `sample_tokens`. Ctrl-C ends one answer, not the session.
+        options: For `sample_tokens`. Ctrl-C ends one answer, not the session.
 
     Raises:
         RecipeError: If a model cannot be loaded, or the initial model is not known.

@@ -44,7 +44,7 @@ def check_prompt(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, p
 def generate(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], **options: Any
 ) -> list[dict[str, Any]]:
-    """Generates one answer to each prompt, in order; the options are those of `sample_tokens`.
+    """Generates one answer to each prompt, in order; `sample_tokens` takes the options.
 
     Returns:
         For each prompt `text` (without special tokens; an answer to plain text keeps its white space), `tokens` (their
@@ -146,6 +146,6 @@ def read_answer(
 
 
 def stop_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's EOS token and those of the model's generation settings."""
+    """Tokens that end an answer: the EOS tokens of the tokenizer and of the model's generation settings."""
     more = model.generation_config.eos_token_id
     return [tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])]

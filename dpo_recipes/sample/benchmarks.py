@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+
 from dpo_recipes.dataset_adapters.adapting import require_columns
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import check_writable, write_json, write_jsonl
@@ -50,7 +52,7 @@ def answer(
         output_dir: Laid out as the benchmark's own: NAME/model_outputs.json, model_answer/NAME.jsonl.
         temperature: Of all answers; by default that of the question's category.
         trust_remote_code: As in `open_model`.
-        options: max_new_tokens, seed and batch_size, as those of `sample_tokens`.
+        options: For `sample_tokens`: max_new_tokens, seed and batch_size.
 
     Raises:
         RecipeError: If the file exists, or the rows are not the benchmark's.
@@ -63,8 +65,7 @@ def answer(
         raise RecipeError(f"{target} exists already. Name the model otherwise with --name, or use --output_dir.")
     check_writable(target.parent)
     rows = load_rows(dataset)["train"]
-    require_columns(rows, COLUMNS[benchmark], name=benchmark)
-    asked = [_question(row, temperature, f"Row {number} of {dataset.dataset_name}") for number, row in enumerate(rows)]
+    asked = _read_questions(rows, benchmark, temperature, dataset.dataset_name)
     loaded, tokenizer = open_model(model, trust_remote_code=trust_remote_code)
     if tokenizer.chat_template is None:
         raise RecipeError(f"The tokenizer of {model} has no chat template: it is no model that answers. Name another.")
@@ -83,13 +84,17 @@ def answer(
     return target
 
 
-def _question(row: dict[str, Any], temperature: float | None, what: str) -> dict[str, Any]:
-    """Turns of a row's question and the temperature of its answers."""
-    turns = row["turns"] if "turns" in row else [row["instruction"]]
-    if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn for turn in turns)):
-        raise RecipeError(f"{what} asks {turns!r}, where text is needed.")
-    by_category = TEMPERATURES.get(row.get("category", ""), OTHERWISE)
-    return {"turns": turns, "temperature": by_category if temperature is None else temperature}
+def _read_questions(rows: Dataset, benchmark: str, temperature: float | None, name: str) -> Rows:
+    """Reads the turns of each question and the temperature of its answers."""
+    require_columns(rows, COLUMNS[benchmark], name=benchmark)
+    asked = []
+    for number, row in enumerate(rows):
+        turns = [row["instruction"]] if benchmark == "alpaca_eval" else row["turns"]
+        if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn for turn in turns)):
+            raise RecipeError(f"Row {number} of {name} asks {turns!r}, where text is needed.")
+        by_category = TEMPERATURES.get(row.get("category", ""), OTHERWISE)
+        asked.append({"turns": turns, "temperature": by_category if temperature is None else temperature})
+    return asked
 
 
 def _alpaca_eval(row: dict[str, Any], output: str, *, generator: str) -> dict[str, Any]:

@@ -62,10 +62,10 @@ def sample(
         num_samples: Answers to each prompt.
         judge: A reward model, or a classifier with two labels as `score` reads it. Write a pair of every two answers to
             a prompt that it scores differently, and the difference as their `preference_strength`.
-        first_words: Least and most. The prompts are plain text to go on with: the first words of the dataset's, their
-            number drawn by a hash of the text.
+        first_words: Least and most words of a prompt. The prompts are plain text to go on with: the first words of the
+            dataset's prompts, their number drawn by a hash of the text.
         trust_remote_code: As in `open_model`.
-        options: Those of `sample_tokens`: temperature, max_new_tokens, seed, batch_size.
+        options: For `sample_tokens`: temperature, max_new_tokens, seed, batch_size.
 
     Raises:
         RecipeError: If the file exists, flags contradict one another, or the rows have no prompt.
