@@ -41,14 +41,13 @@ def answer_logps(
     model.eval()
     for start in tqdm(range(0, len(order), batch_size), desc="Log-probs", leave=False):
         places = order[start : start + batch_size]
-        prompts, completions = zip(*(sequences[place] for place in places), strict=True)
-        ids, mask = pad_left([[*both[0], *both[1]] for both in zip(prompts, completions, strict=True)], 0, model.device)
-        labels, _ = pad_left(completions, -100, model.device)  # (rows, longest completion)
+        rows = [sequences[place] for place in places]
+        ids, mask = pad_left([prompt + completion for prompt, completion in rows], 0, model.device)
+        labels, _ = pad_left([completion for _, completion in rows], -100, model.device)  # (rows, longest completion)
         longest = labels.size(1)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        output = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=longest + 1
-        )
+        padding = dict(attention_mask=mask, position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0))
+        padding = {} if mask.all() else padding  # not every model takes position_ids
+        output = model(input_ids=ids, use_cache=False, logits_to_keep=longest + 1, **padding)
         logits = output.logits[:, -longest - 1 : -1].float() / (temperature or 1.0)  # each predicts the next token
         losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
         found[places] = -losses.double().sum(dim=1).cpu().numpy()
