@@ -25,11 +25,8 @@ def check_prompt(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, p
     Raises:
         RecipeError: If the prompt is a conversation, and the tokenizer has no chat template.
     """
-    if tokenizer.chat_template is None and not isinstance(prompt, str):
-        raise RecipeError(
-            f"The tokenizer of {tokenizer.name_or_path} has no chat template: it is no model that answers. Name "
-            "another."
-        )
+    if not isinstance(prompt, str):
+        require_chat_template(tokenizer)
     try:
         if isinstance(prompt, str):
             ids = tokenizer(prompt, verbose=False)["input_ids"]
@@ -39,6 +36,13 @@ def check_prompt(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, p
         raise Drop("template_refuses") from error
     if len(ids) >= context_length(config):
         raise Drop("no_room")
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises RecipeError unless the tokenizer has a chat template."""
+    if tokenizer.chat_template is None:
+        name = tokenizer.name_or_path
+        raise RecipeError(f"The tokenizer of {name} has no chat template, so it takes no conversation. Name another.")
 
 
 def generate(

@@ -188,7 +188,7 @@ def score(
 
     A classifier with two labels gives the probability of the label POSITIVE, or of the second label if none is named
     so (Rafailov et al. 2023, section 6); its texts get the tokenizer's special tokens. A text that is longer than the
-    model's positions is cut to its first and its last tokens, and the number of such texts is printed.
+    model's positions is cut to its first token and its last tokens; the number of such texts is printed.
 
     Args:
         model: A reward model or a classifier with two labels; its mode (train or eval) stays as it was.
@@ -275,7 +275,7 @@ def check_reloads(folder: str, model: PreTrainedModel, probe: Mapping[str, torch
 
 
 def _fitting(ids: Sequence[list[int]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of texts, the long ones cut to their first and last tokens, so that model and tokenizer take them."""
+    """Cuts texts that are longer than model and tokenizer take to their first token and their last tokens."""
     room = min(context_length(model.config), tokenizer.model_max_length)
     if longer := sum(len(row) > room for row in ids):
         say(f"{longer} of {len(ids)} texts have more than the {room} tokens that their judge reads: the oldest go.")

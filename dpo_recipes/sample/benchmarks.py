@@ -12,7 +12,7 @@ from dpo_recipes.dataset_adapters.adapting import require_columns
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import check_writable, write_json, write_jsonl
 from dpo_recipes.loading import load_rows
-from dpo_recipes.models.generation import generate
+from dpo_recipes.models.generation import generate, require_chat_template
 from dpo_recipes.models.open import open_model
 from dpo_recipes.recipe import RecipeArguments
 from dpo_recipes.sample.sampling import Rows, in_steps
@@ -41,8 +41,9 @@ def answer(
 ) -> Path:
     """Answers a benchmark's questions, and returns the path of the file that holds the answers.
 
-    The file is written whole. Until then a .part file lies beside it, with which the same call goes on. Every row has
-    an answer, since both benchmarks compare row by row: if a prompt leaves no room for one it is empty, and counted.
+    The file is written whole. Until then the answers are in a .part file beside it, and the same call goes on from
+    there. Every row has an answer, since both benchmarks compare row by row: if a prompt leaves no room for one the
+    answer is empty, and counted.
 
     Args:
         model: As `open_model` reads it.
@@ -67,9 +68,7 @@ def answer(
     rows = load_rows(dataset)["train"]
     asked = _read_questions(rows, benchmark, temperature, dataset.dataset_name)
     loaded, tokenizer = open_model(model, trust_remote_code=trust_remote_code)
-    if tokenizer.chat_template is None:
-        raise RecipeError(f"The tokenizer of {model} has no chat template: it is no model that answers. Name another.")
-
+    require_chat_template(tokenizer)
     step = partial(_converse, loaded, tokenizer, **options)
     with in_steps(step, asked, target, step=options["batch_size"], model=model, settings=options) as done:
         both = list(zip(rows, (line["turns"] for line in done), strict=True))

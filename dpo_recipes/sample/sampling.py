@@ -51,7 +51,8 @@ def sample(
 ) -> Path:
     """Samples answers to a dataset's prompts, and returns the path of the JSON Lines file that holds them.
 
-    The file is written whole. Until then a .part file lies beside it, with which the same call goes on.
+    The file is written whole. Until then the answers are in a .part file beside it, and the same call goes on from
+    there.
 
     Args:
         model: As `open_model` reads it.
@@ -97,7 +98,7 @@ def sample(
 
 
 def _contradiction(temperature: float, num_samples: int, *, pairs: bool, judge: Any, first_words: Any) -> str | None:
-    """Says which flags cannot stand together; None if all of them can."""
+    """Message about flags that contradict one another; None if none do."""
     if temperature == 0 and num_samples > 1:
         return "At temperature 0 all answers to a prompt are the same: leave out --num_samples."
     if pairs and (judge or first_words):
@@ -139,9 +140,9 @@ def _answer(model: Any, tokenizer: Any, rows: Rows, *, num_samples: int, **optio
 def in_steps(
     answer: Callable[..., Rows], asked: Rows, target: Path, *, step: int, model: str, settings: dict[str, Any]
 ) -> Iterator[Rows]:
-    """Yields the answers to all that is asked; the caller writes them to `target`.
+    """Yields the answers to all rows in `asked`; the caller writes them to `target`.
 
-    Until then a .part file lies beside it, with which the same call goes on.
+    Until then the answers are in a .part file beside it, and the same call goes on from there.
 
     Args:
         answer: Takes the rows of a step and a `seed`.
@@ -204,7 +205,7 @@ def _check_ranked(pair: dict[str, Any]) -> None:
 
 
 def _keep(rows: Sequence[Any], check: Callable[[Any], None], what: str, **dropped: int) -> list[Any]:
-    """Rows for which `check` raises no Drop; the others, with the numbers `dropped` before, are printed by reason."""
+    """Rows for which `check` raises no Drop. Prints how many are not, with the numbers `dropped` before, by reason."""
     kept, reasons = [], Counter(dropped)
     for row in tqdm(rows, desc=f"checking {what}", leave=False):
         try:
@@ -221,4 +222,4 @@ def _account(kept: int, what: str, dropped: Mapping[str, int]) -> None:
     left_out = [f"  {meant.get(reason, reason):<54} -{count}" for reason, count in dropped.items() if count]
     say("\n".join([f"{kept} {what}{', and left out:' if left_out else ''}", *left_out]))
     if not kept:
-        raise RecipeError(f"No {what} are left. Above stands why.")
+        raise RecipeError(f"No {what} are left. The lines above name the reasons.")

@@ -146,7 +146,7 @@ def test_prompts_that_the_model_cannot_answer_are_left_out_and_counted(tiny_mode
     output = capsys.readouterr().out
     for reason in ("the chat template refuses the conversation", "the prompt fills the model's context"):
         assert re.search(rf"^  {reason} +-1$", output, re.MULTILINE)
-    with pytest.raises(RecipeError, match=r"No prompts are left\. Above stands why\."):
+    with pytest.raises(RecipeError, match=r"No prompts are left\. The lines above name"):
         sample(model, dataset_name=write("long.jsonl", [{"prompt": "long " * 500}]), output="none")
 
 
