@@ -28,10 +28,7 @@ def check_prompt(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, p
     if not isinstance(prompt, str):
         require_chat_template(tokenizer)
     try:
-        if isinstance(prompt, str):
-            ids = tokenizer(prompt, verbose=False)["input_ids"]
-        else:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        _, [ids] = _encode(tokenizer, [prompt])
     except (TemplateError, TypeError, ValueError) as error:
         raise Drop("template_refuses") from error
     if len(ids) >= context_length(config):
