@@ -65,7 +65,7 @@ from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_recipes import playground
-from dpo_recipes.models.likelihood import generate, sample_tokens
+from dpo_recipes.models.generation import generate, sample_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {OURS: "PPO, ours", OLD: "PPO, TRL 1.9", RLOO: "RLOO, TRL", GRPO: "GRPO, TRL"}

@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_recipes.dataset_adapters import Drop
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json, write_json
-from dpo_recipes.models.likelihood import check_prompt, read_answer, sample_tokens
+from dpo_recipes.models.generation import check_prompt, read_answer, sample_tokens
+from dpo_recipes.models.likelihood import answer_logps
 from dpo_recipes.models.open import open_model, put_adapter, read_adapter
 from dpo_recipes.models.pair_ids import PairIds, encode_pairs
 from dpo_recipes.models.rewards import Text
@@ -115,9 +114,10 @@ def answer_all(
         with reference.opened(entry.model) as (model, _):
             of_pairs = _pair_logps(model, ids, name=entry.model)
             options = asdict(sampling) | {"seed": entry.seed, "batch_size": BATCH}
+            measured: dict[str, Any] = dict(temperature=sampling.temperature, batch_size=BATCH)
             sampled = sample_tokens(model, tokenizer, prompts, **options)
-            policy = logps(model, sampled, temperature=sampling.temperature)
-        of_start = policy if entry.model == start else logps(base, sampled, temperature=sampling.temperature)
+            policy = answer_logps(model, sampled, **measured)
+        of_start = policy if entry.model == start else answer_logps(base, sampled, **measured)
         answers = [
             read_answer(base, tokenizer, prompt, both) | {"policy": own, "start": other, "scored": len(both[1])}
             for prompt, both, own, other in zip(prompts, sampled, policy.tolist(), of_start.tolist(), strict=True)
@@ -172,50 +172,16 @@ def _pair_logps(model: PreTrainedModel | PeftModel, ids: Sequence[PairIds], *, n
     """
     sides = {"chosen": [pair.chosen for pair in ids], "rejected": [pair.rejected for pair in ids]}
     prompts = [pair.prompt for pair in ids]
-    found = {side: logps(model, list(zip(prompts, rows, strict=True))).tolist() for side, rows in sides.items()}
+    found = {
+        side: answer_logps(model, list(zip(prompts, rows, strict=True)), batch_size=BATCH).tolist()
+        for side, rows in sides.items()
+    }
     if broken := sum(map(math.isnan, found["chosen"] + found["rejected"])):
         raise RecipeError(
             f"{name} gives NaN for {broken} of {2 * len(ids)} held-out completions: its training has broken it, or its "
             "dtype overflows."
         )
     return found | {f"{side}_tokens": [len(row) for row in rows] for side, rows in sides.items()}
-
-
-@torch.no_grad()
-def logps(
-    model: Any, sequences: Sequence[tuple[list[int], list[int]]], *, temperature: float = 1.0
-) -> NDArray[np.float64]:
-    """Log-prob of each completion after its prompt, as it is sampled at that temperature. Shape (completions,).
-
-    Args:
-        model: A causal language model in evaluation mode.
-        sequences: Token ids of prompts and completions.
-        temperature: 0 counts as 1: greedy decoding has no log-probs.
-    """
-    order = sorted(range(len(sequences)), key=lambda row: sum(map(len, sequences[row])))  # little is padded
-    found = np.zeros(len(order))
-    for start in tqdm(range(0, len(order), BATCH), desc="Log-probs", leave=False):
-        rows = order[start : start + BATCH]
-        width = max(sum(map(len, sequences[row])) for row in rows)
-        longest = max(len(sequences[row][1]) for row in rows)
-        # Padded on the left: the completions stand at the end, and logits are made of these positions alone.
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask, labels = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-        for at, row in enumerate(rows):
-            prompt, completion = sequences[row]
-            ids[at, width - len(prompt) - len(completion) :] = torch.tensor(prompt + completion)
-            mask[at, width - len(prompt) - len(completion) :] = 1
-            labels[at, width - len(completion) :] = True
-        ids, mask, labels = (part.to(model.device) for part in (ids, mask, labels))
-        places = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        output = model(
-            input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=longest + 1
-        )
-        # (rows, longest, vocabulary): each position predicts the next token
-        tempered = torch.log_softmax(output.logits[:, :-1].float() / (temperature or 1.0), dim=-1)
-        chosen = tempered.gather(2, ids[:, -longest:, None]).squeeze(2) * labels[:, -longest:]
-        found[rows] = chosen.double().sum(dim=1).cpu().numpy()
-    return found
 
 
 def exact_judge(judge: Callable[[Text, str], float]) -> Scorer:

@@ -28,8 +28,14 @@ from dpo_recipes.evaluate.results import SIDES, answer_pairs, judging, measures,
 from dpo_recipes.files import MANIFEST, check_writable, read_json
 from dpo_recipes.machine import hardware
 from dpo_recipes.manifest import claim
-from dpo_recipes.models.chat import find_start
-from dpo_recipes.models.open import changes_layers, check_weights, identify, read_adapter, run_settings
+from dpo_recipes.models.open import (
+    changes_layers,
+    check_weights,
+    find_start,
+    identify,
+    read_adapter,
+    run_settings,
+)
 from dpo_recipes.models.rewards import Text
 from dpo_recipes.preflight.inspect import dataset_recipe, parse_namespace
 from dpo_recipes.preflight.prepare import measure_pairs

@@ -14,7 +14,8 @@ from dpo_recipes.evaluate.answers import Scorer
 from dpo_recipes.evaluate.judges import Judge
 from dpo_recipes.evaluate.measures import MEASURES, columns, of_model
 from dpo_recipes.evaluate.pairwise import Judged
-from dpo_recipes.models.likelihood import PreferenceLogps, calibration
+from dpo_recipes.models.likelihood import PreferenceLogps
+from dpo_recipes.models.rewards import calibration
 
 SIDES = ("before", "after")
 WORKS, COIN = 0.55, 0.5  # an interval of the win rate above WORKS: worth the training; below COIN: harmful

@@ -11,7 +11,8 @@ from transformers import Trainer
 from trl import DPOTrainer
 
 from dpo_recipes.health.rules import REPEATED, Facts
-from dpo_recipes.models.likelihood import answer_logps, reference_model, sample_tokens, stop_tokens
+from dpo_recipes.models.generation import sample_tokens, stop_tokens
+from dpo_recipes.models.likelihood import answer_logps, reference_model
 from dpo_recipes.ppo.trainer import PPOTrainer
 from dpo_recipes.preflight.signals import find_signals
 

@@ -1,11 +1,9 @@
-"""Checkpoints that can be trusted: the latest complete one, a merged LoRA adapter, and the proof that it was saved."""
+"""Finds checkpoints that can be resumed from, and proves that weights were saved."""
 
 import json
 import logging
 import math
-import os
 import re
-import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +13,8 @@ import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
-
-from dpo_recipes.models.precision import weights_as
-from dpo_recipes.terminal import say
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +23,11 @@ WEIGHTS_ALONE = "saved without its optimizer (--save_only_model true)"
 
 
 def incomplete_reason(checkpoint: str | Path) -> str | None:
-    """A predicate of a checkpoint that cannot be resumed from ("half-written (...)"); None for a complete one.
+    """Reason why a checkpoint cannot be resumed from ("half-written (...)"); None for a complete one.
 
-    transformers writes `trainer_state.json` last on the main process, so a readable one means that the main process
-    got to the end; every weight, optimizer and random-state file is opened as well, because a full disk or another
-    rank may have left one short.
+    transformers writes `trainer_state.json` last, so a readable one means that the main process wrote all its files.
+    Every file of weights, optimizer and random state is opened as well: a full disk or another rank may have left one
+    short.
     """
     folder = Path(checkpoint)
     try:
@@ -62,17 +58,17 @@ def incomplete_reason(checkpoint: str | Path) -> str | None:
 
 
 def checkpoints_of(output_dir: str | Path) -> list[Path]:
-    """The checkpoints of a run, complete or not, the highest-numbered first."""
+    """Checkpoints of a run, complete or not, the highest-numbered first."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
 
 
 def latest_checkpoint(output_dir: str | Path, *, before: float = math.inf) -> Path | None:
-    """The highest-numbered complete checkpoint of a run, or None. Incomplete ones are skipped with a warning.
+    """Highest-numbered complete checkpoint of a run, or None. Incomplete ones are skipped with a warning.
 
     Args:
         output_dir: The run's folder.
-        before: The update that the checkpoint is to precede.
+        before: Only checkpoints of earlier updates count.
     """
     for folder in checkpoints_of(output_dir):
         if reason := incomplete_reason(folder):
@@ -83,25 +79,23 @@ def latest_checkpoint(output_dir: str | Path, *, before: float = math.inf) -> Pa
 
 
 def trained_weights(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
-    """The weights that `save_pretrained` is to write: the LoRA adapter's for a PeftModel, else all of them."""
+    """Weights that `save_pretrained` writes: the adapter's for a PeftModel, else all of them."""
     state: Mapping[str, Any] = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
     return dict(state)
 
 
 def check_saved(folder: str | Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """Compare what lies in a folder with the weights that were trained, bit for bit.
+    """Raises RuntimeError unless a folder holds the weights that were trained, bit for bit.
+
+    Tied weights that safetensors leaves out do not count as missing.
 
     Args:
-        folder: Where `save_pretrained` wrote safetensors files.
+        folder: Folder into which `save_pretrained` wrote safetensors files.
         weights: Name to tensor, as `trained_weights` returns them.
-
-    Raises:
-        RuntimeError: If a tensor is missing or differs. Tied weights that safetensors leaves out are not missing.
     """
     saved: dict[str, torch.Tensor] = {}
     for file in Path(folder).glob("*model*.safetensors"):  # PPO's critic lies beside them
-        with safe_open(file, framework="pt") as tensors:
-            saved.update({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118 (not a mapping)
+        saved |= load_file(file)
     kept_storage = {weights[name].data_ptr() for name in saved if name in weights}
     for name, tensor in weights.items():
         if name not in saved:
@@ -109,86 +103,4 @@ def check_saved(folder: str | Path, weights: Mapping[str, torch.Tensor]) -> None
                 continue
             raise RuntimeError(f"{folder} lacks {name}: what was saved is not what was trained.")
         if not torch.equal(saved[name].to(tensor.dtype), tensor.detach().cpu()):
-            raise RuntimeError(
-                f"{name} in {folder} differs from the trained weight: what was saved is not what it was."
-            )
-
-
-MERGING = ".merged"
-"""Folder within a run's, in which the merged model is written before it takes the LoRA adapter's place."""
-
-MERGE_TOLERANCE = 1e-4
-"""Distance of merged and unmerged outputs in float32 that rounding explains, as a share of the largest output."""
-
-MOST_LOST = 0.1
-"""Share of what training changed in the outputs that the weights' rounding to 16 bits may take away."""
-
-
-@torch.no_grad()
-def merge_adapter(model: PeftModel, probe: Mapping[str, torch.Tensor]) -> PreTrainedModel:
-    """The base model with the LoRA adapter added into its weights, computed and proven on a probe in float32.
-
-    A 16-bit base has too few digits for a small update: most of it would round away. So the merged model gets the
-    base's dtype only where that keeps what training changed; otherwise it stays in float32. One line says what rounding
-    costs, or that float32 costs twice the memory.
-
-    Args:
-        model: The trained PeftModel; it is used up. Its base is not quantised.
-        probe: A batch of `input_ids` and `attention_mask`. Shape (batch, tokens).
-
-    Raises:
-        RuntimeError: If the merged model answers the probe differently in float32, beyond rounding.
-    """
-    dtype = model.get_base_model().dtype
-    model = _in_float32(model.eval())
-    probe = {name: values.to(model.device) for name, values in probe.items()}
-    tuned = model(**probe).logits
-    with model.disable_adapter():
-        change = tuned - model(**probe).logits
-    merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
-    error = ((merged(**probe).logits - tuned).abs().max() / tuned.abs().max().clamp(min=1.0)).item()
-    if not error <= MERGE_TOLERANCE:  # NaN is refused too
-        raise RuntimeError(f"Merging the LoRA adapter moved the logits by {error:.1e} of their largest: not saved.")
-    if dtype == torch.float32:
-        return merged
-    with weights_as(merged, lambda weight: weight.to(dtype).float()):
-        lost = ((merged(**probe).logits - tuned).norm() / change.norm().clamp(min=1e-30)).item()
-    kept, size = lost <= MOST_LOST, merged.num_parameters() * 4 / 1e9
-    bits = str(dtype).removeprefix("torch.")
-    say(
-        f"Merged the LoRA adapter in float32 (logits as before to {error:.0e} of the largest). Rounding to {bits} "
-        f"takes {lost:.1%} of what training changed in them: "
-        + (f"saved in {bits}." if kept else f"saved in float32, {size:.1f} GB instead of {size / 2:.1f}.")
-    )
-    for weight in merged.parameters() if kept else ():  # not the buffers: rotary frequencies stay in float32
-        weight.data = weight.data.to(dtype)
-    return merged
-
-
-def replace_adapter(folder: Path, merged: PreTrainedModel) -> None:
-    """Puts a full model in the place of the LoRA adapter of a folder; readers find one of the two whole.
-
-    Raises:
-        RuntimeError: If what was written is not the model; the adapter is still there.
-    """
-    temporary = folder / MERGING
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        merged.save_pretrained(temporary)
-        check_saved(temporary, merged.state_dict())
-        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):  # it goes last
-            os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        (folder / name).unlink(missing_ok=True)
-
-
-def _in_float32(model: PeftModel) -> PeftModel:
-    """The model in float32, on the CPU where the accelerator has no room for that."""
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(model.device)
-        if 4 * model.num_parameters() > free:
-            model = model.to("cpu")
-    return model.float()
+            raise RuntimeError(f"{name} in {folder} differs from the trained weight: it was not saved as it is.")

@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
 
 def _merge(options: argparse.Namespace, flags: list[str]) -> None:
     set_environment()
-    from dpo_recipes.models.chat import merge  # imports torch
+    from dpo_recipes.models.merge import merge  # imports torch
 
     merge(**given(options))
 

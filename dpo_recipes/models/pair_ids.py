@@ -1,7 +1,8 @@
-"""Tokenises preference pairs to the ids of DPOTrainer, several times as fast, and once for all runs on them."""
+"""Tokenises preference pairs to the ids of DPOTrainer, several times as fast, and once for all runs on the pairs."""
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,24 +19,24 @@ _OF_RUST = ("__call__", "_encode_plus", "apply_chat_template")  # a subclass wit
 
 
 class PairIds(NamedTuple):
-    """A pair as DPOTrainer tokenises it: the trained tokens are those of the completions."""
+    """Token ids of a pair as DPOTrainer makes them; the tokens of the two completions are trained."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
-    left_out: list[int]  # the end of a prompt that does not begin both sequences: they begin where they part
+    left_out: list[int]  # end of the prompt, whose ids alone differ from those before a completion
 
 
 def prepare_dataset(trainer: DPOTrainer, dataset: Any, processing_class: Any, args: DPOConfig, name: str) -> Any:
-    """What `DPOTrainer._prepare_dataset` returns: the same rows, columns and ids.
+    """Tokenises pairs to the rows, columns and ids that `DPOTrainer._prepare_dataset` returns.
 
-    Text up to the last special token that a prompt shares with both of its sides is tokenised once, and all texts in
-    batches. The result is kept in the cache of datasets under the rows, the tokenizer and its chat template. Streams,
+    Texts are tokenised in batches. Text up to the last special token that a prompt shares with both of its sides is
+    tokenised once. The cache of datasets keeps the result under the rows, the tokenizer and its chat template. Streams,
     image processors, tokenizers written in Python, implicit prompts, tools and arguments for the chat template are
     left to TRL.
 
     Args:
-        trainer: Unused where the rows are covered; DPOTrainer's own step takes it.
+        trainer: Used only if the rows are left to TRL.
         dataset: Pairs in TRL's conversational or string format.
         processing_class: The tokenizer.
         args: `max_length`, `truncation_mode` and `dataset_num_proc` are read.
@@ -50,34 +51,37 @@ def prepare_dataset(trainer: DPOTrainer, dataset: Any, processing_class: Any, ar
         processing_class("settle")  # a tokenizer's first call changes its state, and with it the key of the cache
         state = {key: value for key, value in vars(processing_class).items() if key != "deprecation_warnings"}
         key = Hasher.hash([dataset._fingerprint, type(processing_class), state, kinds, Path(__file__).read_bytes()])
-        given, what = {"tokenizer": processing_class, "is_chat": True in kinds}, f"Tokenizing {name} dataset"
-        dataset = dataset.map(
-            _tokenise_batch, batched=True, fn_kwargs=given, num_proc=processes, new_fingerprint=key, desc=what
-        )
+        given = {"tokenizer": processing_class, "is_chat": True in kinds}
+        how: dict[str, Any] = dict(batched=True, num_proc=processes, desc=f"Tokenizing {name} dataset")
+        dataset = dataset.map(_tokenise_batch, fn_kwargs=given, new_fingerprint=key, **how)
         if longest is not None and args.truncation_mode == "keep_start":
-            room = lambda prompt_ids: [len(ids) < longest for ids in prompt_ids]  # noqa: E731
-            dataset = dataset.filter(room, batched=True, input_columns="prompt_ids", num_proc=processes, desc=what)
+            fits = partial(_leaves_room, longest=longest)
+            dataset = dataset.filter(fits, input_columns="prompt_ids", **how)
     return dataset
 
 
+def _leaves_room(prompt_ids: list[list[int]], *, longest: int) -> list[bool]:
+    return [len(ids) < longest for ids in prompt_ids]
+
+
 def _kinds(dataset: Any) -> set[bool]:
-    """Whether prompt, chosen and rejected are conversations; nothing for rows that are left to TRL."""
+    """Set of True if the columns are conversations, of False if plain text; empty for rows that are left to TRL."""
     names = set(dataset.column_names) if isinstance(dataset, Dataset) else set()
     covered = names.issuperset(_COLUMNS) and not names & {"tools", "chat_template_kwargs"}
     return {is_conversational({column: dataset[0][column]}) for column in _COLUMNS if covered}
 
 
 def _is_plain(tokenizer: Any) -> bool:
-    """Whether the tokenizer does nothing to a text but call the one written in Rust, special tokens included."""
+    """Returns whether the tokenizer only calls the one written in Rust, special tokens included."""
     own = [getattr(type(tokenizer), name, None) for name in _OF_RUST]
     return own == [getattr(PreTrainedTokenizerFast, name) for name in _OF_RUST] and not tokenizer.split_special_tokens
 
 
 def split_tokens(tokenizer: Any, text: str) -> list[str]:
-    """The special tokens in a text before which it may be cut: its ids are those of the two parts, one after the other.
+    """Special tokens before which a text may be cut so that the ids of its parts, joined, are those of the whole.
 
-    A tokenizer first cuts a text at such tokens and then treats each piece by itself, if no other token reaches over
-    the cut, and nothing on its left depends on what follows.
+    A tokenizer cuts a text at its special tokens first and then tokenises each piece by itself. So a cut is safe if no
+    other token reaches over it and nothing on its left depends on what follows.
     """
     tokens = list(tokenizer.added_tokens_decoder.values())
     ends = {token.content[start:] for token in tokens for start in range(1, len(token.content))}
@@ -118,10 +122,13 @@ def _tokenise_batch(batch: dict[str, list[Any]], *, tokenizer: Any, is_chat: boo
 def encode_pairs(
     texts: Sequence[tuple[str, str, str]], tokenizer: Any, *, is_chat: bool | None = None
 ) -> list[PairIds]:
-    """The ids that DPOTrainer makes of each prompt, the same with the chosen and with the rejected completion.
+    """Token ids that DPOTrainer makes of pairs.
 
-    A chat template writes the special tokens itself; plain text gets them from the tokenizer. By default the text is
-    plain where the tokenizer has no chat template.
+    Args:
+        texts: Of each pair the prompt, the prompt with the chosen and the prompt with the rejected completion.
+        tokenizer: The tokenizer.
+        is_chat: The texts come from a chat template, which writes special tokens itself; the tokenizer adds them to
+            plain text. By default they do if the tokenizer has a chat template.
     """
     is_chat = tokenizer.chat_template is not None if is_chat is None else is_chat
     is_plain = _is_plain(tokenizer)
@@ -141,7 +148,7 @@ def encode_pairs(
 
 
 def _cut(prompt: str, chosen: str, rejected: str, cuts: list[str]) -> tuple[str, str, str, str]:
-    """The beginning that the three texts share, empty if there is no place to cut, and the rest of each."""
+    """Cuts off the beginning that the three texts share, empty if there is no place to cut, from the rest of each."""
     at, cut = max(((prompt.rfind(cut), cut) for cut in cuts), default=(0, ""))
     if at <= 0 or not (chosen.startswith(prompt[:at] + cut) and rejected.startswith(prompt[:at] + cut)):
         at = 0
@@ -149,7 +156,7 @@ def _cut(prompt: str, chosen: str, rejected: str, cuts: list[str]) -> tuple[str,
 
 
 def _split_ids(start: str, *rests: str, ids_of: dict[str, list[int]]) -> PairIds:
-    """Prompt, chosen and rejected ids: the completion begins where TRL says, at the first difference."""
+    """Token ids of a pair: the completion begins where TRL says, at the first difference from the prompt alone."""
     shared = ids_of[start] if start else []  # an empty text may have special tokens
     prompt, chosen, rejected = (ids_of[rest] for rest in rests)
     end = min(common_prefix_length(prompt, chosen), common_prefix_length(prompt, rejected))

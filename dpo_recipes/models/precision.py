@@ -1,4 +1,4 @@
-"""Computes with other weights than a model holds, one module at a time, so that no second copy is needed."""
+"""Converts the weights of a model while it computes, one module at a time, so that no second copy is needed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def weights_as(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Lets each module compute with its own floating-point weights converted; they come back after its forward."""
+    """Converts the floating-point weights of each module for its forward pass, and restores them after it."""
     held: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
     def enter(module: nn.Module, _: Any) -> None:
@@ -33,18 +33,18 @@ def weights_as(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> Iterato
 
 @contextmanager
 def in_float32(model: Any) -> Iterator[None]:
-    """Lets a language model with TRL's fused head compute in float32, whatever its weights and its autocast are.
+    """Lets a language model with TRL's fused head compute in float32, whatever dtype its weights and autocast have.
 
     Args:
-        model: As accelerate prepared it, unwrapped. 4-bit weights are multiplied in float32.
+        model: The model that accelerate prepared, unwrapped. 4-bit weights are multiplied in float32.
     """
     quantised = {module: module.compute_dtype for module in model.modules() if isinstance(module, Linear4bit)}
     head = (model.get_base_model() if hasattr(model, "get_base_model") else model).get_output_embeddings()
-    weights = {weight: weight.data for weight in head.parameters()}  # the fused head reads them, and calls no module
+    weights = {weight: weight.data for weight in head.parameters()}  # the fused head reads them without a call
     forward = vars(model).get("forward")
     try:
         if "_original_forward" in vars(model):
-            model.forward = model._original_forward  # accelerate's other one is under autocast
+            model.forward = model._original_forward  # accelerate's own forward is under autocast
         for module in quantised:
             module.compute_dtype = torch.float32
         for weight in weights:

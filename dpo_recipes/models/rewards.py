@@ -1,14 +1,16 @@
-"""Scores completions with a reward model, and refuses one that cannot before anything is generated."""
+"""Scores completions with a reward model, and refuses a model that cannot score before anything is generated."""
 
 import sys
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
 from numpy.typing import NDArray
+from peft import PeftModel
+from scipy.special import expit
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template
@@ -22,48 +24,38 @@ Text = str | list[dict[str, str]]
 
 
 def load_reward_model(
-    name: str,
-    *,
-    revision: str = "main",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    labels: Container[int] = (1,),
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A reward model on the accelerator, if there is one, and its own tokenizer, which can pad.
+    name: str, *, labels: Container[int] = (1,)
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Loads a reward model, on the accelerator if there is one, and its own tokenizer, which can pad.
 
     Args:
         name: The folder or Hub name of a full sequence-classification model.
-        revision: On the Hub.
-        dtype: Of the weights; by default as they were saved.
-        trust_remote_code: Whether code that comes with the model may run.
         labels: As `check_reward_model` reads them.
 
     Raises:
         RecipeError: If it cannot be loaded, or is no reward model.
     """
-    options: dict[str, Any] = dict(revision=revision, trust_remote_code=trust_remote_code)
-    check_reward_model(*read_reward_config(name, **options), [], labels=labels)
-    model, tokenizer = open_model(name, reward_model=True, dtype=dtype, **options)
-    return cast(PreTrainedModel, model), tokenizer
+    check_reward_model(*read_reward_config(name, weights=False), [], labels=labels)
+    return open_model(name, reward_model=True)
 
 
 def read_reward_config(
     name: str, *, revision: str = "main", trust_remote_code: bool = False, weights: bool = True
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """The configuration and the tokenizer of a reward model.
+    """Reads the configuration and the tokenizer of a reward model.
 
     Args:
         name: A folder or Hub name.
         revision: On the Hub.
-        trust_remote_code: Whether code that comes with the model may run.
-        weights: Whether those of a folder are compared with its configuration; they are not kept.
+        trust_remote_code: Let code that comes with the model run.
+        weights: Compare the weights in a folder with the configuration; they are not kept.
 
     Raises:
         RecipeError: If there are none, they do not fit, or the name is that of an adapter.
     """
     options: dict[str, Any] = dict(revision=revision, trust_remote_code=trust_remote_code)
     try:
-        artifact = full_model(name, reward_model=True, noun="the reward model ", **options)
+        artifact = full_model(name, reward_model=True, **options)
         if weights and artifact.is_reward_model:
             check_weights(artifact, **options)
         with refusing(f"the tokenizer of {name}"):
@@ -85,14 +77,14 @@ def check_reward_model(
     max_completion_length: int = 1,
     labels: Container[int] = (1,),
 ) -> None:
-    """Nothing, if the reward model can score answers to the prompts; call it before anything is generated.
+    """Raises RecipeError unless the reward model can score answers to the prompts; no answer is needed for that.
 
     Args:
         model: The reward model or its configuration, which says as much.
         tokenizer: The reward model's own.
-        prompts: All that will be answered; conversations with the same roles are looked at once.
+        prompts: All that will be answered; of conversations with the same roles one is checked.
         max_completion_length: Tokens of the longest answer.
-        labels: How many outputs it may have. TRL takes the first one as the score; `score` reads a classifier's two.
+        labels: Numbers of outputs that are accepted. TRL takes the first output as the score; `score` reads two, too.
 
     Raises:
         RecipeError: If the model's score head is untrained or has other outputs, the tokenizer has no chat template,
@@ -100,6 +92,14 @@ def check_reward_model(
     """
     config: Any = getattr(model, "config", model)
     name = config.name_or_path or "the model"
+    _check_head(name, config, labels)
+    _check_tokenizer(name, config, tokenizer)
+    if prompts:
+        _check_template(name, tokenizer, prompts)
+        _check_room(name, config, tokenizer, prompts, max_completion_length)
+
+
+def _check_head(name: str, config: Any, labels: Container[int]) -> None:
     # A model that was built in memory has no architectures yet.
     others = [kind for kind in config.architectures or [] if not kind.endswith("ForSequenceClassification")]
     if others:
@@ -112,6 +112,9 @@ def check_reward_model(
             f"{name} has {config.num_labels} outputs, where a reward model has one score. Name another, or turn its "
             "outputs into one number in a reward function."
         )
+
+
+def _check_tokenizer(name: str, config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise RecipeError(
             f"The tokenizer of the reward model {name} can pad with nothing: it has neither a pad nor an EOS token. "
@@ -123,8 +126,9 @@ def check_reward_model(
             f"The tokenizer of the reward model {name} has token ids up to {largest}, but its embedding has {rows} "
             "rows: they do not belong together. Put the tokenizer that it was trained with beside the model."
         )
-    if not prompts:
-        return
+
+
+def _check_template(name: str, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]) -> None:
     chats = {str([turn["role"] for turn in prompt]): prompt for prompt in prompts if not isinstance(prompt, str)}
     if chats and tokenizer.chat_template is None:
         raise RecipeError(
@@ -140,26 +144,30 @@ def check_reward_model(
                 f"The chat template of the reward model {name} refuses conversations of {roles}, assistant: {error}. "
                 "Name a reward model whose template takes them."
             ) from error
+
+
+def _check_room(name: str, config: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], most: int) -> None:
+    """Raises RecipeError unless the model has positions for each prompt and `most` tokens of an answer."""
     room = context_length(config)
-    longest = max(len(ids) for ids in _token_ids([as_text(prompt, "", tokenizer) for prompt in prompts], tokenizer))
-    if longest + max_completion_length > room:
+    longest = max(map(len, _token_ids([as_text(prompt, "", tokenizer) for prompt in prompts], tokenizer)))
+    if longest + most > room:
         raise RecipeError(
             f"The reward model {name} takes {room} tokens, but the longest prompt has {longest} of its tokens and an "
-            f"answer up to {max_completion_length}. Lower --max_prompt_length (in a comparison --max_length) or "
+            f"answer up to {most}. Lower --max_prompt_length (in a comparison --max_length) or "
             "--max_completion_length."
         )
 
 
 def context_length(config: Any) -> int:
-    """The tokens that a model of this configuration has positions for; sys.maxsize where it names no limit."""
+    """Number of tokens that a model of this configuration has positions for; sys.maxsize if it names no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def as_text(prompt: Text, completion: Text, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What TRL's online trainers show a reward model: the chat template on both, or plain text one after the other.
+    """Text of prompt and completion as TRL's online trainers show it to a reward model.
 
-    RewardTrainer shows it conversations in the same way; of plain text it adds an EOS token, which is left out here
-    since the trainers' answers come without.
+    A conversation goes through the chat template, as in RewardTrainer. Plain text is joined; RewardTrainer adds an EOS
+    token to it, the online trainers do not, and neither does this function.
     """
     if isinstance(prompt, str):
         return prompt + str(completion)
@@ -176,14 +184,14 @@ def score(
     *,
     batch_size: int = 16,
 ) -> NDArray[np.float64]:
-    """The reward model's score of each completion, in order. Shape (completions,).
+    """Scores of completions by a reward model, in order. Shape (completions,).
 
-    That of a classifier with two labels is the probability of POSITIVE, or of the second one where none is named so
-    (Rafailov et al. 2023, section 6); it reads the special tokens that it was trained with. Of a text that is longer
-    than the model's positions the first token and the last ones are read, and it is said how many texts those are.
+    A classifier with two labels gives the probability of the label POSITIVE, or of the second label if none is named
+    so (Rafailov et al. 2023, section 6); its texts get the tokenizer's special tokens. A text that is longer than the
+    model's positions is cut to its first token and its last tokens; the number of such texts is printed.
 
     Args:
-        model: A reward model or such a classifier; its mode (train or eval) is left as it was.
+        model: A reward model or a classifier with two labels; its mode (train or eval) stays as it was.
         tokenizer: The reward model's own, which can pad.
         prompts: One for each completion.
         completions: Plain text after a conversation is an assistant's turn.
@@ -209,21 +217,49 @@ def score(
 
 
 def model_judge(name: str | Path) -> Callable[[Sequence[Text], Sequence[Text]], NDArray[np.float64]]:
-    """Scores answers to prompts by a reward model or a classifier with two labels, loaded when it is asked."""
+    """Function that scores answers to prompts by a reward model or a classifier with two labels, loaded when called."""
+    return lambda prompts, texts: score(*load_reward_model(str(name), labels=(1, 2)), prompts, texts)
 
-    def scores(prompts: Sequence[Text], texts: Sequence[Text]) -> NDArray[np.float64]:
-        return score(*load_reward_model(str(name), labels=(1, 2)), prompts, texts)
 
-    return scores
+def calibration(margins: NDArray[np.float64], *, bins: int = 10) -> dict[str, Any]:
+    """Calibration of sigmoid(margin) as the probability that chosen is better (Bradley and Terry 1952).
+
+    The favourite of a pair is the side with the higher score. Its probability is sigmoid(|margin|). The favourite is
+    right if it is the chosen side, and half right if the scores are equal.
+
+    Args:
+        margins: Score of chosen minus score of rejected. Shape (pairs,).
+        bins: Of equal width over the favourite's probability, from 0.5 to 1.
+
+    Returns:
+        `log_loss` in nats and `brier` of sigmoid(margin); `expected_calibration_error`, the mean over pairs of the
+        distance between the share of right favourites and the mean probability in the pair's bin (Guo et al. 2017,
+        eq. 3); `reliability`, a row for each bin with pairs: `low`, `high`, `n`, `said` (mean probability), `right`.
+    """
+    said, right = expit(np.abs(margins)), np.where(margins == 0, 0.5, margins > 0)
+    edges = np.linspace(0.5, 1, bins + 1)
+    which = np.clip(np.digitize(said, edges) - 1, 0, bins - 1)
+    table = []
+    for each in np.unique(which):
+        inside = which == each
+        row = {"low": edges[each], "high": edges[each + 1], "n": inside.sum()}
+        row |= {"said": said[inside].mean(), "right": right[inside].mean()}
+        table.append({name: value.item() for name, value in row.items()})
+    return {
+        "log_loss": float(np.logaddexp(0, -margins).mean()),
+        "brier": float(np.square(expit(-margins)).mean()),
+        "expected_calibration_error": sum(row["n"] * abs(row["said"] - row["right"]) for row in table) / len(margins),
+        "reliability": table,
+    }
 
 
 @torch.no_grad()
 def check_reloads(folder: str, model: PreTrainedModel, probe: Mapping[str, torch.Tensor]) -> None:
-    """Nothing, if the reward model in the folder gives a batch the scores of the one in memory.
+    """Raises RuntimeError unless the reward model in a folder gives a batch the same scores as the one in memory.
 
     Args:
-        folder: Where `model` was saved.
-        model: In memory; its mode is set to eval.
+        folder: Folder in which `model` was saved.
+        model: The reward model in memory; its mode is set to eval.
         probe: `input_ids` and `attention_mask`. Shape (batch, tokens).
 
     Raises:
@@ -239,6 +275,7 @@ def check_reloads(folder: str, model: PreTrainedModel, probe: Mapping[str, torch
 
 
 def _fitting(ids: Sequence[list[int]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Cuts texts that are longer than model and tokenizer take to their first token and their last tokens."""
     room = min(context_length(model.config), tokenizer.model_max_length)
     if longer := sum(len(row) > room for row in ids):
         say(f"{longer} of {len(ids)} texts have more than the {room} tokens that their judge reads: the oldest go.")

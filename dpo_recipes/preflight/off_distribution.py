@@ -8,10 +8,11 @@ import torch
 from accelerate import PartialState
 from datasets import DatasetDict
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
+from dpo_recipes.models.likelihood import fused_outputs
+from dpo_recipes.models.open import open_model
 from dpo_recipes.models.pair_ids import encode_pairs
 from dpo_recipes.preflight.tokens import SIDES, render_row
 
@@ -49,19 +50,15 @@ def measure(
     examples = [{f"{side}_ids": getattr(ids[place], side) for side in SIDES} for place in order]
     device = PartialState().device
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = (
-        AutoModelForCausalLM.from_pretrained(name_or_path, revision=revision or "main", dtype=dtype).to(device).eval()
-    )
+    model, _ = open_model(name_or_path, revision=revision or "main", dtype=dtype, device_map={"": device})
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     collate = DataCollatorForPreference(pad_token_id=tokenizer.eos_token_id)
     parts = []
     for start in tqdm(range(0, len(examples), _BATCH), desc="log-probs of the reference model"):
         batch = {name: part.to(device) for name, part in collate(examples[start : start + _BATCH]).items()}
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
-            output = model(**inputs, labels=labels, fused_lm_head=True)
-        tokens = (labels[:, 1:] != -100).sum(dim=1)
+            output = fused_outputs(model, batch)
+        tokens = batch["completion_mask"][:, 1:].sum(dim=1)
         means = torch.stack([output.log_probs.float().sum(dim=1), output.entropy.float().sum(dim=1)]) / tokens
         parts.append(torch.stack(means.chunk(2, dim=1)).cpu())  # (sides, 2, pairs)
     logps, entropies = torch.cat(parts, dim=2).numpy().transpose(1, 0, 2)  # of each (sides, pairs)

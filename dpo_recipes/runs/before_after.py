@@ -15,9 +15,8 @@ from trl import DPOTrainer, RewardTrainer
 from dpo_recipes.estimates import Estimate, mean_with_interval
 from dpo_recipes.health.guards import ReferenceGuard
 from dpo_recipes.models import rewards
+from dpo_recipes.models.generation import generate
 from dpo_recipes.models.likelihood import (
-    calibration,
-    generate,
     pair_scores,
     preference_logps,
     reference_model,
@@ -25,7 +24,7 @@ from dpo_recipes.models.likelihood import (
     sharded,
     share_ahead,
 )
-from dpo_recipes.models.rewards import Text
+from dpo_recipes.models.rewards import Text, calibration
 from dpo_recipes.recipe import OnlineArguments, RecipeArguments
 
 Score = Callable[[Text, str], dict[str, float]]

@@ -34,8 +34,9 @@ from dpo_recipes.health.guards import add_guards
 from dpo_recipes.health.rules import read_findings
 from dpo_recipes.machine import hardware
 from dpo_recipes.manifest import NEW_FILES, claim, clear, declare, settle
-from dpo_recipes.models.checkpoints import MERGING, check_saved, merge_adapter, replace_adapter, trained_weights
+from dpo_recipes.models.checkpoints import check_saved, trained_weights
 from dpo_recipes.models.likelihood import sharded
+from dpo_recipes.models.merge import merge_adapter, replace_adapter
 from dpo_recipes.models.open import open_model
 from dpo_recipes.models.rewards import Text, check_reloads
 from dpo_recipes.ppo.trainer import PPOTrainer
@@ -365,7 +366,5 @@ def _merge(trainer: Trainer, folder: Path) -> PreTrainedModel:
         trusted = trainer.args.trust_remote_code
         model, _ = open_model(str(folder), as_trained=False, reward_model=is_reward_model, trust_remote_code=trusted)
     merged = merge_adapter(model, _probe(trainer))
-    declare(folder, NEW_FILES, MERGING)
     replace_adapter(folder, merged)
-    settle(folder, NEW_FILES, MERGING)
     return merged

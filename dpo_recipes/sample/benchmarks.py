@@ -1,15 +1,18 @@
-"""Answers as public benchmarks read them: AlpacaEval's model_outputs.json, MT-Bench's file of a model's answers."""
+"""Writes answers as benchmarks read them: AlpacaEval's model_outputs.json, MT-Bench's file of a model's answers."""
 
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from datasets import Dataset
 
 from dpo_recipes.dataset_adapters.adapting import require_columns
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import check_writable, write_json, write_jsonl
 from dpo_recipes.loading import load_rows
-from dpo_recipes.models.likelihood import generate
+from dpo_recipes.models.generation import generate, require_chat_template
 from dpo_recipes.models.open import open_model
 from dpo_recipes.recipe import RecipeArguments
 from dpo_recipes.sample.sampling import Rows, in_steps
@@ -36,10 +39,11 @@ def answer(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Path:
-    """The path of the answers, written whole; until then a .part lies beside it: the same call goes on with it.
+    """Answers a benchmark's questions, and returns the path of the file that holds the answers.
 
-    Every row has its answer, since both benchmarks compare row by row: where a prompt leaves no room for one it is
-    empty, and counted.
+    The file is written whole. Until then the answers are in a .part file beside it, and the same call goes on from
+    there. Every row has an answer, since both benchmarks compare row by row: if a prompt leaves no room for one the
+    answer is empty, and counted.
 
     Args:
         model: As `open_model` reads it.
@@ -49,7 +53,7 @@ def answer(
         output_dir: Laid out as the benchmark's own: NAME/model_outputs.json, model_answer/NAME.jsonl.
         temperature: Of all answers; by default that of the question's category.
         trust_remote_code: As in `open_model`.
-        options: max_new_tokens, seed and batch_size, as those of `sample_tokens`.
+        options: For `sample_tokens`: max_new_tokens, seed and batch_size.
 
     Raises:
         RecipeError: If the file exists, or the rows are not the benchmark's.
@@ -62,27 +66,14 @@ def answer(
         raise RecipeError(f"{target} exists already. Name the model otherwise with --name, or use --output_dir.")
     check_writable(target.parent)
     rows = load_rows(dataset)["train"]
-    require_columns(rows, COLUMNS[benchmark], name=benchmark)
-    asked = []
-    for number, row in enumerate(rows):
-        turns = [row["instruction"]] if is_alpaca else row["turns"]
-        if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn for turn in turns)):
-            raise RecipeError(f"Row {number} of {dataset.dataset_name} asks {turns!r}, where text is needed.")
-        warmth = TEMPERATURES.get(row.get("category"), OTHERWISE) if temperature is None else temperature
-        asked.append({"turns": turns, "temperature": warmth})
+    asked = _read_questions(rows, benchmark, temperature, dataset.dataset_name)
     loaded, tokenizer = open_model(model, trust_remote_code=trust_remote_code)
-    if tokenizer.chat_template is None:
-        raise RecipeError(f"The tokenizer of {model} has no chat template: it is no model that answers. Name another.")
-
-    def answer_step(questions: Rows, seed: int) -> Rows:
-        return _converse(loaded, tokenizer, questions, **options | {"seed": seed})
-
-    with in_steps(answer_step, asked, target, step=options["batch_size"], model=model, settings=options) as done:
+    require_chat_template(tokenizer)
+    step = partial(_converse, loaded, tokenizer, **options)
+    with in_steps(step, asked, target, step=options["batch_size"], model=model, settings=options) as done:
         both = list(zip(rows, (line["turns"] for line in done), strict=True))
         if is_alpaca:
-            kept = [column for column in ("dataset", "datasplit", "instruction") if column in rows.column_names]
-            own = [{**{key: row[key] for key in kept}, "output": turns[0], "generator": name} for row, turns in both]
-            write_json(target, own)
+            write_json(target, [_alpaca_eval(row, turns[0], generator=name) for row, turns in both])
         else:
             write_jsonl(target, [_fastchat(row["question_id"], turns, model_id=name) for row, turns in both])
     ended = [end for line in done for end in line["ended"]]
@@ -92,13 +83,31 @@ def answer(
     return target
 
 
+def _read_questions(rows: Dataset, benchmark: str, temperature: float | None, name: str) -> Rows:
+    """Reads the turns of each question and the temperature of its answers."""
+    require_columns(rows, COLUMNS[benchmark], name=benchmark)
+    asked = []
+    for number, row in enumerate(rows):
+        turns = [row["instruction"]] if benchmark == "alpaca_eval" else row["turns"]
+        if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn for turn in turns)):
+            raise RecipeError(f"Row {number} of {name} asks {turns!r}, where text is needed.")
+        by_category = TEMPERATURES.get(row.get("category", ""), OTHERWISE)
+        asked.append({"turns": turns, "temperature": by_category if temperature is None else temperature})
+    return asked
+
+
+def _alpaca_eval(row: dict[str, Any], output: str, *, generator: str) -> dict[str, Any]:
+    kept: dict[str, Any] = {key: row[key] for key in ("dataset", "datasplit", "instruction") if key in row}
+    return {**kept, "output": output, "generator": generator}
+
+
 def _fastchat(question_id: Any, turns: list[str], *, model_id: str) -> dict[str, Any]:
     own = {"question_id": question_id, "answer_id": uuid.uuid4().hex, "model_id": model_id}
     return {**own, "choices": [{"index": 0, "turns": turns}], "tstamp": time.time()}
 
 
 def _converse(model: Any, tokenizer: Any, questions: Rows, **options: Any) -> Rows:
-    """For each question its `turns`, answered one after the other with what was said before, and which of them `ended`.
+    """Answers each question turn by turn; returns the texts as `turns`, and whether each text `ended`.
 
     Questions of one temperature are answered together.
     """

@@ -1,4 +1,4 @@
-"""Writes a model's answers to the prompts of a dataset: to be ranked, or as the rejected side of pairs."""
+"""Writes a model's answers to the prompts of a dataset: alone, ranked into pairs, or as the rejected side of pairs."""
 
 import hashlib
 import itertools
@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import check_writable, read_jsonl, write_jsonl
 from dpo_recipes.loading import load_rows
-from dpo_recipes.models.likelihood import check_prompt, generate
+from dpo_recipes.models.generation import check_prompt, generate
 from dpo_recipes.models.open import open_model
 from dpo_recipes.models.rewards import check_reward_model, model_judge, read_reward_config
 from dpo_recipes.recipe import RecipeArguments
@@ -48,7 +49,10 @@ def sample(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Path:
-    """The path of a JSON Lines file, written whole; until then a .part lies beside it: the same call goes on with it.
+    """Samples answers to a dataset's prompts, and returns the path of the JSON Lines file that holds them.
+
+    The file is written whole. Until then the answers are in a .part file beside it, and the same call goes on from
+    there.
 
     Args:
         model: As `open_model` reads it.
@@ -59,25 +63,19 @@ def sample(
         num_samples: Answers to each prompt.
         judge: A reward model, or a classifier with two labels as `score` reads it. Write a pair of every two answers to
             a prompt that it scores differently, and the difference as their `preference_strength`.
-        first_words: Least and most. The prompts are plain text to go on with: the first words of the dataset's, their
-            number drawn by a hash of the text.
+        first_words: Least and most words of a prompt. The prompts are plain text to go on with: the first words of the
+            dataset's prompts, their number drawn by a hash of the text.
         trust_remote_code: As in `open_model`.
-        options: Those of `sample_tokens`: temperature, max_new_tokens, seed, batch_size.
+        options: For `sample_tokens`: temperature, max_new_tokens, seed, batch_size.
 
     Raises:
-        RecipeError: If the file exists, the call makes no sense, or the rows have no prompt.
+        RecipeError: If the file exists, flags contradict one another, or the rows have no prompt.
     """
     target = Path(output or ("pairs.jsonl" if pairs or judge else "samples.jsonl"))
     if target.exists():
         raise RecipeError(f"{target} exists already. Name another file with --output.")
-    if options["temperature"] == 0 and num_samples > 1:
-        raise RecipeError("At temperature 0 all answers to a prompt are the same: leave out --num_samples.")
-    if pairs and (judge or first_words):
-        raise RecipeError(
-            "--pairs keeps the dataset's prompts and chosen answers: leave out --judge and --first_words."
-        )
-    if judge and num_samples < 2:
-        raise RecipeError("--judge ranks the answers to a prompt, which needs two or more: --num_samples 4.")
+    if fault := _contradiction(options["temperature"], num_samples, pairs=pairs, judge=judge, first_words=first_words):
+        raise RecipeError(fault)
     check_writable(target.parent)
     asked = _read_prompts(dataset, pairs=pairs, first_words=first_words)
     if judge:
@@ -86,18 +84,9 @@ def sample(
         check_reward_model(*read_reward_config(judge), prompts, **room)
     loaded, tokenizer = open_model(model, trust_remote_code=trust_remote_code)
     asked = _keep(asked, lambda row: check_prompt(loaded.config, tokenizer, row["prompt"]), "prompts")
-    step = max(1, AT_A_TIME * options["batch_size"] // num_samples)  # prompts between two writes
-
-    def answer(rows: Rows, seed: int) -> Rows:
-        repeated = [row["prompt"] for row in rows for _ in range(num_samples)]
-        answers = generate(loaded, tokenizer, repeated, **options | {"seed": seed})
-        groups = [answers[first : first + num_samples] for first in range(0, len(answers), num_samples)]
-        return [
-            {"completions": [each["text"] for each in group], "ended": [each["ended"] for each in group]}
-            for group in groups
-        ]
-
     settings = options | {"num_samples": num_samples}
+    answer = partial(_answer, loaded, tokenizer, **settings)
+    step = max(1, AT_A_TIME * options["batch_size"] // num_samples)  # prompts between two writes
     with in_steps(answer, asked, target, step=step, model=model, settings=settings) as done:
         lines = [{**row, **answered} for row, answered in zip(asked, done, strict=True)]
         made = _own_rejected(lines) if pairs else _ranked(lines, judge) if judge else lines
@@ -108,41 +97,21 @@ def sample(
     return target
 
 
-@contextmanager
-def in_steps(
-    answer: Callable[[Rows, int], Rows], asked: Rows, target: Path, *, step: int, model: str, settings: dict[str, Any]
-) -> Iterator[Rows]:
-    """The answers to all that is asked, of which `target` is to be written inside.
-
-    Until then a .part file lies beside it, from which the same call goes on.
-
-    Args:
-        answer: Takes the rows of a step and a seed.
-        asked: Rows that JSON can hold.
-        target: The file.
-        step: Rows between two writes.
-        model: As `open_model` reads it.
-        settings: What else the answers depend on, `seed` among it.
-    """
-    weights = sorted((file.name, file.stat().st_mtime_ns) for file in Path(model).glob("*.safetensors"))
-    request = json.dumps([model, weights, settings, asked])
-    part = target.with_name(f"{target.name}.{hashlib.sha256(request.encode()).hexdigest()[:8]}.part")
-    done = read_jsonl(part)
-    done = done[: len(done) // step * step]  # a step that was cut short is sampled again
-    write_jsonl(part, done, listed=False)
-    for start in trange(len(done), len(asked), step, desc=f"{step} prompts at a time"):
-        # A seed for each step: an interrupted run and one in one go write the same.
-        done += answer(asked[start : start + step], settings["seed"] + start)
-        with part.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in done[start:])
-    yield done
-    part.unlink()
+def _contradiction(temperature: float, num_samples: int, *, pairs: bool, judge: Any, first_words: Any) -> str | None:
+    """Message about flags that contradict one another; None if none do."""
+    if temperature == 0 and num_samples > 1:
+        return "At temperature 0 all answers to a prompt are the same: leave out --num_samples."
+    if pairs and (judge or first_words):
+        return "--pairs keeps the dataset's prompts and chosen answers: leave out --judge and --first_words."
+    if judge and num_samples < 2:
+        return "--judge ranks the answers to a prompt, which needs two or more: --num_samples 4."
+    return None
 
 
 def _read_prompts(
     script_args: RecipeArguments, *, pairs: bool, first_words: tuple[int, int] | None
 ) -> list[dict[str, Any]]:
-    """`prompt`, and `chosen` for pairs, of every row; without pairs each prompt once."""
+    """Reads the `prompt` of every row, and for pairs its `chosen` answer; without pairs each prompt comes once."""
     rows = load_rows(script_args)["train"]
     alone = not pairs and "prompt" in rows.column_names and not {"chosen", "rejected"} & set(rows.column_names)
     dataset_adapter = plain_text if first_words else preference_jsonl if alone else recognise(rows)
@@ -156,29 +125,75 @@ def _read_prompts(
     return found if pairs else list({json.dumps(row): row for row in found}.values())
 
 
-def _own_rejected(lines: Sequence[dict[str, Any]]) -> list[Any]:
-    """A pair for each different answer of a line; those that make no pair are counted and named."""
+def _answer(model: Any, tokenizer: Any, rows: Rows, *, num_samples: int, **options: Any) -> Rows:
+    """Texts of `num_samples` answers to each row's prompt, and whether each of them ended."""
+    repeated = [row["prompt"] for row in rows for _ in range(num_samples)]
+    answers = iter(generate(model, tokenizer, repeated, **options))
+    groups = [list(itertools.islice(answers, num_samples)) for _ in rows]
+    return [
+        {"completions": [each["text"] for each in group], "ended": [each["ended"] for each in group]}
+        for group in groups
+    ]
+
+
+@contextmanager
+def in_steps(
+    answer: Callable[..., Rows], asked: Rows, target: Path, *, step: int, model: str, settings: dict[str, Any]
+) -> Iterator[Rows]:
+    """Yields the answers to all rows in `asked`; the caller writes them to `target`.
+
+    Until then the answers are in a .part file beside it, and the same call goes on from there.
+
+    Args:
+        answer: Takes the rows of a step and a `seed`.
+        asked: Rows that JSON can hold.
+        target: The file.
+        step: Rows between two writes.
+        model: As `open_model` reads it.
+        settings: All else that the answers depend on, with `seed`.
+    """
+    weights = sorted((file.name, file.stat().st_mtime_ns) for file in Path(model).glob("*.safetensors"))
+    request = json.dumps([model, weights, settings, asked])
+    part = target.with_name(f"{target.name}.{hashlib.sha256(request.encode()).hexdigest()[:8]}.part")
+    done = read_jsonl(part)
+    done = done[: len(done) // step * step]  # a step that was cut short is sampled again
+    write_jsonl(part, done, listed=False)
+    for start in trange(len(done), len(asked), step, desc=f"{step} prompts at a time"):
+        # A seed for each step: an interrupted run and one in one go write the same.
+        done += answer(asked[start : start + step], seed=settings["seed"] + start)
+        with part.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in done[start:])
+    yield done
+    part.unlink()
+
+
+def _own_rejected(lines: Rows) -> list[Any]:
+    """Makes a pair of each different answer of a line; answers that make no pair are counted and named."""
     own = [
-        {**{side: line[side] for side in ("prompt", "chosen")}, "rejected": as_messages(text, role="assistant")}
+        {"prompt": line["prompt"], "chosen": line["chosen"], "rejected": as_messages(text, role="assistant")}
         for line in lines
         for text in dict.fromkeys(line["completions"])
     ]
-    repeated = sum(len(line["completions"]) for line in lines) - len(own)
-    return _keep(own, check_pair, "pairs", same_answer_again=repeated)
+    return _keep(own, check_pair, "pairs", same_answer_again=_repeated(lines))
 
 
-def _ranked(lines: Sequence[dict[str, Any]], judge: str) -> list[Any]:
-    """A pair of every two answers of a line that the judge scores differently; the others are counted and named."""
-    own = [(line["prompt"], text) for line in lines for text in dict.fromkeys(line["completions"])]
-    repeated = sum(len(line["completions"]) for line in lines) - len(own)
-    scores = model_judge(judge)([prompt for prompt, _ in own], [text for _, text in own]).tolist()
+def _ranked(lines: Rows, judge: str) -> list[Any]:
+    """Makes a pair of every two answers of a line that the judge scores differently; other pairs are counted."""
+    asked = [(line["prompt"], text) for line in lines for text in dict.fromkeys(line["completions"])]
+    scores = iter(model_judge(judge)([prompt for prompt, _ in asked], [text for _, text in asked]).tolist())
     ranked = []
-    for prompt, group in itertools.groupby(zip(own, scores, strict=True), key=lambda scored: scored[0][0]):
-        best_first = sorted(group, key=lambda scored: -scored[1])
-        for ((_, chosen), high), ((_, rejected), low) in itertools.combinations(best_first, 2):
-            pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    for line in lines:
+        scored = [(next(scores), text) for text in dict.fromkeys(line["completions"])]
+        best_first = sorted(scored, key=lambda both: -both[0])
+        for (high, chosen), (low, rejected) in itertools.combinations(best_first, 2):
+            pair = {"prompt": line["prompt"], "chosen": chosen, "rejected": rejected}
             ranked.append(pair | {"preference_strength": high - low})
-    return _keep(ranked, _check_ranked, "pairs", same_answer_again=repeated)
+    return _keep(ranked, _check_ranked, "pairs", same_answer_again=_repeated(lines))
+
+
+def _repeated(lines: Rows) -> int:
+    """Number of answers that say the same as another one to their prompt."""
+    return sum(len(line["completions"]) - len({*line["completions"]}) for line in lines)
 
 
 def _check_ranked(pair: dict[str, Any]) -> None:
@@ -190,7 +205,7 @@ def _check_ranked(pair: dict[str, Any]) -> None:
 
 
 def _keep(rows: Sequence[Any], check: Callable[[Any], None], what: str, **dropped: int) -> list[Any]:
-    """The rows for which `check` raises no Drop; the others, and those `dropped` before, are counted and named."""
+    """Rows for which `check` raises no Drop. Prints how many are not, with the numbers `dropped` before, by reason."""
     kept, reasons = [], Counter(dropped)
     for row in tqdm(rows, desc=f"checking {what}", leave=False):
         try:
@@ -207,4 +222,4 @@ def _account(kept: int, what: str, dropped: Mapping[str, int]) -> None:
     left_out = [f"  {meant.get(reason, reason):<54} -{count}" for reason, count in dropped.items() if count]
     say("\n".join([f"{kept} {what}{', and left out:' if left_out else ''}", *left_out]))
     if not kept:
-        raise RecipeError(f"No {what} are left. Above stands why.")
+        raise RecipeError(f"No {what} are left. The lines above name the reasons.")

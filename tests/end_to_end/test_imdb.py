@@ -32,7 +32,7 @@ from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.loading import load_rows
 from dpo_recipes.models import rewards
-from dpo_recipes.models.likelihood import generate
+from dpo_recipes.models.generation import generate
 from dpo_recipes.recipe import RecipeArguments
 
 REVIEWS = Path(__file__).parents[1] / "fixtures" / "imdb.jsonl"

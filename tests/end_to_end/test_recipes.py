@@ -32,7 +32,7 @@ from dpo_recipes import playground
 from dpo_recipes.doctor.miniature import miniature_flags
 from dpo_recipes.loading import load_rows
 from dpo_recipes.models import rewards
-from dpo_recipes.models.likelihood import generate
+from dpo_recipes.models.generation import generate
 from dpo_recipes.recipe import RecipeArguments, argument_classes, parse_recipe
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.py"))

@@ -11,9 +11,9 @@ from dpo_recipes.models.checkpoints import (
     check_saved,
     incomplete_reason,
     latest_checkpoint,
-    merge_adapter,
     trained_weights,
 )
+from dpo_recipes.models.merge import merge_adapter
 
 
 @pytest.fixture

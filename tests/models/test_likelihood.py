@@ -8,15 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer
 
 from dpo_recipes.estimates import length_controlled, mean_with_interval, wilson, wins
-from dpo_recipes.models.likelihood import (
-    PreferenceLogps,
-    generate,
-    preference_logps,
-    read_answer,
-    reference_model,
-    sample_tokens,
-    sampled_kl,
-)
+from dpo_recipes.models.generation import generate, read_answer, sample_tokens
+from dpo_recipes.models.likelihood import PreferenceLogps, answer_logps, preference_logps, reference_model, sampled_kl
 
 
 @pytest.mark.parametrize(("wins", "n"), [(0, 10), (7, 10), (10, 10), (512, 1000)])
@@ -141,6 +134,21 @@ def test_log_probs_before_are_the_references_and_after_the_policys(trainer):
     assert abs(after.chosen - before.chosen).min() > 0.1
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_log_probs_of_token_ids_are_those_of_the_models_own_logits(batch_size, model):
+    sequences = [([5] * 9, [6, 7, 8]), ([9], [10] * 12), ([11, 12], [13]), ([14] * 4, []), ([15, 16], [17])]
+    model.train()
+    found = answer_logps(model, sequences, temperature=0.5, batch_size=batch_size)
+    assert model.training
+    model.eval()
+    for (prompt, completion), logps in zip(sequences, found, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.5
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion, dtype=torch.long)[:, None]).sum()
+        assert logps == pytest.approx(expected.item(), abs=1e-4)
+    assert (answer_logps(model, sequences, temperature=0) == answer_logps(model, sequences)).all()
+
+
 VOCABULARY, LONGEST = 7, 2  # tokens: every answer of up to two tokens can be enumerated
 
 
@@ -193,7 +201,7 @@ def changed_trainer(request, tmp_path):
         processing_class=tokenizer,
         peft_config=peft_config,
     )
-    start = answer_logps(trainer)
+    start = logps_of_all_answers(trainer)
     move(trainer.model, "lora_B.default" if "LoRA" in request.param else "", 0.3)
     return trainer, start
 
@@ -208,7 +216,7 @@ def move(model, part, by):
 
 
 @torch.no_grad()
-def answer_logps(trainer):
+def logps_of_all_answers(trainer):
     """Of every answer of up to two tokens to each prompt, under the policy as it is. Shape (prompts, answers)."""
     first, second = (side.flatten() for side in torch.meshgrid(*[torch.arange(VOCABULARY)] * 2, indexing="ij"))
     at_end = first == trainer.processing_class.eos_token_id  # the end token alone is one answer, not seven
@@ -233,7 +241,7 @@ def test_the_sampled_kl_is_the_exact_one_within_its_standard_error(changed_train
     estimate = sampled_kl(trainer, prompts * 40, max_new_tokens=LONGEST)
     assert torch.equal(torch.rand(3), expected), "the training's random state has moved"
     assert trainer.model.training
-    policy = answer_logps(trainer)
+    policy = logps_of_all_answers(trainer)
     np.testing.assert_allclose(np.exp(policy).sum(axis=1), 1, atol=1e-6)
     exact = (np.exp(policy) * (policy - start)).sum(axis=1).mean()
     assert estimate["n"] == 640

@@ -152,7 +152,7 @@ def test_an_adapter_is_no_start_and_the_way_out_is_one(kind, settings, message, 
 def test_an_adapter_beside_its_bases_config_is_an_adapter(tiny_model):
     expected = logits(tuned_adapter(tiny_model))
     shutil.copy(tiny_model / "config.json", "tuned")
-    assert identify("tuned").start == str(tiny_model)
+    assert identify("tuned").base == str(tiny_model)
     torch.testing.assert_close(logits(open_model("tuned")[0]), expected)
     assert main(["merge", "tuned"]) == 0
     torch.testing.assert_close(
@@ -175,7 +175,7 @@ def test_a_base_that_the_adapter_does_not_name_is_that_of_its_run(tiny_model):
     tuned_adapter(tiny_model, "run/checkpoint-2")
     change_json("run/checkpoint-2/adapter_config.json", base_model_name_or_path=None)
     Path("run/settings.json").write_text(json.dumps({"model_name_or_path": str(tiny_model)}))
-    assert identify("run/checkpoint-2").start == str(tiny_model)
+    assert identify("run/checkpoint-2").base == str(tiny_model)
 
 
 @pytest.mark.parametrize("how", ["in full", "saved by PEFT", "output alone"])

@@ -15,8 +15,8 @@ from transformers import (
 from trl import RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.models.likelihood import calibration, pair_scores
-from dpo_recipes.models.rewards import check_reloads, check_reward_model, load_reward_model, score
+from dpo_recipes.models.likelihood import pair_scores
+from dpo_recipes.models.rewards import calibration, check_reloads, check_reward_model, load_reward_model, score
 
 ON_CPU = dict(use_cpu=True, bf16=False, activation_checkpointing=False, report_to="none", disable_tqdm=True)
 

@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dpo_recipes.models import checkpoints
-from dpo_recipes.models.checkpoints import merge_adapter
+from dpo_recipes.models import merge
+from dpo_recipes.models.merge import merge_adapter
 from dpo_recipes.runs import run as runs
 from dpo_recipes.runs.page import remake
 
@@ -107,7 +107,7 @@ def test_a_merge_of_any_size_answers_as_before(update, dtype, deep_model):
         merged = merge_adapter(model, probe).float()
         after = merged(**probe).logits
     off = (after - before).norm() / max((before - start).norm(), 1e-5 * before.norm())
-    assert off <= checkpoints.MOST_LOST + 1e-3
+    assert off <= merge.MOST_LOST + 1e-3
 
 
 def fail(*_, **__):

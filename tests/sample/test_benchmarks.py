@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_recipes.cli import main
-from dpo_recipes.models.likelihood import generate
+from dpo_recipes.models.generation import generate
 from dpo_recipes.sample import benchmarks
 from dpo_recipes.sample.benchmarks import TEMPERATURES
 

@@ -12,7 +12,7 @@ from dpo_recipes.cli import main
 from dpo_recipes.dataset_adapters import recognise
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.loading import load_rows
-from dpo_recipes.models.likelihood import generate
+from dpo_recipes.models.generation import generate
 from dpo_recipes.recipe import RecipeArguments
 from dpo_recipes.sample import sampling
 
@@ -146,7 +146,7 @@ def test_prompts_that_the_model_cannot_answer_are_left_out_and_counted(tiny_mode
     output = capsys.readouterr().out
     for reason in ("the chat template refuses the conversation", "the prompt fills the model's context"):
         assert re.search(rf"^  {reason} +-1$", output, re.MULTILINE)
-    with pytest.raises(RecipeError, match=r"No prompts are left\. Above stands why\."):
+    with pytest.raises(RecipeError, match=r"No prompts are left\. The lines above name"):
         sample(model, dataset_name=write("long.jsonl", [{"prompt": "long " * 500}]), output="none")
 
 
