@@ -52,7 +52,7 @@ def test_peak_memory_is_that_of_the_process_itself():
     """Not that of the process that started it, which getrusage keeps on Linux."""
     held = bytearray(2**31)
     held[:: 2**12] = b"x" * (2**31 // 2**12)  # touched, so that it is resident
-    code = "from dpo_recipes.record import peak_memory; print(peak_memory())"
+    code = "from dpo_recipes.runs.model_card import peak_memory; print(peak_memory())"
     peak = int(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1]
     )
@@ -68,7 +68,7 @@ def test_peak_memory_is_that_of_the_process_itself():
         ("hh-rlhf-reward", "model.norm.weight", float("inf")),
     ],
 )
-def test_a_start_with_broken_weights_is_blamed_and_not_the_learning_rate(
+def test_an_initial_model_with_broken_weights_is_blamed_and_not_the_learning_rate(
     recipe, weight, value, tmp_path, tiny_model, hh_rows
 ):
     shutil.copytree(tiny_model, tmp_path / "model")
@@ -81,7 +81,7 @@ def test_a_start_with_broken_weights_is_blamed_and_not_the_learning_rate(
         cwd=tmp_path,
     )
     assert result.returncode == 2, result.stderr
-    assert f"1 weights of the model to start from are NaN or infinite ({weight}" in result.stderr.replace(
+    assert f"1 weights of the initial model are NaN or infinite ({weight}" in result.stderr.replace(
         "base_model.model.", ""
     ).replace(".base_layer", "")
     assert not (tmp_path / "run" / "settings.json").exists()
