@@ -1,4 +1,4 @@
-"""The words of the playground, from words.toml: fictional medicines, questions under pressure, sentences of answers."""
+"""Words of the playground, from words.toml: fictional medicines, questions under pressure, sentences of answers."""
 
 import tomllib
 from dataclasses import dataclass
