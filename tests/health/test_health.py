@@ -484,7 +484,7 @@ def test_two_processes_of_a_recipe_stop_together_with_status_1(tmp_path, tiny_mo
 def test_the_table_of_the_page_is_that_of_the_rules():
     page = (REPOSITORY / "docs" / "health.md").read_text().partition("## The rules")[2].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page if line.startswith("| `")]
-    tests = (REPOSITORY / "tests" / "test_health.py").read_text()
+    tests = (REPOSITORY / "tests" / "health" / "test_health.py").read_text()
     assert [row[0].strip("`") for row in rows] == list(RULES)
     for row, rule in zip(rows, RULES.values(), strict=True):
         fatal = ", fatal" if rule["fatal"] else ""
