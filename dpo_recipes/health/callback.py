@@ -66,9 +66,7 @@ class HealthCallback(TrainerCallback):
         self.prompts: list[Any] = []
         self.probed = -1  # the last update
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Probes the initial model. A resumed run keeps its findings; another call of `train` begins without any."""
         self._forget()
         self.facts, self.healthy = read_facts(self.trainer), state.global_step
@@ -90,7 +88,7 @@ class HealthCallback(TrainerCallback):
         self._write()
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Checks the gradients and the reference model. `stop` drops a broken update, so the weights stay good."""
         gradients = [weight.grad for weight in self.trainer.model.parameters() if weight.grad is not None]
@@ -108,26 +106,24 @@ class HealthCallback(TrainerCallback):
         if self.fatal is not None and not args.fp16:  # with fp16 the loss scale itself skips an update that overflows
             self.trainer.model.zero_grad()
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Applies the rules."""
         self._look(state, control, proven=not self.prompts)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Probes the policy and applies the rules."""
         self._probe(state)
         self._look(state, control, proven=True)
         self._write()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Prevents a checkpoint of a broken state."""
         if self.fatal is not None:
             control.should_save = control.should_evaluate = False
 
     on_epoch_end = on_step_end
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Writes the findings.
 
         Raises:

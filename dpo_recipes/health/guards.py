@@ -148,23 +148,19 @@ class ReferenceGuard(TrainerCallback):
         exact = trainer.model.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
         self.tolerance = REFERENCE_TOLERANCE["float32" if exact else "16 bits"]
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Compares policy and reference model; a resumed run reads the reference model's log-probs of step 0."""
         if state.global_step == 0:
             self.check()
         else:
             self.at_start = next((log[self.KEPT] for log in state.log_history if self.KEPT in log), None)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Keeps the reference model's log-probs of step 0 in the log, which checkpoints save."""
         if self.at_start is not None and not any(self.KEPT in log for log in state.log_history):
             state.log_history.append({self.KEPT: self.at_start, "step": state.global_step})
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Warns if the reference model has changed since step 0."""
         if moved := self.moved():
             logger.warning(moved)
@@ -179,7 +175,7 @@ class ReferenceGuard(TrainerCallback):
         if self.checked:
             return
         self.checked = True
-        batch = self._batch(min(REFERENCE_PAIRS, self.trainer.args.per_device_train_batch_size))
+        batch, reference = self._first_pairs(min(REFERENCE_PAIRS, self.trainer.args.per_device_train_batch_size))
         policy = self._logps(self.trainer.model_wrapped, batch)
         if not policy.isfinite().all():
             raise UnhealthyRunError(
@@ -187,17 +183,19 @@ class ReferenceGuard(TrainerCallback):
                 "are broken, or its dtype overflows (float16 ends at 65,504). Look at the model, or train it in "
                 "bfloat16 or float32."
             )
-        reference = self._reference(batch)
         if reference is not None:
             self.at_start = [float(reference.sum()), len(policy) // 2]
         nats = self._difference(policy, reference, batch)
         if nats is not None and not nats <= self.tolerance:  # NaN is refused too
             raise WrongReferenceError(nats)
 
-    def _batch(self, count: int) -> dict[str, Any]:
-        batch = self.trainer.data_collator(list(islice(self.trainer.train_dataset, count)))
-        prepared: dict[str, Any] = self.trainer._prepare_inputs(batch)
-        return prepared
+    def _first_pairs(self, count: int) -> tuple[dict[str, Any], torch.Tensor | None]:
+        """The first training pairs as a batch, and their log-probs by the reference model; None if it is not here."""
+        batch = self.trainer._prepare_inputs(
+            self.trainer.data_collator(list(islice(self.trainer.train_dataset, count)))
+        )
+        with reference_in_memory(self.trainer) as reference:
+            return batch, None if reference is None else self._logps(reference, batch)
 
     def _logps(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         was_training = model.training
@@ -206,10 +204,6 @@ class ReferenceGuard(TrainerCallback):
             logps = completion_logps(model, batch)
         model.train(was_training)
         return logps
-
-    def _reference(self, batch: dict[str, Any]) -> torch.Tensor | None:
-        with reference_in_memory(self.trainer) as reference:
-            return None if reference is None else self._logps(reference, batch)
 
     def _difference(self, policy: torch.Tensor, reference: torch.Tensor | None, batch: dict[str, Any]) -> float | None:
         """Root mean square difference in nats a token; None where the reference model's log-probs are not known.
@@ -233,8 +227,7 @@ class ReferenceGuard(TrainerCallback):
         if self.at_start is None or self.trainer.args.sync_ref_model:
             return None
         logps, pairs = self.at_start
-        batch = self._batch(int(pairs))
-        reference = self._reference(batch)
+        batch, reference = self._first_pairs(int(pairs))
         if reference is None:
             return None
         off = (float(reference.sum()) - logps) / int(batch["completion_mask"].sum())
@@ -265,15 +258,13 @@ class InterruptCallback(TrainerCallback):
         self.signal = number
         logger.warning("Interrupted: saving a checkpoint at the end of this step (once more: stop at once).")
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Takes the signals over, except a SIGHUP that nohup ignores."""
         ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         heeded = STOPPING[:-1] if ignored else STOPPING
         self.previous = {number: signal.signal(number, self._handle) for number in heeded}
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Asks for a checkpoint and the end of training; all processes stop at the same step after a signal to one."""
         if stop := max(gather_object([self.signal])):
             self.signal = stop
@@ -281,9 +272,7 @@ class InterruptCallback(TrainerCallback):
             control.should_evaluate = False
             control.should_training_stop = True
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Gives the signals back, and exits with the shell's status for the signal if one came.
 
         The processes exit together: torch's launcher ends the others as soon as one has exited, maybe during a save.

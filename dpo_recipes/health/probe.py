@@ -1,7 +1,7 @@
 """Reads a trainer: the facts that the rules need, and a few answers of its policy."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -33,24 +33,12 @@ def read_facts(trainer: Trainer) -> Facts:
     if isinstance(trainer, PPOTrainer):
         given = dict(kl_of_answers=True, critic_warmup=args.critic_warmup_steps)
 
-    @cache
-    def baselines() -> dict[str, float]:
-        columns = ["prompt", "chosen", "rejected"]
-        if not isinstance(rows, Dataset) or not set(columns) <= set(rows.column_names):
-            return {}
-        part = _some(rows.select_columns(columns))
-        if not all(isinstance(text, str) for column in columns for value in part[column] for text in _contents(value)):
-            return {}  # images
-        found = find_signals(DatasetDict(train=part, test=part))["baselines"]
-        found.pop("bag_of_words", None)  # the one that reads the answers
-        return {name: max(rule["accuracy"], 1 - rule["accuracy"]) for name, rule in found.items()}
-
     return Facts(
         pairs_per_update=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         max_steps=trainer.state.max_steps,
         eval_pairs=len(held_out) if isinstance(held_out, Dataset) else 0,
         scaled=args.fp16,
-        baselines=baselines,
+        baselines=cache(partial(_baselines, rows)),
         **given,
     )
 
@@ -58,6 +46,19 @@ def read_facts(trainer: Trainer) -> Facts:
 def _some(rows: Dataset) -> Dataset:
     """At most a thousand rows, evenly spread because data may be sorted."""
     return rows.select(range(0, len(rows), len(rows) // 1000 + 1))
+
+
+def _baselines(rows: Any) -> dict[str, float]:
+    """Accuracy on the pairs of rules that do not read the answers; empty if the rows are a stream or hold images."""
+    columns = ["prompt", "chosen", "rejected"]
+    if not isinstance(rows, Dataset) or not set(columns) <= set(rows.column_names):
+        return {}
+    part = _some(rows.select_columns(columns))
+    if not all(isinstance(text, str) for column in columns for value in part[column] for text in _contents(value)):
+        return {}
+    found = find_signals(DatasetDict(train=part, test=part))["baselines"]
+    found.pop("bag_of_words", None)  # the one that reads the answers
+    return {name: max(rule["accuracy"], 1 - rule["accuracy"]) for name, rule in found.items()}
 
 
 def _contents(text: Any) -> list[Any]:

@@ -112,15 +112,12 @@ def _measure_reward_model(trainer: RewardTrainer, strata: str | None, outcome: O
         "reward_scores": spread,
     }
     outcome.header = ("", "held-out pairs")
-    outcome.rows += [
-        *([_label("reward_accuracy", stratum), share] for stratum, share in accuracy.items()),
-        *([f"{name}, mean ± std", "{mean:+.2f} ± {std:.2f}".format(**spread[name])] for name in spread),
-        *([LABELS[name], f"{fit[name]:.3f}"] for name in ("log_loss", "brier", "expected_calibration_error")),
-        *(
-            [f"  right, where it says {row['low']:.2f} to {row['high']:.2f}", f"{row['right']:.3f} of {row['n']}"]
-            for row in fit["reliability"]
-        ),
-    ]
+    outcome.rows += [[_label("reward_accuracy", stratum), share] for stratum, share in accuracy.items()]
+    outcome.rows += [[f"{name}, mean ± std", "{mean:+.2f} ± {std:.2f}".format(**spread[name])] for name in spread]
+    outcome.rows += [[LABELS[name], f"{fit[name]:.3f}"] for name in ("log_loss", "brier", "expected_calibration_error")]
+    for row in fit["reliability"]:
+        said = f"  right, where it says {row['low']:.2f} to {row['high']:.2f}"
+        outcome.rows.append([said, f"{row['right']:.3f} of {row['n']}"])
     outcome.note = f"(95 % intervals; {len(margins)} held-out pairs.)"
     outcome.warnings = _chance_warning(accuracy[ALL])
 

@@ -18,7 +18,7 @@ class ProgressLines(ProgressCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
         """Writes the line above the bar. Token accuracy is left out where the rewards say more."""
         logs = logs or {}
@@ -36,14 +36,14 @@ class DeclareCheckpoints(TrainerCallback):
     def _names(state: TrainerState) -> tuple[str, str]:
         return f"checkpoint-{state.global_step}", "README.md"  # the draft of a model card that TRL writes with it
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Declares the checkpoint of this update."""
         if control.should_save and state.is_world_process_zero:
             declare(args.output_dir, *self._names(state))
 
     on_epoch_end = on_step_end
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Lists the files that all processes have written."""
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
@@ -56,9 +56,7 @@ class NoUpdateAfterTheLast(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leaves out the epochs where no update is left."""
         if state.global_step >= state.max_steps:
             self.trainer._run_epoch = lambda **_: None
