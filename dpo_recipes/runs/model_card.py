@@ -29,9 +29,9 @@ SHOWN_SETTINGS = (
 
 
 def peak_memory() -> int:
-    """The largest resident memory that this process has had, in bytes.
+    """The largest resident memory of this process so far, in bytes.
 
-    On Linux `getrusage` keeps the peak of the process that started this one, which /proc does not.
+    On Linux `getrusage` also keeps the peak of the parent process; /proc does not.
     """
     with suppress(OSError):
         if found := re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE):
@@ -41,13 +41,12 @@ def peak_memory() -> int:
 
 def cost(trainer: Trainer) -> dict[str, Any]:
     """Updates, seconds and peak memory of a finished run."""
+    last = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
     spent: dict[str, Any] = {
         "updates": trainer.state.global_step,
-        "resumed_from_update": trainer._initial_global_step,  # seconds, and tokens of DPO and its like, are since then
-        "train_seconds": next(
-            (log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log), None
-        ),
-        "tokens": next((log["num_tokens"] for log in reversed(trainer.state.log_history) if "num_tokens" in log), None),
+        "resumed_from_update": trainer._initial_global_step,  # seconds, and tokens of offline trainers, count from here
+        "train_seconds": last.get("train_runtime"),
+        "tokens": last.get("num_tokens"),
         "peak_memory_mib": round(peak_memory() / 2**20),
     }
     if torch.cuda.is_available():
@@ -68,7 +67,7 @@ def hardware(device: torch.device, processes: int = 1) -> str:
 
 
 def data_hash(dataset: Dataset) -> str:
-    """A hash of the pairs themselves, in order; the same whether they came from a cache or not."""
+    """A hash of the rows in order; the same whether they came from a cache or not."""
     columns = [name for name in ("prompt", "chosen", "rejected", "completion", "text") if name in dataset.column_names]
     digest = hashlib.sha256()
     for rows in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):

@@ -140,7 +140,7 @@ def test_a_healthy_run_says_so_and_a_reward_model_shows_what_it_is_worth(page_of
     page = page_of({name: held[name] for name in ("settings", "metrics", "health", "done")})
     for said in (
         *(
-            "Healthy: none of the 2 health rules that watched was broken in 1,888 updates.",
+            "Healthy: 2 health rules watched 1,888 updates, and no rule was broken.",
             "accuracy, all n = 400 0.930 [0.880,",
         ),
         *("margin, mean ± std 3.89 ± 1.77", "Log-loss 0.119", "0.50 to 0.55 0.526 0.333 12"),
