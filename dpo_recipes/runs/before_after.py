@@ -263,14 +263,3 @@ def _tabulate_scores(outcome: Outcome) -> None:
             found = {side: mean_with_interval([answer[side]["scores"][name] for answer in group]) for side in SIDES}
             outcome.rows.append([f"{name}, {label}", *found.values()])
             result[label][name] = _plain(found)
-
-
-def readable(answers: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Prompt and both answers as text; of a conversation only the last message."""
-    return [
-        {
-            "prompt": answer["prompt"] if isinstance(answer["prompt"], str) else answer["prompt"][-1]["content"],
-            **{side: answer[side]["text"] for side in SIDES},
-        }
-        for answer in answers
-    ]

@@ -57,16 +57,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def side_by_side(samples: Sequence[Mapping[str, Any]]) -> str:
-    """Prompts with both models' answers, wrapped for a terminal.
+def side_by_side(answers: Sequence[Mapping[str, Any]]) -> str:
+    """Prompts with both models' answers, wrapped for a terminal; of a conversation only the last message.
 
     Args:
-        samples: Each has `prompt`, `before` and `after`, all text.
+        answers: As samples.jsonl holds them.
     """
-    return "\n\n".join(
-        "\n".join(
-            textwrap.fill(sample[part], width=100, initial_indent=f"{part.title():<8}", subsequent_indent=" " * 8)
-            for part in ("prompt", "before", "after")
-        )
-        for sample in samples
-    )
+    blocks = []
+    for answer in answers:
+        prompt = answer["prompt"] if isinstance(answer["prompt"], str) else answer["prompt"][-1]["content"]
+        parts = {"Prompt": prompt, "Before": answer["before"]["text"], "After": answer["after"]["text"]}
+        for name, text in parts.items():
+            blocks.append(textwrap.fill(text, width=100, initial_indent=f"{name:<8}", subsequent_indent=" " * 8))
+        blocks.append("")
+    return "\n".join(blocks[:-1])

@@ -101,7 +101,6 @@ def write_model_card(folder: Path) -> Path:
         "metrics": metrics,
         "done": done,
         "warnings": dict.fromkeys([*metrics.get("warnings", []), *done["warnings"]]),
-        "libraries": LIBRARIES,
         "shown_settings": SHOWN_SETTINGS,
     }
     filters = {"code": code, "fence": fence, "inline": inline, "one_line": one_line, "yaml_text": yaml_text}

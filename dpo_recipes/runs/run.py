@@ -30,7 +30,7 @@ from dpo_recipes.models.open import open_model
 from dpo_recipes.models.rewards import Text, check_reloads
 from dpo_recipes.ppo.trainer import PPOTrainer
 from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, RecipeArguments, is_disk_full, settings_hash
-from dpo_recipes.runs.before_after import Outcome, Questions, Score, measure, not_measured, readable
+from dpo_recipes.runs.before_after import Outcome, Questions, Score, measure, not_measured
 from dpo_recipes.runs.callbacks import DeclareCheckpoints, NoUpdateAfterTheLast, ProgressLines
 from dpo_recipes.runs.curves import side_by_side, table
 from dpo_recipes.runs.model_card import LIBRARIES, cost, data_hash, hardware, weights_hash, write_model_card
@@ -293,6 +293,6 @@ def _show(folder: Path, outcome: Outcome, failures: Sequence[str], files: Sequen
     for warning in [*outcome.warnings, *failures]:
         say(f"WARNING: {warning}\n")
     if outcome.answers:
-        say(side_by_side(readable(outcome.answers[:3])) + "\n")
+        say(side_by_side(outcome.answers[:3]) + "\n")
     kind = "LoRA adapter" if (folder / "adapter_config.json").exists() else "Model"
     say("\n".join([f"{kind:<13}{folder}", *(f"{file.name:<13} {file}" for file in files)]))
