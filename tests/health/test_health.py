@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -453,6 +454,10 @@ def test_wandb_gets_an_alert(start, tmp_path, found, monkeypatch):
         assert set(found(trainer)) == {"wrong_reference"}
         folder = run.dir
     [file] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    end = time.monotonic() + 60
+    while not any(record.WhichOneof("record_type") == "exit" for record in records(file)):
+        assert time.monotonic() < end, "wandb's own process writes the file, and may be late"
+        time.sleep(0.1)
     alerts = [record.alert for record in records(file) if record.WhichOneof("record_type") == "alert"]
     assert [alert.title for alert in alerts] == ["wrong_reference, update 1"], folder
     assert "Do: let TRL make the reference" in alerts[0].text
