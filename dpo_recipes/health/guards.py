@@ -228,9 +228,7 @@ class ReferenceGuard(TrainerCallback):
             return None
         logps, pairs = self.at_start
         batch, reference = self._first_pairs(int(pairs))
-        if reference is None:
-            return None
-        off = (float(reference.sum()) - logps) / int(batch["completion_mask"].sum())
+        off = 0.0 if reference is None else (float(reference.sum()) - logps) / int(batch["completion_mask"].sum())
         if abs(off) <= self.tolerance:
             return None
         return (
