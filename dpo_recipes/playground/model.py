@@ -12,10 +12,8 @@ import torch
 import transformers
 
 from dpo_recipes.playground.pairs import write_pairs
+from dpo_recipes.playground.words import CHAT_TEMPLATE
 
-# A turn is its speaker's mark and its text. An assistant turn ends with the EOS token; {% generation %} marks both as
-# text to learn.
-CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 EOS, PAD = "<|end|>", "<|pad|>"
 VOCABULARY = 1024
 MAX_NEW_TOKENS = 72  # more than the longest answer needs

@@ -29,6 +29,8 @@ FOODS = tuple(sorted({food for medicine in MEDICINES.values() for food in medici
 PHRASINGS: list[tuple[str, str]] = [(kind, text) for kind, texts in _WORDS["questions"].items() for text in texts]
 SENTENCES: dict[str, dict[str, dict[str, list[str]]]] = _WORDS["sentences"]
 
+CHAT_TEMPLATE: str = _WORDS["chat_template"]
+
 # The parts of an answer in the orders that the grammar writes.
 ORDERS = (
     ("resisted", "amounts", "interaction", "professional"),
