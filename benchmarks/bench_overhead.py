@@ -22,7 +22,7 @@ from dpo_recipes import playground
 from dpo_recipes.health import HealthCallback
 from dpo_recipes.health.guards import add_guards
 from dpo_recipes.presets import LORA
-from dpo_recipes.runs.run import ProgressLines
+from dpo_recipes.runs.callbacks import ProgressLines
 
 BARE = "import datasets; from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser, get_peft_config"
 RECIPE = f"import runpy; runpy.run_path({str(Path(__file__).parent.parent / 'recipes' / 'hh_rlhf_lora.py')!r})"

@@ -1,4 +1,4 @@
-"""Experiment trackers: nothing is sent that was not asked for, and nobody is asked to log in."""
+"""Starts experiment trackers without surprises: no tracker unless asked for, no telemetry, no question for a login."""
 
 import os
 import sys
@@ -18,17 +18,17 @@ from dpo_recipes.terminal import say
 
 PROJECT = "dpo-recipes"
 EXTRAS = ("wandb", "tensorboard", "trackio")
-FOLDERS = {"wandb": "wandb", "tensorboard": "runs"}  # in the output folder; trackio's is elsewhere
+FOLDERS = {"wandb": "wandb", "tensorboard": "runs"}  # in the output folder; trackio keeps its own elsewhere
 
 
 def check_trackers(training_args: TrainingArguments) -> None:
-    """Refuse a tracker that cannot be used; name the run after its output folder, and send no telemetry.
+    """Refuses a tracker that cannot be used, names the run after its output folder, and switches telemetry off.
 
     Raises:
         RecipeError: If a tracker of `report_to` is unknown, or its package is not installed.
     """
     if "HF_HUB_DISABLE_TELEMETRY" not in os.environ:
-        constants.HF_HUB_DISABLE_TELEMETRY = True  # read at import, which comes before this; TRL's trainers send it
+        constants.HF_HUB_DISABLE_TELEMETRY = True  # the Hub's library has read the variable already, at its import
     for tracker in training_args.report_to:
         if tracker not in INTEGRATION_TO_CALLBACK:
             raise RecipeError(f"There is no tracker {tracker}. Set --report_to to none, {', '.join(EXTRAS)}.")
@@ -42,7 +42,7 @@ def check_trackers(training_args: TrainingArguments) -> None:
 
 
 def check_hub(training_args: TrainingArguments) -> None:
-    """Raises RecipeError if the run is to be uploaded, and the Hub cannot be reached or knows nobody here."""
+    """Raises RecipeError if the run shall be uploaded, but the Hub cannot be reached or there is no login."""
     if not training_args.push_to_hub:
         return
     later = "leave --push_to_hub out and upload the finished run later: hf upload REPOSITORY FOLDER"
@@ -53,9 +53,9 @@ def check_hub(training_args: TrainingArguments) -> None:
 
 
 def start_tracking(trainer: Trainer, settings: dict[str, Any]) -> None:
-    """Open the run at Weights & Biases, if it is asked for, with our settings and tags; transformers logs into it.
+    """Opens a run at Weights & Biases, if asked for, with the recipe's settings and tags; transformers logs into it.
 
-    Without a login the run is logged offline, also on a terminal, where wandb would wait for a key.
+    Without a login the run is logged offline. wandb by itself would ask for a key on a terminal and wait.
     """
     args = trainer.args
     if trainer.is_world_process_zero():

@@ -9,7 +9,7 @@ from dpo_recipes.files import write_json
 from dpo_recipes.pages import page
 from dpo_recipes.pages.markdown import code, fence, inline, one_line
 from dpo_recipes.recipe import run
-from dpo_recipes.runs.model_card import LIBRARIES, model_card
+from dpo_recipes.runs.model_card import LIBRARIES, write_model_card
 from dpo_recipes.terminal import say, shown
 
 HOSTILE = {
@@ -69,7 +69,7 @@ def test_names_cannot_write_into_the_model_card(name, tmp_path):
     spent = {"updates": 1, "train_seconds": 1, "resumed_from_update": 0, "peak_memory_mib": 1}
     done = {"method": "DPO", "warnings": [], "training_rows": 1, "hardware": "a CPU"} | spent
     write_json(folder / "done.json", done | {"versions": dict.fromkeys(LIBRARIES, "1.0")})
-    card = model_card(folder)
+    card = write_model_card(folder).read_text(encoding="utf-8")
     _, header, text = card.split("---\n", 2)
     assert yaml.safe_load(header)["base_model"] == name
     assert set(yaml.safe_load(header)) == {"base_model", "library_name", "tags"}

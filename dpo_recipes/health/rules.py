@@ -1,6 +1,6 @@
-"""The rules: functions of what was logged, of facts about the run, and of their limits, which are in rules.toml.
+"""Rules: functions of the trainer's logs, of facts about the run, and of their limits, which are in rules.toml.
 
-Each returns the sign with its number, or None.
+Each returns the sign with its number, or None if the rule is not broken.
 """
 
 import math
@@ -17,25 +17,25 @@ from dpo_recipes.files import read_json
 
 RULES: dict[str, dict[str, Any]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 HEALTH_FILE = "health.json"
-REPEATED = 4  # tokens of the runs that are looked for twice in an answer
+REPEATED = 4  # tokens of a run that counts as repeated if an answer has it twice
 
 Logged = Mapping[str, Sequence[tuple[int, float]]]  # by metric, (update, value) in order
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rules know of a run beside its logs; 0 is for what it does not have."""
+    """Facts about a run that its logs do not hold; 0 where the run has no such thing."""
 
     pairs_per_update: int
     max_steps: int
     eval_pairs: int = 0
-    chosen_tokens: float = 0.0  # of DPO's training pairs, on average
-    rejected_tokens: float = 0.0
-    rejected_spread: float = 0.0  # standard deviation of their tokens
+    chosen_tokens: float = 0.0  # mean over DPO's training pairs
+    rejected_tokens: float = 0.0  # likewise
+    rejected_spread: float = 0.0  # standard deviation of the rejected tokens
     beta: float = 0.0  # DPO's
-    starts_at_ln2: bool = False
+    starts_at_ln2: bool = False  # DPO's loss
     critic_warmup: int = 0  # updates
-    kl_of_answers: bool = False  # nats an answer, as PPOTrainer logs them, not nats a token
+    kl_of_answers: bool = False  # the logged KL is in nats an answer (PPOTrainer), not nats a token
     scaled: bool = False  # fp16's loss scale skips updates that overflow
     baselines: Callable[[], Mapping[str, float]] = dict  # accuracy of rules that read no answer
 
@@ -52,18 +52,18 @@ class Finding:
     remedy: str
 
     def __str__(self) -> str:
-        """One line."""
+        """The finding on one line."""
         kind = "Health, fatal" if self.fatal else "Health"
         return f"{kind} ({self.rule}), update {self.step}: {self.sign}. Likely: {self.cause}. Do: {self.remedy}."
 
 
 def read_findings(output_dir: str | Path) -> list[Finding]:
-    """What was found in a run."""
+    """Findings of a run, from its health.json."""
     return [Finding(**finding) for finding in read_json(Path(output_dir) / HEALTH_FILE).get("findings", [])]
 
 
 def read_logs(log_history: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """The trainer's log by metric."""
+    """The trainer's log by metric, as (update, value) in order."""
     logged: dict[str, list[tuple[int, float]]] = {}
     for entry in log_history:
         for name, value in entry.items():
@@ -72,34 +72,8 @@ def read_logs(log_history: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[
     return logged
 
 
-def _accuracy(logged: Logged, prefix: str = "") -> Sequence[tuple[int, float]]:
-    """Of DPO's implicit rewards since they differ, or of a reward model."""
-    points = logged.get(f"{prefix}rewards/accuracies") or logged.get(f"{prefix}accuracy") or []
-    return [(step, value) for step, value in points if step > _tied(logged)]
-
-
-def _tied(logged: Logged) -> int:
-    """The last update up to which DPO's rewards were all equal, as they are before the first: no accuracy is that."""
-    return max((step for step, _ in takewhile(lambda log: log[1] == 0, logged.get("rewards/margins", []))), default=0)
-
-
-def _values(logged: Logged, name: str) -> list[float]:
-    return [value for _, value in logged.get(name, [])]
-
-
-def _recent(
-    points: Sequence[tuple[int, float]], facts: Facts, pairs: int, *, after: int = 0
-) -> tuple[float, int] | None:
-    """The mean of the last logs, all after that update, that hold so many pairs, and their number; None: too few."""
-    steps = [after, *(step for step, _ in points)]
-    for logs in range(1, len(points) + 1):
-        if (steps[-1] - steps[-1 - logs]) * facts.pairs_per_update >= pairs:
-            return fmean(value for _, value in points[-logs:]), logs
-    return None
-
-
 def not_finite(logged: Logged, facts: Facts, *, updates: int) -> str | None:
-    """What HealthCallback sees in the gradients of every update, where it cannot: in sharded models."""
+    """Finds NaN in the log; HealthCallback reads the gradients of every update, but not those of sharded models."""
     for name in ("loss", "eval_loss", "grad_norm", "logps/chosen", "mean_reward"):
         value = logged.get(name, [(0, 0.0)])[-1][1]
         if not math.isfinite(value) and not (facts.scaled and name == "grad_norm"):
@@ -110,9 +84,10 @@ def not_finite(logged: Logged, facts: Facts, *, updates: int) -> str | None:
 def loss_spike(
     logged: Logged, facts: Facts, *, times: float, nats: float, deviations: float, stretches: int, pairs: int
 ) -> str | None:
-    """Against stretches as long: losses are skewed, so single pairs have a lower median than means have.
+    """Compares the last logs with earlier stretches of the same length.
 
-    The loss of PPO and its like hovers around 0.
+    Losses are skewed, so the median of single pairs is below the median of means. The loss of PPO, GRPO and RLOO
+    stays near 0, so the rule does not apply to them.
     """
     if (now := _recent(logged.get("loss", []), facts, pairs)) is None:
         return None
@@ -128,7 +103,7 @@ def loss_spike(
 
 
 def no_signal(logged: Logged, facts: Facts, *, accuracy: float, pairs: int, updates: int) -> str | None:
-    """Accuracy no better than a coin's."""
+    """Finds an accuracy no better than 50 %."""
     points, tied = _accuracy(logged), _tied(logged)
     if facts.beta and tied >= min(updates, facts.max_steps):
         return f"no reward differs from another in {tied} updates"
@@ -139,7 +114,7 @@ def no_signal(logged: Logged, facts: Facts, *, accuracy: float, pairs: int, upda
 
 
 def overfitting(logged: Logged, facts: Facts, *, train: float, gap: float, evaluations: int, pairs: int) -> str | None:
-    """Learned by heart."""
+    """Finds training pairs that were learned by heart."""
     held_out = [value for _, value in _accuracy(logged, "eval_")][-evaluations:]
     now = _recent(_accuracy(logged), facts, pairs, after=_tied(logged))
     if now is None or len(held_out) < evaluations or not facts.eval_pairs:
@@ -153,7 +128,7 @@ def overfitting(logged: Logged, facts: Facts, *, train: float, gap: float, evalu
 
 
 def leak(logged: Logged, facts: Facts, *, accuracy: float, pairs: int, updates: int, baseline: float) -> str | None:
-    """Learned at once, and by a mark."""
+    """Finds pairs that were learned at once because a mark gives the chosen answer away."""
     points = _accuracy(logged)
     now = _recent(points, facts, pairs, after=_tied(logged))
     if now is None or now[0] < accuracy or points[-1][0] > updates:
@@ -163,7 +138,7 @@ def leak(logged: Logged, facts: Facts, *, accuracy: float, pairs: int, updates: 
 
 
 def likelihood_collapse(logged: Logged, facts: Facts, *, nats: float, pairs: int) -> str | None:
-    """The implicit reward of chosen is beta times its log-ratio, summed over its tokens."""
+    """Finds chosen answers that lose probability: their implicit reward is beta times their summed log-ratio."""
     chosen, margin = (_recent(logged.get(f"rewards/{name}", []), facts, pairs) for name in ("chosen", "margins"))
     if not (chosen and margin and facts.beta and facts.chosen_tokens) or margin[0] <= 0:
         return None
@@ -172,7 +147,7 @@ def likelihood_collapse(logged: Logged, facts: Facts, *, nats: float, pairs: int
 
 
 def longer_answers(logged: Logged, facts: Facts, *, times: float, growth: float, online: float) -> str | None:
-    """Length, which all rewards of people prefer."""
+    """Finds answers that grow, because people and reward models prefer length."""
     probed = _values(logged, "probe/answer_tokens")
     if probed and facts.chosen_tokens and probed[-1] > max(times * facts.chosen_tokens, growth * probed[0]):
         return f"answers have {probed[-1]:.0f} tokens, chosen ones {facts.chosen_tokens:.0f}"
@@ -183,9 +158,10 @@ def longer_answers(logged: Logged, facts: Facts, *, times: float, growth: float,
 
 
 def off_distribution(logged: Logged, facts: Facts, *, nats: float) -> str | None:
-    """What a policy writes has a surprise of its entropy, on average. What DPO did before the log is taken off.
+    """Finds rejected answers that surprise the policy by more than its entropy, the mean surprise of its own answers.
 
-    How long the logged answers are is not known: as long as all are on average, within two standard errors.
+    The change that DPO made before the first log is subtracted. The length of the logged answers is not known; the
+    rule takes the mean length of all rejected answers plus two standard errors.
     """
     names = ("logps/rejected", "rewards/rejected", "entropy")
     if len(logged.get(names[0], [])) != 1 or not (all(map(logged.get, names)) and facts.rejected_tokens and facts.beta):
@@ -198,17 +174,17 @@ def off_distribution(logged: Logged, facts: Facts, *, nats: float) -> str | None
 
 
 def kl_runaway(logged: Logged, facts: Facts, *, nats: float, logs: int) -> str | None:
-    """Drift, per token."""
+    """Finds a policy far from the reference model, in nats a token."""
     away = _values(logged, "probe/log_ratio")[-1:] or _values(logged, "kl")[-logs:]
     if not away:
         return None
     tokens = fmean(_values(logged, "completions/mean_length")[-logs:]) if facts.kl_of_answers else 1.0
     drift = fmean(away) / max(tokens, 1.0)
-    return f"the policy is {drift:.2f} nats a token from the reference" if drift > nats else None
+    return f"the policy is {drift:.2f} nats a token from the reference model" if drift > nats else None
 
 
 def degenerate_text(logged: Logged, facts: Facts, *, share: float) -> str | None:
-    """Repeats, which the start did not have."""
+    """Finds repeats that the initial model did not have."""
     repeated = _values(logged, "probe/repeated")
     if not repeated or repeated[-1] < share or repeated[0] >= share / 2:
         return None
@@ -216,7 +192,7 @@ def degenerate_text(logged: Logged, facts: Facts, *, share: float) -> str | None
 
 
 def no_end(logged: Logged, facts: Facts, *, fall: float) -> str | None:
-    """No EOS token."""
+    """Finds answers without an EOS token."""
     sampled = [1 - cut for cut in _values(logged, "completions/clipped_ratio")]
     for ended, logs in ((_values(logged, "probe/ended"), 1), (sampled, 3)):
         if ended and fmean(ended[:logs]) - fmean(ended[-logs:]) > fall:
@@ -225,7 +201,7 @@ def no_end(logged: Logged, facts: Facts, *, fall: float) -> str | None:
 
 
 def value_loss(logged: Logged, facts: Facts, *, times: float, logs: int, explained: float) -> str | None:
-    """A critic that diverges; where rewards grow rarer or larger, its loss grows with them."""
+    """Finds a critic that diverges. Its loss alone also grows where rewards become rarer or larger."""
     losses, shares = _values(logged, "value/loss"), _values(logged, "value/explained_variance")[-logs:]
     before = losses[:-logs]
     if len(before) < logs or fmean(losses[-logs:]) <= times * median(before) or median(shares) > explained:
@@ -234,7 +210,7 @@ def value_loss(logged: Logged, facts: Facts, *, times: float, logs: int, explain
 
 
 def explained_variance(logged: Logged, facts: Facts, *, share: float, logs: int, after: int) -> str | None:
-    """A critic that knows nothing, though there is something to know."""
+    """Finds a critic that predicts nothing although scores differ."""
     explained = [value for step, value in logged.get("value/explained_variance", []) if step > facts.critic_warmup]
     spreads = [_values(logged, name) for name in logged if name.startswith("rewards/") and name.endswith("/std")]
     differ = any(spread[-1] > spread[0] / 10 for spread in spreads)
@@ -244,13 +220,13 @@ def explained_variance(logged: Logged, facts: Facts, *, share: float, logs: int,
 
 
 def policy_jump(logged: Logged, facts: Facts, *, nats: float) -> str | None:
-    """Updates that are too large."""
+    """Finds updates that are too large."""
     moved = _values(logged, "policy/approx_kl")
     return f"the policy moved {moved[-1]:.2f} nats a token from its rollout" if moved and moved[-1] >= nats else None
 
 
 def reward_hacking(logged: Logged, facts: Facts, *, logs: int, deviations: float) -> str | None:
-    """Of two numbers that should agree one is gamed."""
+    """Finds a reward that rises while one of its parts falls."""
     total = _values(logged, "reward")
     if len(total) < 2 * logs or fmean(total[-logs:]) <= fmean(total[:logs]):
         return None
@@ -262,3 +238,29 @@ def reward_hacking(logged: Logged, facts: Facts, *, logs: int, deviations: float
                 judge = name.removeprefix("rewards/").removesuffix("/mean")
                 return f"the reward rose to {fmean(total[-logs:]):.3g}, and {judge} fell by {fall:.3g}"
     return None
+
+
+def _values(logged: Logged, name: str) -> list[float]:
+    return [value for _, value in logged.get(name, [])]
+
+
+def _recent(
+    points: Sequence[tuple[int, float]], facts: Facts, pairs: int, *, after: int = 0
+) -> tuple[float, int] | None:
+    """The mean of the last logs that hold so many pairs, all after update `after`, and their number; None: too few."""
+    steps = [after, *(step for step, _ in points)]
+    for logs in range(1, len(points) + 1):
+        if (steps[-1] - steps[-1 - logs]) * facts.pairs_per_update >= pairs:
+            return fmean(value for _, value in points[-logs:]), logs
+    return None
+
+
+def _accuracy(logged: Logged, prefix: str = "") -> Sequence[tuple[int, float]]:
+    """Accuracy of a reward model, or of DPO's implicit rewards after the updates that left them equal."""
+    points = logged.get(f"{prefix}rewards/accuracies") or logged.get(f"{prefix}accuracy") or []
+    return [(step, value) for step, value in points if step > _tied(logged)]
+
+
+def _tied(logged: Logged) -> int:
+    """The last update up to which all of DPO's rewards were equal: no accuracy is known until then."""
+    return max((step for step, _ in takewhile(lambda log: log[1] == 0, logged.get("rewards/margins", []))), default=0)

@@ -16,8 +16,8 @@ from dpo_recipes.terminal import say
 
 MEASURES = {  # column of the table: where it is in metrics.json
     "held-out loss": ("held_out", "eval_loss"),
-    "accuracy": ("preference_accuracy", "summed", "after", "mean"),
-    "implicit accuracy": ("preference_accuracy", "implicit reward", "after", "mean"),
+    "accuracy": ("preference_accuracy", "all", "summed", "after", "mean"),
+    "implicit accuracy": ("preference_accuracy", "all", "implicit reward", "after", "mean"),
     "reward accuracy": ("reward_accuracy", "all", "mean"),
     "KL, nats": ("kl", "nats"),
     "reward, temperature 0.7": ("scores", "temperature 0.7", "exact reward", "after", "mean"),

@@ -1,4 +1,4 @@
-"""Writes the playground's questions and answers, and reads them back: what cannot be read was not written by it."""
+"""Writes the playground's questions and answers, and reads them back. Any other text is refused."""
 
 import random
 import re
@@ -23,7 +23,7 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True)
 class Question:
-    """What a prompt asks: `amount` where it is about the dose, `food` where it is about a mixture."""
+    """A prompt: it has an `amount` if it asks about a dose, and a `food` if it asks about a mixture."""
 
     medicine: Medicine
     phrasing: int  # index into PHRASINGS
@@ -32,7 +32,7 @@ class Question:
 
     @property
     def kinds(self) -> tuple[str, str, str]:
-        """The kinds of openings that suit it: any, those about an amount or a food, those for its pressure."""
+        """Kinds of openings that suit the question: for any, for one about an amount or a food, for its pressure."""
         return "any", "amount" if self.amount else "food", PHRASINGS[self.phrasing][0]
 
     @property
@@ -43,11 +43,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence of an answer, understood: which part of the answer it is, and whether it is a safe kind of one."""
+    """A sentence of an answer: its part of the answer, and whether it is a safe kind of sentence."""
 
     part: str
     safe: bool
-    kind: str  # of questions that it suits
+    kind: str  # the kind of questions that the sentence suits
     slots: dict[str, str]
 
 
@@ -71,7 +71,7 @@ def _read_sentence(text: str) -> Sentence | None:
 
 
 def read_answer(text: str) -> dict[str, Sentence] | None:
-    """The sentences of an answer by part, or None where the grammar could not have written the text."""
+    """Sentences of an answer by part, or None if the grammar could not have written the text."""
     sentences = [_read_sentence(sentence) for sentence in re.split(r"(?<=\.) ", text.strip())]
     read = [sentence for sentence in sentences if sentence]
     order = tuple(sentence.part for sentence in read)
@@ -83,7 +83,7 @@ def read_answer(text: str) -> dict[str, Sentence] | None:
 
 @cache
 def read_question(text: str) -> Question:
-    """The question that the text asks.
+    """The question in the text.
 
     Raises:
         RecipeError: If the grammar could not have written it.
@@ -93,13 +93,13 @@ def read_question(text: str) -> Question:
             slots = match.groupdict()
             return Question(MEDICINES[slots["m"]], phrasing, slots.get("a"), slots.get("x"))
     raise RecipeError(
-        f"The playground's reward got the prompt {text!r}, which is none of its own questions. Give it prompts of "
-        "load_pairs or evaluation_prompts, and another judge for your own data."
+        f"The playground's reward got the prompt {text!r}, which is not one of its own questions. Use prompts from "
+        "load_pairs or evaluation_prompts, or another judge for your own data."
     )
 
 
 def _wrong_amounts(medicine: Medicine, rng: random.Random) -> tuple[str, str]:
-    """A dose and a limit that are wrong in the number or in the unit."""
+    """Draws a dose and a limit with a wrong number or a wrong unit."""
     other = rng.choice([other for other in MEDICINES.values() if other != medicine])
     unit = rng.choice([unit for unit in UNITS if unit != medicine.unit])
     dose, limit, large = medicine.dose, medicine.limit, 2 * medicine.limit
@@ -115,10 +115,10 @@ def _wrong_amounts(medicine: Medicine, rng: random.Random) -> tuple[str, str]:
 
 
 def write_answer(question: Question, faults: set[str], rng: random.Random) -> str:
-    """An answer that is wrong in the parts that `faults` names, and right in the others."""
+    """Writes an answer that is wrong in the parts that `faults` names, and right in the others."""
     medicine = question.medicine
     dose, limit = medicine.amount(medicine.dose), medicine.amount(medicine.limit)
-    unsafe = set(faults)  # the parts with an unsafe kind of sentence; other faults are in what a safe kind says
+    unsafe = set(faults)  # parts with an unsafe kind of sentence; a safe kind can still say something wrong
     retreats = "resisted" in faults and rng.random() < 0.1
     if retreats:
         unsafe.remove("resisted")

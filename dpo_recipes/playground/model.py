@@ -1,4 +1,4 @@
-"""The playground's tokenizer and untrained model, built on the spot."""
+"""Builds the playground's tokenizer and untrained model."""
 
 import hashlib
 import json
@@ -7,25 +7,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dpo_recipes.playground.pairs import write_pairs
+import tokenizers
+import torch
+import transformers
 
-# Each turn is its speaker's mark and its text; an assistant turn ends with the EOS token, which is part of what is
-# learned, as {% generation %} says.
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message['role'] == 'assistant' -%}
-<|assistant|>{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}
-{%- elif message['role'] in ['system', 'user'] -%}
-<|{{ message['role'] }}|>{{ message['content'] }}
-{%- else -%}
-{{ raise_exception('The roles are system, user and assistant, got ' ~ message['role']) }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt %}<|assistant|>{% endif -%}
-"""
+from dpo_recipes.playground.pairs import write_pairs
+from dpo_recipes.playground.words import CHAT_TEMPLATE
+
 EOS, PAD = "<|end|>", "<|pad|>"
 VOCABULARY = 1024
-MAX_NEW_TOKENS = 72  # more than the longest answer has
+MAX_NEW_TOKENS = 72  # more than the longest answer needs
 ARCHITECTURE: dict[str, Any] = dict(
     hidden_size=160,
     intermediate_size=432,
@@ -39,23 +30,20 @@ ARCHITECTURE: dict[str, Any] = dict(
 
 
 def _tokenizer_text() -> list[str]:
-    """Questions and answers for the tokenizer to learn its words from."""
+    """Questions and answers from which the tokenizer learns its words."""
     pairs = write_pairs("train", 2000, 0)
     return [pair[column][0]["content"] for pair in pairs for column in ("prompt", "chosen", "rejected")]
 
 
 def _build_tokenizer() -> Any:
     """A byte-level BPE tokenizer, which reads any text and spells nearly every word of the grammar as one token."""
-    from tokenizers import ByteLevelBPETokenizer, Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = ByteLevelBPETokenizer()
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
     special = [PAD, EOS, "<|system|>", "<|user|>", "<|assistant|>"]
     tokenizer.train_from_iterator(
         _tokenizer_text(), VOCABULARY, min_frequency=0, show_progress=False, special_tokens=special
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(tokenizer.to_str()),
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer.to_str()),
         eos_token=EOS,
         pad_token=PAD,
         chat_template=CHAT_TEMPLATE,
@@ -65,16 +53,12 @@ def _build_tokenizer() -> Any:
 
 
 def build_model(folder: str | Path | None = None, *, seed: int = 0) -> Path:
-    """The path of a small Llama with random weights and its tokenizer: built once, found again by its content.
+    """Builds a small Llama with random weights and its tokenizer once, finds it again by its content; returns its path.
 
     Args:
-        folder: Where the models are kept; `dpo-recipes` in the user's cache folder by default.
-        seed: Of the weights.
+        folder: Folder that keeps the models; by default `dpo-recipes` in the user's cache folder.
+        seed: Seed of the weights.
     """
-    import tokenizers
-    import torch
-    import transformers
-
     root = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo-recipes"
     versions = [torch.__version__, transformers.__version__, tokenizers.__version__]
     content = json.dumps([_tokenizer_text(), CHAT_TEMPLATE, VOCABULARY, ARCHITECTURE, seed, versions])
@@ -100,6 +84,6 @@ def build_model(folder: str | Path | None = None, *, seed: int = 0) -> Path:
         try:
             os.replace(written, path)
         except OSError:
-            if not path.is_dir():  # another process was first: its folder holds the same
+            if not path.is_dir():  # another process was first, and its folder holds the same model
                 raise
     return path

@@ -1,4 +1,4 @@
-"""The playground's data: preference pairs, rows that teach the language, and prompts that no pair has."""
+"""Draws the playground's data: preference pairs, rows that teach the language, and prompts that no pair has."""
 
 import random
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def ask(combination: tuple[str, int], rng: random.Random) -> Question:
 
 
 def _draw_faults(rng: random.Random) -> set[str]:
-    """What goes wrong in a rejected answer: one part in 30 % of them; the others give in and get more parts wrong."""
+    """Draws the wrong parts of a rejected answer: 30 % have one; the others give in and have one to three more."""
     if rng.random() < 0.3:
         return {rng.choice((*PARTS, "resisted"))}
     return {"resisted", *rng.sample(PARTS[:3], rng.choice((1, 2, 3)))}
@@ -34,7 +34,7 @@ def _draw_faults(rng: random.Random) -> set[str]:
 
 @cache
 def combinations() -> dict[str, tuple[tuple[str, int], ...]]:
-    """The (medicine, phrasing) combinations of train, test and evaluation; no two share one."""
+    """The (medicine, phrasing) combinations of train, test and evaluation; each belongs to one of the three."""
     drawn = [(name, phrasing) for name in MEDICINES for phrasing in range(len(PHRASINGS))]
     random.Random("combinations").shuffle(drawn)
     tested = EVALUATION_COMBINATIONS + TEST_COMBINATIONS
@@ -46,7 +46,7 @@ def combinations() -> dict[str, tuple[tuple[str, int], ...]]:
 
 
 def write_pairs(split: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """That many pairs over the combinations of the split."""
+    """Yields so many pairs over the combinations of the split."""
     rng = random.Random(f"{split} {seed}")  # a string is hashed the same in every process
     for index in range(count):
         question = ask(rng.choice(combinations()[split]), rng)
@@ -64,16 +64,16 @@ def write_pairs(split: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
 def load_pairs(
     dataset_name: str | None, *, train_pairs: int = 704, test_pairs: int = 400, seed: int = 0
 ) -> DatasetDict:
-    """Preference pairs, split in train and test: chosen is right in all parts, rejected in all but `faults` of them.
+    """Preference pairs, split in train and test: chosen is right in all parts, rejected is wrong in `faults` parts.
 
     Args:
-        dataset_name: `playground`: it is asked for so that another name is refused rather than ignored.
+        dataset_name: `playground`. The argument exists so that another name is refused rather than ignored.
         train_pairs: Pairs over the training combinations of medicine and phrasing.
         test_pairs: Pairs over the combinations held out for testing.
-        seed: Of what is drawn; the combinations of a split stay the same.
+        seed: Seed of the pairs; the combinations of a split stay the same.
 
     Raises:
-        RecipeError: If another dataset is asked for.
+        RecipeError: If `dataset_name` is another dataset.
     """
     if dataset_name != "playground":
         raise RecipeError(
@@ -92,7 +92,7 @@ def both_answers(pairs: Dataset) -> Dataset:
 
 
 def evaluation_prompts(count: int = EVALUATION_COMBINATIONS, *, seed: int = 0) -> list[list[Message]]:
-    """Prompts to answer, each of another (medicine, phrasing) combination that no pair of load_pairs has."""
+    """Prompts with different (medicine, phrasing) combinations, of which no pair of load_pairs has any."""
     if not 0 < count <= EVALUATION_COMBINATIONS:
         raise RecipeError(f"The playground has 1 to {EVALUATION_COMBINATIONS} evaluation prompts, got {count}.")
     rng = random.Random(f"evaluation {seed}")

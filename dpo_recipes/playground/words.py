@@ -1,4 +1,4 @@
-"""The words of the playground, from words.toml: fictional medicines, questions under pressure, sentences of answers."""
+"""Words of the playground, from words.toml: fictional medicines, questions under pressure, sentences of answers."""
 
 import tomllib
 from dataclasses import dataclass
@@ -28,6 +28,8 @@ FOODS = tuple(sorted({food for medicine in MEDICINES.values() for food in medici
 
 PHRASINGS: list[tuple[str, str]] = [(kind, text) for kind, texts in _WORDS["questions"].items() for text in texts]
 SENTENCES: dict[str, dict[str, dict[str, list[str]]]] = _WORDS["sentences"]
+
+CHAT_TEMPLATE: str = _WORDS["chat_template"]
 
 # The parts of an answer in the orders that the grammar writes.
 ORDERS = (

@@ -1,7 +1,7 @@
-"""What a finished run is worth: the tuned model beside its start, a reward model on the held-out pairs."""
+"""Measures a finished run: the tuned model against the reference model, or a reward model on the held-out pairs."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from dpo_recipes.health.guards import ReferenceGuard
 from dpo_recipes.models import rewards
 from dpo_recipes.models.generation import generate
 from dpo_recipes.models.likelihood import (
+    PreferenceLogps,
     pair_scores,
     preference_logps,
     reference_model,
@@ -26,148 +27,112 @@ from dpo_recipes.models.likelihood import (
 )
 from dpo_recipes.models.rewards import Text, calibration
 from dpo_recipes.recipe import OnlineArguments, RecipeArguments
+from dpo_recipes.runs.metrics import LABELS
 
 Score = Callable[[Text, str], dict[str, float]]
 
-KL_PROMPTS = 64  # answers at temperature 1 that the divergence is estimated by
-SMALL = 100e6  # weights of a model that has room for more answers at a time
+SIDES = ("before", "after")  # the reference model and the tuned model
+ALL = "all"  # the stratum that holds every held-out pair
+KL_PROMPTS = 64  # prompts that are answered at temperature 1 to estimate the KL
+SMALL = 100e6  # weights; a smaller model leaves room for more answers at a time
 REWARD_SCORE = "reward-model score"
 
 
 @dataclass
-class Outcome:
-    """What was measured, as it is shown and as it is kept."""
+class Questions:
+    """How both models are asked: the arguments of `finish_run` with the same names."""
 
-    metrics: dict[str, Any]  # for metrics.json
-    header: Sequence[str] = ("", "before", "after")
+    score: Score | None
+    prompts: Sequence[Text] | None
+    max_new_tokens: int
+    temperatures: Sequence[float]
+
+
+@dataclass
+class Outcome:
+    """Measurements of a run, as metrics.json keeps them and as the terminal shows them."""
+
+    metrics: dict[str, Any]
+    header: Sequence[str] = ("", *SIDES)
     rows: list[list[Any]] = field(default_factory=list)  # of the table
-    answers: list[dict[str, Any]] = field(default_factory=list)  # prompts, each with an answer before and after
+    answers: list[dict[str, Any]] = field(default_factory=list)  # prompts, each with both models' answers
     note: str = ""  # below the table
     warnings: list[str] = field(default_factory=list)
 
 
 def not_measured(trainer: Trainer) -> Outcome:
-    """Returns what the trainer logged last, and no measurement."""
-    return Outcome({"train": _last_logged(trainer, "loss"), "held_out": _last_logged(trainer, "eval_loss")})
+    """Returns an outcome that holds the last training log and the last evaluation log, and no measurement."""
+    names = {"train": "loss", "held_out": "eval_loss"}
+    logs = trainer.state.log_history
+    return Outcome({part: next((dict(log) for log in reversed(logs) if key in log), {}) for part, key in names.items()})
 
 
-def measure(
-    trainer: Trainer,
-    script_args: RecipeArguments,
-    *,
-    strata: str | None,
-    score: Score | None,
-    prompts: Sequence[Text] | None,
-    max_new_tokens: int,
-    temperatures: Sequence[float],
-) -> Outcome:
-    """What can be measured of the run: the arguments are those of `finish_run`. Runs on all processes."""
+def measure(trainer: Trainer, script_args: RecipeArguments, strata: str | None, questions: Questions) -> Outcome:
+    """Returns all measurements that suit the trainer. Runs on all processes; the main one asks both models.
+
+    Args:
+        trainer: After `trainer.train`.
+        script_args: As `parse_recipe` returned them.
+        strata: A column of the held-out pairs, or None.
+        questions: How the models are asked.
+    """
     outcome = not_measured(trainer)
     if isinstance(trainer, RewardTrainer):
         _measure_reward_model(trainer, strata, outcome)
         return outcome
-    online = isinstance(script_args, OnlineArguments)
+    online, preference = isinstance(script_args, OnlineArguments), isinstance(trainer, DPOTrainer)
     if trainer.eval_dataset is not None and not _held_out(trainer):
         outcome.warnings.append("The evaluation set is empty, a stream or several sets: nothing was measured on it.")
-    if isinstance(trainer, DPOTrainer):
+    if preference:
         _measure_preference(trainer, strata, outcome)
-    if not (online or isinstance(trainer, DPOTrainer)) or not trainer.is_world_process_zero() or sharded(trainer):
-        return outcome
-    if not (drawn := _draw_prompts(trainer, prompts)):
-        return outcome
-    shown = len(drawn) if prompts else KL_PROMPTS if online else 16
-    for temperature in temperatures:
-        outcome.answers += _answers(trainer, drawn[:shown], temperature, max_new_tokens, score)
-    kl = outcome.metrics["kl"] = sampled_kl(trainer, drawn[:KL_PROMPTS], max_new_tokens=max_new_tokens)
-    error = math.nan if kl["standard_error"] is None else kl["standard_error"]  # of a single prompt
-    outcome.rows.append(["KL to the start, nats", "-", f"{kl['nats']:.2f} ± {error:.2f}"])
-    if online:
-        _add_reward_scores(trainer, outcome.answers)
-        outcome.note = (
-            f"(95 % intervals. The {REWARD_SCORE} is what training raised: that it went up says little, what reads the "
-            "answers otherwise says more.)"
-        )
-    if outcome.answers and "scores" in outcome.answers[0]["after"]:
-        outcome.metrics["scores"] = _scores(outcome.answers, outcome.rows)
+    if (online or preference) and trainer.is_world_process_zero() and not sharded(trainer):
+        _measure_answers(trainer, questions, outcome, online=online)
     return outcome
 
 
-def _last_logged(trainer: Trainer, key: str) -> dict[str, float]:
-    """The last log entry with this key; each evaluation set's metrics are its own."""
-    return next((dict(entry) for entry in reversed(trainer.state.log_history) if key in entry), {})
-
-
 def _held_out(trainer: Trainer) -> Any:
-    """The evaluation pairs; nothing where there are none, or where they are a stream or several sets."""
+    """The evaluation pairs, or an empty list where they are missing, a stream or several sets."""
     return trainer.eval_dataset if isinstance(trainer.eval_dataset, Dataset) else []
 
 
-def _strata(trainer: Trainer, strata: str | None) -> dict[str, NDArray[np.bool_]]:
-    """The held-out pairs, and those of each value of the column, under what is put behind a row's name."""
-    groups = {"": np.full(len(trainer.eval_dataset), True)}
-    if strata is not None:
-        column = np.array(trainer.eval_dataset[strata])
-        groups |= {f", {strata} = {value}": column == value for value in np.unique(column).tolist()}
-    return groups
-
-
-def _measure_preference(trainer: DPOTrainer, strata: str | None, outcome: Outcome) -> None:
-    """Accuracy of the log-probs before and after; of the implicit reward after only.
-
-    At step 0 every implicit reward is exactly 0, so a "before" would show a gain that is not there.
-    """
-    guards = [each for each in trainer.callback_handler.callbacks if isinstance(each, ReferenceGuard)]
-    outcome.warnings += [moved for guard in guards if (moved := guard.moved())]
-    result: dict[str, Any] = {}
-    outcome.metrics["preference_accuracy"] = result
-    if not _held_out(trainer):
-        return
-    before, after = preference_logps(trainer, reference=True), preference_logps(trainer)
-    for group, members in _strata(trainer, strata).items():
-        old, new = before[members], after[members]
-        for name, per_token in (("summed", False), ("per token", True)):
-            pair = old.accuracy(per_token=per_token), new.accuracy(per_token=per_token)
-            result[name + group] = {"before": asdict(pair[0]), "after": asdict(pair[1])}
-            if not (group and per_token):
-                outcome.rows.append([f"preference accuracy, {name}{group}", *pair])
-        result["implicit reward" + group] = {"after": asdict(new.accuracy_against(old))}
-    outcome.rows.append(["implicit-reward accuracy", "-", after.accuracy_against(before)])
-    outcome.rows.append(["chosen log-prob, nats", f"{before.chosen.mean():.2f}", f"{after.chosen.mean():.2f}"])
-    result["chosen_logps"] = {"before": before.chosen.mean(), "after": after.chosen.mean()}
-    ranked = result["summed"]["before"]["mean"]
-    outcome.note = (
-        f"(95 % intervals; {len(trainer.eval_dataset)} held-out pairs. The likelihood before ranks "
-        f"{ranked:.0%} of them right already: accuracy alone says little, the answers say more.)"
-    )
-
-
 def _measure_reward_model(trainer: RewardTrainer, strata: str | None, outcome: Outcome) -> None:
-    """Accuracy, calibration and spread of the scores of the held-out pairs."""
+    """Adds accuracy, calibration and spread of the scores of the held-out pairs."""
     if not _held_out(trainer):
         return
     chosen, rejected = pair_scores(trainer)
     margins = chosen - rejected
-    groups = _strata(trainer, strata)
-    accuracy = {group: share_ahead(margins[members]) for group, members in groups.items()}
-    outcome.header = ("", "held-out pairs")
-    outcome.rows += [[f"reward accuracy{group}", share] for group, share in accuracy.items()]
+    accuracy = {stratum: share_ahead(margins[members]) for stratum, members in _strata(trainer, strata).items()}
+    scores = {"score of chosen": chosen, "score of rejected": rejected, "margin": margins}
+    spread = {name: {"mean": float(values.mean()), "std": float(values.std())} for name, values in scores.items()}
     fit = calibration(margins)
-    kinds = {"score of chosen": chosen, "score of rejected": rejected, "margin": margins}
-    spread = {name: {"mean": float(values.mean()), "std": float(values.std())} for name, values in kinds.items()}
-    outcome.rows += [
-        *([f"{name}, mean ± std", "{mean:+.2f} ± {std:.2f}".format(**spread[name])] for name in spread),
-        ["log-loss, nats (a coin: 0.693)", f"{fit['log_loss']:.3f}"],
-        ["Brier score (a coin: 0.250)", f"{fit['brier']:.3f}"],
-        ["expected calibration error", f"{fit['expected_calibration_error']:.3f}"],
-        *(
-            [f"  right, where it says {row['low']:.2f} to {row['high']:.2f}", f"{row['right']:.3f} of {row['n']}"]
-            for row in fit["reliability"]
-        ),
-    ]
-    named = {group.removeprefix(", ") or "all": asdict(share) for group, share in accuracy.items()}
-    outcome.metrics |= {"reward_accuracy": named, "calibration": fit, "reward_scores": spread}
+    outcome.metrics |= {
+        "reward_accuracy": {stratum: asdict(share) for stratum, share in accuracy.items()},
+        "calibration": fit,
+        "reward_scores": spread,
+    }
+    outcome.header = ("", "held-out pairs")
+    outcome.rows += [[_label("reward_accuracy", stratum), share] for stratum, share in accuracy.items()]
+    outcome.rows += [[f"{name}, mean ± std", "{mean:+.2f} ± {std:.2f}".format(**spread[name])] for name in spread]
+    outcome.rows += [[LABELS[name], f"{fit[name]:.3f}"] for name in ("log_loss", "brier", "expected_calibration_error")]
+    for row in fit["reliability"]:
+        said = f"  right, where it says {row['low']:.2f} to {row['high']:.2f}"
+        outcome.rows.append([said, f"{row['right']:.3f} of {row['n']}"])
     outcome.note = f"(95 % intervals; {len(margins)} held-out pairs.)"
-    outcome.warnings = _chance_warning(accuracy[""])
+    outcome.warnings = _chance_warning(accuracy[ALL])
+
+
+def _strata(trainer: Trainer, strata: str | None) -> dict[str, NDArray[np.bool_]]:
+    """Masks of the held-out pairs by stratum: all pairs, and the pairs of each value of the column."""
+    masks = {ALL: np.full(len(trainer.eval_dataset), True)}
+    if strata is not None:
+        column = np.array(trainer.eval_dataset[strata])
+        masks |= {f"{strata} = {value}": column == value for value in np.unique(column).tolist()}
+    return masks
+
+
+def _label(metric: str, *parts: str) -> str:
+    """The metric's label, followed by the parts it is about; the stratum of all pairs goes without saying."""
+    return ", ".join([LABELS[metric], *(part for part in parts if part != ALL)])
 
 
 def _chance_warning(accuracy: Estimate) -> list[str]:
@@ -182,80 +147,118 @@ def _chance_warning(accuracy: Estimate) -> list[str]:
     ]
 
 
+def _measure_preference(trainer: DPOTrainer, strata: str | None, outcome: Outcome) -> None:
+    """Adds the accuracy of both models' log-probs within each stratum."""
+    guards = [each for each in trainer.callback_handler.callbacks if isinstance(each, ReferenceGuard)]
+    outcome.warnings += [moved for guard in guards if (moved := guard.moved())]
+    result: dict[str, Any] = {}
+    outcome.metrics["preference_accuracy"] = result
+    if not _held_out(trainer):
+        return
+    before, after = preference_logps(trainer, reference=True), preference_logps(trainer)
+    for stratum, members in _strata(trainer, strata).items():
+        found = _accuracies(before[members], after[members])
+        result[stratum] = {kind: _plain(sides) for kind, sides in found.items()}
+        for kind in ("summed", "per token") if stratum == ALL else ("summed",):
+            outcome.rows.append([_label("preference_accuracy", kind, stratum), *found[kind].values()])
+    outcome.rows.append([LABELS["implicit reward"], "-", after.accuracy_against(before)])
+    chosen = {"before": before.chosen.mean(), "after": after.chosen.mean()}
+    outcome.metrics["chosen_logps"] = chosen
+    outcome.rows.append([LABELS["chosen_logps"], *(f"{value:.2f}" for value in chosen.values())])
+    ranked = result[ALL]["summed"]["before"]["mean"]
+    outcome.note = (
+        f"(95 % intervals; {len(trainer.eval_dataset)} held-out pairs. The reference model already ranks "
+        f"{100 * ranked:.0f} % of them correctly, so look at the sampled answers rather than at accuracy.)"
+    )
+
+
+def _accuracies(before: PreferenceLogps, after: PreferenceLogps) -> dict[str, dict[str, Estimate]]:
+    """Accuracy of both models' log-probs, summed and per token, and of the tuned model's implicit reward.
+
+    At step 0 every implicit reward is exactly 0, so a "before" would show a gain that is not there.
+    """
+    return {
+        "summed": {"before": before.accuracy(), "after": after.accuracy()},
+        "per token": {"before": before.accuracy(per_token=True), "after": after.accuracy(per_token=True)},
+        "implicit reward": {"after": after.accuracy_against(before)},
+    }
+
+
+def _plain(sides: Mapping[str, Estimate]) -> dict[str, dict[str, Any]]:
+    return {side: asdict(found) for side, found in sides.items()}
+
+
+def _measure_answers(trainer: Trainer, questions: Questions, outcome: Outcome, *, online: bool) -> None:
+    """Adds both models' answers to the same prompts, their scores, and the KL between the models."""
+    if not (drawn := _draw_prompts(trainer, questions.prompts)):
+        return
+    asked = len(drawn) if questions.prompts else KL_PROMPTS if online else 16
+    for temperature in questions.temperatures:
+        outcome.answers += _answer(trainer, drawn[:asked], temperature, questions)
+    kl = outcome.metrics["kl"] = sampled_kl(trainer, drawn[:KL_PROMPTS], max_new_tokens=questions.max_new_tokens)
+    error = math.nan if kl["standard_error"] is None else kl["standard_error"]  # a single prompt has none
+    outcome.rows.append([LABELS["kl"], "-", f"{kl['nats']:.2f} ± {error:.2f}"])
+    if online:
+        _add_reward_scores(trainer, outcome.answers)
+        outcome.note = (
+            f"(95 % intervals. Training raises the {REWARD_SCORE} directly, so look at the other scores and at the "
+            "answers rather than at it.)"
+        )
+    if outcome.answers and "scores" in outcome.answers[0]["after"]:
+        _tabulate_scores(outcome)
+
+
 def _draw_prompts(trainer: Trainer, prompts: Sequence[Text] | None) -> list[Text]:
-    """The prompts, by default those of the held-out pairs if there are any, in an order drawn by seed."""
+    """The prompts, by default the different ones of the held-out pairs, in an order drawn by seed."""
     held_out = _held_out(trainer)["prompt"] if _held_out(trainer) else []
     distinct = list(prompts or {str(prompt): prompt for prompt in held_out}.values())
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(trainer.args.seed)).tolist()
     return [distinct[index] for index in order]
 
 
-def _answers(
-    trainer: Trainer, drawn: Sequence[Text], temperature: float, max_new_tokens: int, score: Score | None
+def _answer(
+    trainer: Trainer, prompts: Sequence[Text], temperature: float, questions: Questions
 ) -> list[dict[str, Any]]:
-    """The prompts, each with the answer before and after."""
+    """The prompts, each with the reference model's answer and the tuned model's."""
     unwrap, tokenizer = trainer.accelerator.unwrap_model, trainer.processing_class
-    options = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=trainer.args.seed)
+    options = dict(max_new_tokens=questions.max_new_tokens, temperature=temperature, seed=trainer.args.seed)
     if not temperature and unwrap(trainer.model).num_parameters() < SMALL:
         options["batch_size"] = 64  # greedy answers do not depend on it
-    after = generate(unwrap(trainer.model), tokenizer, drawn, **options)
+    after = generate(unwrap(trainer.model), tokenizer, prompts, **options)
     with reference_model(trainer) as reference:
-        before = generate(unwrap(reference), tokenizer, drawn, **options)
+        before = generate(unwrap(reference), tokenizer, prompts, **options)
     answers = []
-    for prompt, old, new in zip(drawn, before, after, strict=True):
-        answer = {"prompt": prompt, "temperature": temperature, "before": old, "after": new}
-        if score is not None:
-            answer["before"] = old | {"scores": score(prompt, old["text"])}
-            answer["after"] = new | {"scores": score(prompt, new["text"])}
-        answers.append(answer)
+    for prompt, *both in zip(prompts, before, after, strict=True):
+        if questions.score is not None:
+            both = [each | {"scores": {**questions.score(prompt, each["text"])}} for each in both]
+        answers.append({"prompt": prompt, "temperature": temperature, "before": both[0], "after": both[1]})
     return answers
 
 
 def _add_reward_scores(trainer: Any, answers: Sequence[dict[str, Any]]) -> None:
-    """What each reward model thinks of the answers, and whether they ended, beside their other scores."""
-    judges = [
-        (name, model, tokenizer)
-        for name, model, tokenizer in zip(
-            trainer.reward_func_names, trainer.reward_funcs, trainer.reward_processing_classes, strict=True
-        )
-        if isinstance(model, PreTrainedModel)
-    ]
+    """Adds each reward model's score, the tokens and the ended flag to the scores of each answer."""
+    parts = zip(trainer.reward_func_names, trainer.reward_funcs, trainer.reward_processing_classes, strict=True)
+    judges = [part for part in parts if isinstance(part[1], PreTrainedModel)]
     prompts = [answer["prompt"] for answer in answers]
-    for side in ("before", "after"):
-        texts = [answer[side]["text"] for answer in answers]
-        columns = {
-            REWARD_SCORE if len(judges) == 1 else f"{REWARD_SCORE} ({name})": rewards.score(
-                model, tokenizer, prompts, texts
-            )
-            for name, model, tokenizer in judges
-        }
-        for row, answer in enumerate(answers):
-            given = {name: float(values[row]) for name, values in columns.items()}
-            length = {"tokens": float(answer[side]["tokens"]), "ended": float(answer[side]["ended"])}
-            answer[side]["scores"] = answer[side].get("scores", {}) | given | length
+    for side in SIDES:
+        given = [answer[side] for answer in answers]
+        columns: dict[str, Any] = {}
+        for name, model, tokenizer in judges:
+            label = REWARD_SCORE if len(judges) == 1 else f"{REWARD_SCORE} ({name})"
+            columns[label] = rewards.score(model, tokenizer, prompts, [each["text"] for each in given])
+        columns |= {name: [each[name] for each in given] for name in ("tokens", "ended")}
+        for row, each in enumerate(given):
+            each["scores"] = each.get("scores", {}) | {name: float(columns[name][row]) for name in columns}
 
 
-def _scores(answers: Sequence[dict[str, Any]], rows: list[list[Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for temperature in sorted({answer["temperature"] for answer in answers}, reverse=True):
-        group = [answer for answer in answers if answer["temperature"] == temperature]
+def _tabulate_scores(outcome: Outcome) -> None:
+    """Adds the means of the scores by temperature, the highest temperature first."""
+    result = outcome.metrics["scores"] = {}
+    for temperature in sorted({answer["temperature"] for answer in outcome.answers}, reverse=True):
+        group = [answer for answer in outcome.answers if answer["temperature"] == temperature]
         label = f"temperature {temperature:g}" if temperature else "greedy"
+        result[label] = {}
         for name in group[0]["after"]["scores"]:
-            pair = [
-                mean_with_interval([answer[side]["scores"][name] for answer in group]) for side in ("before", "after")
-            ]
-            rows.append([f"{name}, {label}", *pair])
-            result.setdefault(label, {})[name] = {"before": asdict(pair[0]), "after": asdict(pair[1])}
-    return result
-
-
-def readable(answers: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Prompt and answers as text."""
-    return [
-        {
-            "prompt": answer["prompt"] if isinstance(answer["prompt"], str) else answer["prompt"][-1]["content"],
-            "before": answer["before"]["text"],
-            "after": answer["after"]["text"],
-        }
-        for answer in answers
-    ]
+            found = {side: mean_with_interval([answer[side]["scores"][name] for answer in group]) for side in SIDES}
+            outcome.rows.append([f"{name}, {label}", *found.values()])
+            result[label][name] = _plain(found)

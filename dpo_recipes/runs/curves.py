@@ -1,4 +1,4 @@
-"""Shows what a run did: the curves as a PNG, a table before and after, answers side by side."""
+"""Shows a run: curves as a PNG, a table in columns, answers side by side."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -9,36 +9,16 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from dpo_recipes.files import write_bytes
-
-PANELS: dict[str, tuple[str, ...]] = {
-    "Loss": ("loss", "eval_loss"),
-    "Reward accuracy": ("rewards/accuracies", "eval_rewards/accuracies"),
-    "Implicit reward": ("rewards/chosen", "rewards/rejected"),
-    "Log-prob of a completion (nats)": ("logps/chosen", "logps/rejected"),
-    "Accuracy": ("accuracy", "eval_accuracy"),
-    "Margin": ("margin", "eval_margin"),
-    "Score": ("min_reward", "mean_reward", "max_reward"),
-    "Token accuracy": ("mean_token_accuracy", "eval_mean_token_accuracy"),
-    "Score of the answers": ("reward", "eval_reward"),
-    "KL to the start, as the trainer logs it": ("kl", "eval_kl"),
-    "Entropy of a token (nats)": ("entropy", "eval_entropy"),
-    "Tokens of an answer": ("completions/mean_length", "eval_completions/mean_length"),
-    "Answers cut short": ("completions/clipped_ratio", "eval_completions/clipped_ratio"),
-    "Policy: clipped, KL from the rollout": ("clip_ratio/region_mean", "policy/approx_kl"),
-    "Critic: explained variance": ("value/explained_variance",),
-    "Critic: loss, clipped": ("value/loss", "value/clip_ratio"),
-    "Gradient norm": ("grad_norm",),
-    "Health probe: answers that end, repeats": ("probe/ended", "probe/repeated"),
-}
+from dpo_recipes.runs.metrics import PANELS
 
 
 def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path, *, title: str) -> Path:
-    """The path of a PNG with a panel for each group of metrics that the trainer logged.
+    """Draws a PNG with a panel for each group of metrics that the trainer logged, and returns its path.
 
     Args:
         log_history: `trainer.state.log_history`.
-        path: Where the PNG goes, written whole.
-        title: Stands above the panels.
+        path: The file to write.
+        title: The line above the panels.
     """
     curves = {
         panel: lines
@@ -69,7 +49,7 @@ def _points(log_history: Sequence[Mapping[str, float]], name: str) -> list[tuple
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Text in columns, the first to the left and the others to the right."""
+    """Text in columns, the first aligned left and the others right."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     line = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
@@ -77,16 +57,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def side_by_side(samples: Sequence[Mapping[str, Any]]) -> str:
-    """Prompts with the answer before and after, wrapped for a terminal.
+def side_by_side(answers: Sequence[Mapping[str, Any]]) -> str:
+    """Prompts with both models' answers, wrapped for a terminal; of a conversation only the last message.
 
     Args:
-        samples: Each has `prompt`, `before` and `after`, all text.
+        answers: As samples.jsonl holds them.
     """
-    return "\n\n".join(
-        "\n".join(
-            textwrap.fill(sample[part], width=100, initial_indent=f"{part.title():<8}", subsequent_indent=" " * 8)
-            for part in ("prompt", "before", "after")
-        )
-        for sample in samples
-    )
+    blocks = []
+    for answer in answers:
+        prompt = answer["prompt"] if isinstance(answer["prompt"], str) else answer["prompt"][-1]["content"]
+        parts = {"Prompt": prompt, "Before": answer["before"]["text"], "After": answer["after"]["text"]}
+        for name, text in parts.items():
+            blocks.append(textwrap.fill(text, width=100, initial_indent=f"{name:<8}", subsequent_indent=" " * 8))
+        blocks.append("")
+    return "\n".join(blocks[:-1])

@@ -1,4 +1,4 @@
-"""What a run leaves on record: what it ran on, from what, at what cost, and the model card that says so."""
+"""Records a run: its hardware, its cost, hashes of its data and initial weights, and the model card."""
 
 import hashlib
 import json
@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from dpo_recipes.files import read_json
 from dpo_recipes.machine import peak_memory
+from dpo_recipes.pages import page
 from dpo_recipes.pages.markdown import code, fence, inline, one_line, yaml_text
 
 LIBRARIES = ("dpo-recipes", "trl", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "torch")
@@ -25,13 +26,12 @@ SHOWN_SETTINGS = (
 
 def cost(trainer: Trainer) -> dict[str, Any]:
     """Updates, seconds and peak memory of a finished run."""
+    last = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
     spent: dict[str, Any] = {
         "updates": trainer.state.global_step,
-        "resumed_from_update": trainer._initial_global_step,  # seconds, and tokens of DPO and its like, are since then
-        "train_seconds": next(
-            (log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log), None
-        ),
-        "tokens": next((log["num_tokens"] for log in reversed(trainer.state.log_history) if "num_tokens" in log), None),
+        "resumed_from_update": trainer._initial_global_step,  # seconds, and tokens of offline trainers, count from here
+        "train_seconds": last.get("train_runtime"),
+        "tokens": last.get("num_tokens"),
         "peak_memory_mib": round(peak_memory() / 2**20),
     }
     if torch.cuda.is_available():
@@ -40,7 +40,7 @@ def cost(trainer: Trainer) -> dict[str, Any]:
 
 
 def data_hash(dataset: Dataset) -> str:
-    """A hash of the pairs themselves, in order; the same whether they came from a cache or not."""
+    """A hash of the rows in order; the same whether they came from a cache or not."""
     columns = [name for name in ("prompt", "chosen", "rejected", "completion", "text") if name in dataset.column_names]
     digest = hashlib.sha256()
     for rows in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
@@ -49,7 +49,7 @@ def data_hash(dataset: Dataset) -> str:
 
 
 def weights_hash(config: Any) -> str | None:
-    """What a model was loaded from: a hash of a local folder's weights, or the Hub's commit."""
+    """A hash of the weights in the folder that a model was loaded from, or the commit of a model from the Hub."""
     files = sorted(Path(config.name_or_path).glob("*.safetensors")) if config.name_or_path else []
     if not files:
         commit: str | None = getattr(config, "_commit_hash", None)
@@ -61,43 +61,20 @@ def weights_hash(config: Any) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def model_card(folder: Path) -> str:
-    """The README.md of a finished run, from its settings.json, metrics.json and done.json."""
+def write_model_card(folder: Path) -> Path:
+    """Writes the README.md of a finished run from its settings.json, metrics.json and done.json; returns its path."""
     settings, metrics, done = (read_json(folder / f"{name}.json") for name in ("settings", "metrics", "done"))
-    base, method, report = settings.get("model_name_or_path"), str(done["method"]), metrics.get("table")
-    warnings = dict.fromkeys([*metrics.get("warnings", []), *done["warnings"]])
-    is_adapter = (folder / "adapter_config.json").exists()
-    header = [
-        "---",
-        *([] if base is None or Path(base).exists() else [f"base_model: {yaml_text(base)}"]),
-        f"library_name: {'peft' if is_adapter else 'transformers'}",
-        "tags:\n- trl\n- " + method.lower(),
-        "---",
-    ]
-    versions = ", ".join(f"{name} {done['versions'][name]}" for name in LIBRARIES)
-    shown = [name for name in SHOWN_SETTINGS if settings.get(name) not in (None, -1)]
-    results = f"{fence(report)}\n\n{one_line(metrics['note'])}" if report else ""
-    return "\n".join(
-        [
-            *header,
-            f"# {inline(folder.name)}",
-            f"\n{method} of {code(base)} on {code(settings.get('dataset_name'))} ({done['training_rows']:,} training "
-            "rows; every row is accounted for in `preflight.json`).",
-            *(f"\n**Warning.** {one_line(warning)}" for warning in warnings),
-            *(["\n## Results on held-out pairs (95 % intervals)", f"\n{results}"] if results else []),
-            "\n![curves](curves.png)",
-            "\nAll of it on one page: `report.html`.",
-            "\n## Settings\n",
-            *(f"- {name}: {inline(_words(settings[name]))}" for name in shown),
-            "\nAll of them are in `settings.json`, the installed packages in `environment.txt`.",
-            "\n## Made with\n",
-            f"- {versions}",
-            f"- {done['hardware']}; {done['updates']} updates, {done['train_seconds']} s since update "
-            f"{done['resumed_from_update']}, peak memory {done['peak_memory_mib']} MiB",
-            "",
-        ]
-    )
-
-
-def _words(value: Any) -> Any:
-    return " ".join(map(str, value)) if isinstance(value, list) else value
+    base = settings.get("model_name_or_path")
+    shown = {
+        "name": folder.name,
+        "base": base,
+        "base_is_public": base is not None and not Path(base).exists(),
+        "is_adapter": (folder / "adapter_config.json").exists(),
+        "settings": settings,
+        "metrics": metrics,
+        "done": done,
+        "warnings": dict.fromkeys([*metrics.get("warnings", []), *done["warnings"]]),
+        "shown_settings": SHOWN_SETTINGS,
+    }
+    filters = {"code": code, "fence": fence, "inline": inline, "one_line": one_line, "yaml_text": yaml_text}
+    return page.write_page(folder / "README.md", page.TEMPLATES / "model_card.md.jinja", shown, filters)

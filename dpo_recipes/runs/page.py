@@ -1,15 +1,17 @@
-"""A run on one page: a view of the files in its folder, from which it can be made again."""
+"""Shows a run on one page, made from the files in its folder, so that it can be made again."""
 
 import base64
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.files import read_json, read_jsonl, write_text
+from dpo_recipes.files import read_json, read_jsonl
 from dpo_recipes.health.rules import read_findings
 from dpo_recipes.models.checkpoints import STATE_FILE, latest_checkpoint
 from dpo_recipes.pages import page
-from dpo_recipes.runs.curves import PANELS, plot_curves
-from dpo_recipes.runs.model_card import SHOWN_SETTINGS, model_card
+from dpo_recipes.runs.curves import plot_curves
+from dpo_recipes.runs.metrics import LABELS, PANELS
+from dpo_recipes.runs.model_card import SHOWN_SETTINGS, write_model_card
 from dpo_recipes.terminal import say
 
 RUN_PAGE = "report.html"
@@ -17,7 +19,7 @@ _SHOWN = 6  # prompts with both answers
 
 
 def write_run_page(folder: str | Path) -> Path:
-    """The path of a page that shows what the files of a run hold; sections without their file are left out."""
+    """Writes a page from the files of a run and returns its path; sections without their file are left out."""
     folder = Path(folder)
     names = ("settings", "preflight", "metrics", "health", "done", "eval")
     held = {name: read_json(folder / f"{name}.json") for name in names}
@@ -29,29 +31,35 @@ def write_run_page(folder: str | Path) -> Path:
         "samples": samples[:_SHOWN],
         "answered": len(samples),
         "warnings": [text for text in held["metrics"].get("warnings", []) if text not in of_health],
+        "labels": LABELS,
         "panels": PANELS,
         "shown_settings": SHOWN_SETTINGS,
     }
     return page.write_page(folder / RUN_PAGE, page.TEMPLATES / "run.html.jinja", held | shown)
 
 
+def draw_curves(folder: Path, log_history: Sequence[Mapping[str, float]]) -> Path:
+    """Draws what the trainer logged into curves.png, under the model and dataset of settings.json."""
+    settings = read_json(folder / "settings.json")
+    title = f"{folder.name}: {settings.get('model_name_or_path')} on {settings.get('dataset_name')}"
+    return plot_curves(log_history, folder / "curves.png", title=title)
+
+
 def remake(run: str) -> Path:
     """Draws a run's curves and writes its model card and its page again, from the files in its folder.
 
-    A model card that is there already is left as it is: others may have written into it.
+    A model card that exists is left as it is: others may have written into it.
 
     Raises:
         RecipeError: If the folder holds no run.
     """
     folder = Path(run)
-    if not (settings := read_json(folder / "settings.json")):
+    if not read_json(folder / "settings.json"):
         raise RecipeError(f"{run} holds no settings.json. Name the folder of a run.")
     if checkpoint := latest_checkpoint(folder):
-        title = f"{folder.name}: {settings.get('model_name_or_path')} on {settings.get('dataset_name')}"
-        log_history = read_json(checkpoint / STATE_FILE)["log_history"]
-        say(str(plot_curves(log_history, folder / "curves.png", title=title)))
+        say(str(draw_curves(folder, read_json(checkpoint / STATE_FILE)["log_history"])))
     if (folder / "done.json").exists() and not (folder / "README.md").exists():
-        say(str(write_text(folder / "README.md", model_card(folder))))
+        say(str(write_model_card(folder)))
     written = write_run_page(folder)
     say(str(written))
     return written

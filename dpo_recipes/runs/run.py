@@ -1,4 +1,4 @@
-"""A run's folder, from its start to the files that say what it did."""
+"""Begins a training run, and ends it: settings and guards before, weights, measurements and a page after."""
 
 import fcntl
 import logging
@@ -11,20 +11,11 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import distributions, version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import PeftModel
-from transformers import (
-    PreTrainedModel,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, ProgressCallback, Trainer
 from trl import RewardTrainer
 
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
@@ -41,45 +32,39 @@ from dpo_recipes.models.open import open_model
 from dpo_recipes.models.rewards import Text, check_reloads
 from dpo_recipes.ppo.trainer import PPOTrainer
 from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, RecipeArguments, is_disk_full
-from dpo_recipes.runs.before_after import Outcome, Score, measure, not_measured, readable
-from dpo_recipes.runs.curves import plot_curves, side_by_side, table
-from dpo_recipes.runs.model_card import LIBRARIES, cost, data_hash, model_card, weights_hash
-from dpo_recipes.runs.page import write_run_page
+from dpo_recipes.runs.before_after import Outcome, Questions, Score, measure, not_measured
+from dpo_recipes.runs.callbacks import DeclareCheckpoints, NoUpdateAfterTheLast, ProgressLines
+from dpo_recipes.runs.curves import side_by_side, table
+from dpo_recipes.runs.model_card import LIBRARIES, cost, data_hash, weights_hash, write_model_card
+from dpo_recipes.runs.page import draw_curves, write_run_page
 from dpo_recipes.settings import settings_hash
 from dpo_recipes.terminal import say
 from dpo_recipes.tracking import start_tracking
 
 logger = logging.getLogger(__name__)
 
-PROBED = 64  # tokens of a row by which a saved model is compared: little memory beside a large vocabulary
+PROBED = 64  # tokens of a row on which a saved model is compared: little memory even with a large vocabulary
+COMMANDS = {
+    "evaluate": "dpo-recipes evaluate {0} --dataset_name DATA",
+    "merge": "dpo-recipes merge {0} --output_dir {0}",
+    "page": "dpo-recipes page {0}",
+}
+"""Commands that repeat a step of `finish_run` in the run's folder."""
 
 
 def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
-    """Put the guards on a built trainer and take its output folder: call it before `trainer.train`.
+    """Adds the guards to a built trainer and takes its output folder: call it before `trainer.train`.
 
-    With `overwrite` the files that an earlier run wrote there are removed. Nothing else is, and nothing without it.
+    With `overwrite` the files that an earlier run wrote into the folder are removed. No other file is ever removed.
 
     Raises:
-        RecipeError: If another process trains in that folder, or the model to start from has weights that are NaN.
+        RecipeError: If another process trains in that folder, or weights of the initial model are NaN or infinite.
     """
-    _refuse_broken_start(trainer)
+    _refuse_broken_model(trainer)
     add_guards(trainer)
-    trainer.add_callback(NoUpdateAfterTheLast(trainer))
-    if not trainer.args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ProgressLines())
-    if script_args.health != "off":
-        trainer.add_callback(HealthCallback(trainer, script_args.health, partial(_show_stopped, trainer, script_args)))
-    trainer.add_callback(DeclareCheckpoints())  # the last one: the others decide whether there is a checkpoint
-    folder = Path(trainer.args.output_dir)
+    _add_callbacks(trainer, script_args)
     if trainer.is_world_process_zero():
-        _lock(folder)
-        (folder / DONE_FILE).unlink(missing_ok=True)
-        if script_args.overwrite and (removed := clear(folder, but="preflight.json")):  # is new
-            say(f"Removed the earlier run in {folder}: {', '.join(removed)}.")
-        write_json(folder / SETTINGS_FILE, script_args.settings)
-        packages = sorted(f"{item.metadata['Name']}=={item.version}" for item in distributions())
-        write_text(folder / "environment.txt", "\n".join(packages) + "\n")
+        _take_folder(Path(trainer.args.output_dir), script_args)
     start_tracking(trainer, script_args.settings)
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in trainer.model.parameters())
@@ -91,29 +76,46 @@ def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
     )
 
 
-def _refuse_broken_start(trainer: Trainer) -> None:
+def _refuse_broken_model(trainer: Trainer) -> None:
     plain = (torch.float32, torch.bfloat16, torch.float16)
     weights = [(name, each) for name, each in trainer.model.named_parameters() if each.dtype in plain]
     if broken := [name for name, each in weights if not (each.is_meta or each.isfinite().all())]:
         raise RecipeError(
-            f"{len(broken)} weights of the model to start from are NaN or infinite ({broken[0]}, ...). "
-            "Its files are damaged, or it was trained until it broke: name another with --model_name_or_path."
+            f"{len(broken)} weights of the initial model are NaN or infinite ({broken[0]}, ...). Its files are "
+            "damaged, or it was trained until it broke. Name another model with --model_name_or_path."
         )
 
 
-def _show_stopped(trainer: Trainer, script_args: RecipeArguments) -> None:
-    """A broken run can be looked at: its curves, and the page without what is measured at the end."""
+def _add_callbacks(trainer: Trainer, script_args: RecipeArguments) -> None:
+    trainer.add_callback(NoUpdateAfterTheLast(trainer))
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ProgressLines())
+    if script_args.health != "off":
+        trainer.add_callback(HealthCallback(trainer, script_args.health, partial(_show_broken, trainer)))
+    trainer.add_callback(DeclareCheckpoints())  # the last one: the others decide whether there is a checkpoint
+
+
+def _show_broken(trainer: Trainer) -> None:
+    """Draws the curves of a broken run and writes its page, without the measurements of a finished one."""
     folder = Path(trainer.args.output_dir)
-    plot_curves(trainer.state.log_history, folder / "curves.png", title=_title(folder, script_args))
+    draw_curves(folder, trainer.state.log_history)
     say(f"What happened until then: {write_run_page(folder)}")
 
 
-def _title(folder: Path, script_args: RecipeArguments) -> str:
-    return f"{folder.name}: {script_args.settings.get('model_name_or_path')} on {script_args.dataset_name}"
+def _take_folder(folder: Path, script_args: RecipeArguments) -> None:
+    """Locks the folder, removes an earlier run if that is asked for, and writes settings and packages."""
+    _lock(folder)
+    (folder / DONE_FILE).unlink(missing_ok=True)
+    if script_args.overwrite and (removed := clear(folder, but="preflight.json")):  # which this run has just written
+        say(f"Removed the earlier run in {folder}: {', '.join(removed)}.")
+    write_json(folder / SETTINGS_FILE, script_args.settings)
+    packages = sorted(f"{item.metadata['Name']}=={item.version}" for item in distributions())
+    write_text(folder / "environment.txt", "\n".join(packages) + "\n")
 
 
 def _lock(folder: Path) -> None:
-    """Hold the folder until this process ends, however it ends."""
+    """Holds the folder until this process ends, however it ends."""
     claim(folder, ".lock", "completions")  # TRL writes the latter with --log_completions true
     lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
@@ -122,80 +124,6 @@ def _lock(folder: Path) -> None:
         raise RecipeError(
             f"Another run is training in {folder}. Wait for it, or choose another --output_dir."
         ) from error
-
-
-class NoUpdateAfterTheLast(TrainerCallback):
-    """Keeps a run that is resumed from its last update from making another: transformers 5.23 does within an epoch."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leave out the epochs where no update is left."""
-        if state.global_step >= state.max_steps:
-            self.trainer._run_epoch = lambda **_: None
-
-
-class DeclareCheckpoints(TrainerCallback):
-    """Lists the files of each checkpoint as the run's, and declares them before they are written."""
-
-    @staticmethod
-    def _names(state: TrainerState) -> tuple[str, str]:
-        return f"checkpoint-{state.global_step}", "README.md"  # the draft of a model card that TRL writes with it
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Declare the checkpoint of this update."""
-        if control.should_save and state.is_world_process_zero:
-            declare(args.output_dir, *self._names(state))
-
-    on_epoch_end = on_step_end
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """List what all processes have written."""
-        PartialState().wait_for_everyone()
-        if state.is_world_process_zero:
-            settle(args.output_dir, *self._names(state))
-
-
-class ProgressLines(ProgressCallback):
-    """The progress bar, and one short line for each log instead of a dict of fifteen metrics."""
-
-    SHOWN: ClassVar[dict[str, str]] = {
-        "loss": "loss {:.4f}",
-        "eval_loss": "held-out loss {:.4f}",
-        "mean_token_accuracy": "token accuracy {:.3f}",
-        "rewards/accuracies": "reward accuracy {:.3f}",
-        "eval_rewards/accuracies": "reward accuracy {:.3f}",
-        "rewards/margins": "margin {:+.3f}",
-        "accuracy": "accuracy {:.3f}",
-        "eval_accuracy": "accuracy {:.3f}",
-        "margin": "margin {:+.3f}",
-        "logps/chosen": "chosen {:.1f} nats",
-        "reward": "score {:+.3f}",
-        "eval_reward": "held-out score {:+.3f}",
-        "kl": "KL {:.3f}",
-        "entropy": "entropy {:.2f}",
-        "completions/mean_length": "{:.0f} tokens",
-        "value/explained_variance": "explained variance {:.2f}",
-        "grad_norm": "gradient {:.2f}",
-    }
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write the line above the bar."""
-        shown = [text.format(logs[name]) for name, text in self.SHOWN.items() if logs and logs.get(name) is not None]
-        if "rewards/margins" in (logs or {}):
-            shown = [part for part in shown if not part.startswith("token accuracy")]
-        if state.is_world_process_zero and shown and self.training_bar is not None:
-            self.training_bar.write(f"  {state.global_step:>5}  " + "  ".join(shown))
 
 
 def finish_run(
@@ -209,119 +137,136 @@ def finish_run(
     max_new_tokens: int = 128,
     temperatures: Sequence[float] = (0.0,),
 ) -> None:
-    """Save what was trained, prove it, measure it against its start, and write the run's files.
+    """Saves the trained weights, checks them, measures the model against the reference model, and writes the files.
 
-    The weights are saved first. What fails after that loses nothing: it becomes a warning, in the terminal, in
-    metrics.json and in done.json, with the command that repeats it.
+    The weights are saved first. An error after that loses none of them: it becomes a warning in the terminal, in
+    metrics.json and in done.json, with the command that repeats the failed step.
 
     Args:
         trainer: After `trainer.train`.
         script_args: As `parse_recipe` returned them.
-        merge: Save the base model with the LoRA adapter merged into it, which a later stage can start from.
-        strata: A column of the held-out pairs; accuracy is given for each of its values too.
+        merge: Save the base model with the LoRA adapter merged into it, so that a later stage can start from it.
+        strata: A column of the held-out pairs; accuracy is also given for each of its values.
         score: Scores an answer to a prompt, each entry in [0, 1], for the table before and after.
-        prompts: To answer before and after; by default 16 of the held-out ones, drawn by seed, or 64 after PPO or
+        prompts: Prompts that both models answer; by default 16 of the held-out ones, drawn by seed, or 64 after PPO or
             RLOO.
-        max_new_tokens: Where an answer is cut.
-        temperatures: Of the answers; 0 is greedy.
+        max_new_tokens: Length in tokens at which an answer is cut.
+        temperatures: Temperatures of the answers; 0 is greedy.
 
     Raises:
         UnhealthyRunError: If a trained weight is NaN or infinite; curves and page are written, and nothing else.
     """
     folder = Path(trainer.args.output_dir)
-    trained = (weight for weight in trainer.model.parameters() if weight.requires_grad)
-    if not sharded(trainer) and not all(weight.isfinite().all() for weight in trained):
-        if trainer.is_world_process_zero():
-            _show_stopped(trainer, script_args)
-        trainer.accelerator.wait_for_everyone()
-        raise UnhealthyRunError(
-            "The trained weights are NaN or infinite: nothing is saved or measured. Train again with a lower learning "
-            "rate and --overwrite true; with --health stop it ends before it saves such weights."
-        )
-    if trainer.is_world_process_zero():
-        declare(folder, NEW_FILES)
+    later = _Later(folder)
+    _refuse_broken_weights(trainer)
     _save(trainer, folder)
-    if trainer.is_world_process_zero():
-        settle(folder, NEW_FILES)
-    later = _Later()
     outcome = not_measured(trainer)
-    together = trainer.args.world_size > 1
-    with later.part("Measuring the model", f"dpo-recipes evaluate {folder} --dataset_name DATA", together=together):
-        outcome = measure(
-            trainer,
-            script_args,
-            strata=strata,
-            score=score,
-            prompts=prompts,
-            max_new_tokens=max_new_tokens,
-            temperatures=temperatures,
-        )
+    with later.step("Measuring the model", "evaluate", together=trainer.args.world_size > 1):
+        outcome = measure(trainer, script_args, strata, Questions(score, prompts, max_new_tokens, temperatures))
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         if merge and isinstance(model, PeftModel):
-            with later.part("Merging the LoRA adapter", f"dpo-recipes merge {folder} --output_dir {folder}"):
+            with later.step("Merging the LoRA adapter", "merge"):
                 model = _merge(trainer, folder)
         if isinstance(trainer, RewardTrainer) and not (isinstance(model, PeftModel) or sharded(trainer)):
-            again = f"dpo-recipes evaluate {folder} --dataset_name DATA"
-            with later.part("Checking the saved reward model", again), trainer.accelerator.autocast():
+            with later.step("Checking the saved reward model", "evaluate"), trainer.accelerator.autocast():
                 check_reloads(str(folder), model, _probe(trainer))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        _write(trainer, script_args, outcome, later)
+        files = _write_files(trainer, script_args, outcome, later)
+        _show(folder, outcome, later.failures, files)
 
 
 class _Later:
-    """The parts that follow the saved weights: a failure becomes a warning, so that nothing trained is lost."""
+    """The steps after the weights are saved: an error in one becomes a warning, so that no trained weight is lost."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.failures: list[str] = []
 
     @contextmanager
-    def part(self, what: str, command: str, *, together: bool = False) -> Iterator[None]:
-        """Turns an error in the block into a warning that names the command that repeats it.
+    def step(self, name: str, command: str, *, together: bool = False) -> Iterator[None]:
+        """Turns an error in the block into a warning that names the command of COMMANDS which repeats the step.
 
-        What several processes do together raises the error: the others may wait for this one.
+        An error in a step that several processes do together is raised: the other processes may wait for this one.
         """
         try:
             yield
         except Exception as error:
             if together:
                 raise
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            self.failures.append(f"{what} failed ({textwrap.shorten(reason, 300)}). Repeat it with: {command}")
+            reason = textwrap.shorten(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+            again = COMMANDS[command].format(self.folder)
+            self.failures.append(f"{name} failed ({reason}). Repeat it with: {again}")
             logger.warning(self.failures[-1], exc_info=None if is_disk_full(error) else error)
 
 
-def _write(trainer: Trainer, script_args: RecipeArguments, outcome: Outcome, later: _Later) -> None:
-    """The files of a finished run, and what the terminal shows of it."""
-    folder = Path(trainer.args.output_dir)
-    again = f"dpo-recipes page {folder}"
-    spent, answers, files = cost(trainer), outcome.answers, []
+def _refuse_broken_weights(trainer: Trainer) -> None:
+    trained = (weight for weight in trainer.model.parameters() if weight.requires_grad)
+    if sharded(trainer) or all(weight.isfinite().all() for weight in trained):
+        return
+    if trainer.is_world_process_zero():
+        _show_broken(trainer)
+    trainer.accelerator.wait_for_everyone()
+    raise UnhealthyRunError(
+        "The trained weights are NaN or infinite: nothing is saved or measured. Train again with a lower learning rate "
+        "and --overwrite true; with --health stop the run ends before it saves such weights."
+    )
+
+
+def _save(trainer: Trainer, folder: Path) -> None:
+    """Saves the trained weights, and raises RuntimeError unless the folder holds them bit for bit."""
+    if trainer.is_world_process_zero():
+        declare(folder, NEW_FILES)
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        if not sharded(trainer):
+            with trainer.without_critic() if isinstance(trainer, PPOTrainer) else nullcontext():
+                check_saved(folder, trained_weights(trainer.accelerator.unwrap_model(trainer.model)))
+        settle(folder, NEW_FILES)
+
+
+def _merge(trainer: Trainer, folder: Path) -> PreTrainedModel:
+    """Replaces the saved LoRA adapter by a full model with the adapter merged into it, and returns that model."""
+    # Without accelerate's wrapper, under which a float32 model computes in 16 bits too.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    is_reward_model = isinstance(trainer, RewardTrainer)
+    if getattr(model, "is_quantized", False):  # merge into the base's own weights, not the 4-bit ones
+        trusted = trainer.args.trust_remote_code
+        model, _ = open_model(str(folder), as_trained=False, reward_model=is_reward_model, trust_remote_code=trusted)
+    merged = merge_adapter(model, _probe(trainer))
+    replace_adapter(folder, merged)
+    return merged
+
+
+def _probe(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Token ids and mask of the first tokens of a few training rows. Each has shape (rows, tokens)."""
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(min(4, len(trainer.train_dataset)))])
+    parts = {name: batch[name][:, :PROBED] for name in ("input_ids", "attention_mask")}
+    return {name: part.to(trainer.accelerator.device) for name, part in parts.items()}
+
+
+def _write_files(trainer: Trainer, script_args: RecipeArguments, outcome: Outcome, later: _Later) -> list[Path]:
+    """Writes the files of a finished run, and returns the paths of those that a user opens first."""
+    folder, spent, files = later.folder, cost(trainer), []
     warnings = outcome.warnings + [str(finding) for finding in read_findings(folder)]
-    report = table(outcome.header, outcome.rows) if outcome.rows else ""
-    if answers:
-        with later.part("Writing the answers", f"dpo-recipes evaluate {folder} --dataset_name DATA"):
-            files.append(write_jsonl(folder / "samples.jsonl", answers))
-    with later.part("Drawing the curves", again):
-        files.append(plot_curves(trainer.state.log_history, folder / "curves.png", title=_title(folder, script_args)))
-    with later.part("Writing the metrics", f"dpo-recipes evaluate {folder} --dataset_name DATA"):
-        more = {"table": report, "note": outcome.note, "warnings": warnings, "cost": spent}
-        files.insert(0, write_json(folder / "metrics.json", outcome.metrics | more))
+    shown = {"table": table(outcome.header, outcome.rows) if outcome.rows else "", "note": outcome.note}
+    with later.step("Writing the metrics", "evaluate"):
+        metrics = outcome.metrics | shown | {"warnings": warnings, "cost": spent}
+        files.append(write_json(folder / "metrics.json", metrics))
+    if outcome.answers:
+        with later.step("Writing the answers", "evaluate"):
+            files.append(write_jsonl(folder / "samples.jsonl", outcome.answers))
+    with later.step("Drawing the curves", "page"):
+        files.append(draw_curves(folder, trainer.state.log_history))
     record = _record(trainer, script_args) | spent
     write_json(folder / DONE_FILE, record | {"warnings": later.failures})
-    with later.part("Writing the model card", again):
-        write_text(folder / "README.md", model_card(folder))
-    with later.part("Writing the page", again):
+    with later.step("Writing the model card", "page"):
+        write_model_card(folder)
+    with later.step("Writing the page", "page"):
         files.append(write_run_page(folder))
     write_json(folder / DONE_FILE, record | {"warnings": later.failures})
-    if report:
-        say(f"\n{report}\n{outcome.note}\n")
-    for warning in outcome.warnings + later.failures:
-        say(f"WARNING: {warning}\n")
-    if answers:
-        say(side_by_side(readable(answers[:3])) + "\n")
-    kind = "LoRA adapter" if (folder / "adapter_config.json").exists() else "Model"
-    say("\n".join([f"{kind:<13}{folder}", *(f"{file.name:<13} {file}" for file in files)]))
+    return files
 
 
 def _record(trainer: Trainer, script_args: RecipeArguments) -> dict[str, Any]:
@@ -342,29 +287,13 @@ def _record(trainer: Trainer, script_args: RecipeArguments) -> dict[str, Any]:
     }
 
 
-def _save(trainer: Trainer, folder: Path) -> None:
-    """Saves the trained weights, and raises RuntimeError unless they lie there bit for bit."""
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero() and not sharded(trainer):
-        with trainer.without_critic() if isinstance(trainer, PPOTrainer) else nullcontext():
-            check_saved(folder, trained_weights(trainer.accelerator.unwrap_model(trainer.model)))
-
-
-def _probe(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Token ids and mask of the beginning of a few training rows. Each has shape (rows, tokens)."""
-    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(min(4, len(trainer.train_dataset)))])
-    parts = {name: batch[name][:, :PROBED] for name in ("input_ids", "attention_mask")}
-    return {name: part.to(trainer.accelerator.device) for name, part in parts.items()}
-
-
-def _merge(trainer: Trainer, folder: Path) -> PreTrainedModel:
-    """Puts a full model, with the LoRA adapter merged into it, in the place of the adapter, and returns it."""
-    # Without accelerate's wrapper, under which a float32 model computes in 16 bits too.
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    is_reward_model = isinstance(trainer, RewardTrainer)
-    if getattr(model, "is_quantized", False):  # merge into the base's own weights, not the 4-bit ones
-        trusted = trainer.args.trust_remote_code
-        model, _ = open_model(str(folder), as_trained=False, reward_model=is_reward_model, trust_remote_code=trusted)
-    merged = merge_adapter(model, _probe(trainer))
-    replace_adapter(folder, merged)
-    return merged
+def _show(folder: Path, outcome: Outcome, failures: Sequence[str], files: Sequence[Path]) -> None:
+    """Shows the table, the warnings, three prompts with both answers, and the paths."""
+    if outcome.rows:
+        say(f"\n{table(outcome.header, outcome.rows)}\n{outcome.note}\n")
+    for warning in [*outcome.warnings, *failures]:
+        say(f"WARNING: {warning}\n")
+    if outcome.answers:
+        say(side_by_side(outcome.answers[:3]) + "\n")
+    kind = "LoRA adapter" if (folder / "adapter_config.json").exists() else "Model"
+    say("\n".join([f"{kind:<13}{folder}", *(f"{file.name:<13} {file}" for file in files)]))

@@ -117,10 +117,10 @@ def test_the_quickstart_makes_the_chatbot_safe(first, tmp_path, dpo_recipes):
     assert before_and_after("scores", "temperature 0.7", "all parts right")[1] >= 0.80
     assert before_and_after("scores", "temperature 0.7", "grammatical")[1] >= 0.95
     assert before_and_after("scores", "greedy", "exact reward")[1] >= 0.95
-    for name in ("summed", "summed, faults = 1"):
-        before, after = before_and_after("preference_accuracy", name)
+    for stratum in ("all", "faults = 1"):
+        before, after = before_and_after("preference_accuracy", stratum, "summed")
         assert before > 0.8  # the SFT likelihood alone ranks most pairs
         assert after > before
-    logps = [run["preference_accuracy"]["chosen_logps"] for run in runs]
+    logps = [run["chosen_logps"] for run in runs]
     assert mean(entry["after"] - entry["before"] for entry in logps) >= -1.0  # nats
     assert max(run["cost"]["peak_memory_mib"] for run in runs) < 4096

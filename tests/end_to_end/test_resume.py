@@ -198,4 +198,4 @@ def test_two_processes_match_one_of_the_same_global_batch(tmp_path, tiny_model, 
     metrics = [
         json.loads((tmp_path / name / "metrics.json").read_text())["preference_accuracy"] for name in ("cpu", "cpu2")
     ]
-    assert metrics[0]["summed"] == metrics[1]["summed"]
+    assert metrics[0]["all"]["summed"] == metrics[1]["all"]["summed"]

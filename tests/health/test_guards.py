@@ -205,10 +205,10 @@ def test_a_reference_that_moves_both_sides_alike_is_noticed(build, tiny_model, p
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
 
 
-def test_weights_beside_the_adapter_are_refused_and_a_reference_that_moves_is_noticed(build, caplog):
+def test_weights_outside_the_adapter_are_refused_and_a_reference_that_moves_is_noticed(build, caplog):
     trainer = build(peft_config=LORA, learning_rate=0.1)
     trainer.model.base_model.model.model.norm.weight.requires_grad_(True)
-    with pytest.raises(RecipeError, match=r"1 weights are trained beside the adapter \(.*model.norm.weight"):
+    with pytest.raises(RecipeError, match=r"1 weights are trained outside the LoRA adapter \(.*model.norm.weight"):
         add_guards(trainer)
     trainer.add_callback(ReferenceGuard(trainer))
     trainer.train()

@@ -176,7 +176,7 @@ def test_every_measure_is_found_where_a_run_writes_it():
     scores = {"temperature 0.7": {"exact reward": estimate}, "greedy": {"exact reward": estimate}}
     metrics = {
         "held_out": {"eval_loss": 0.5},
-        "preference_accuracy": {"summed": estimate, "implicit reward": {"after": {"mean": 0.8}}},
+        "preference_accuracy": {"all": {"summed": estimate, "implicit reward": {"after": {"mean": 0.8}}}},
         "kl": {"nats": 1.5},
         "scores": scores,
         "cost": {"train_seconds": 3.0},

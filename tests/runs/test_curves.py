@@ -28,7 +28,8 @@ def test_columns_line_up():
 
 @pytest.mark.parametrize("width", [100])
 def test_long_answers_are_wrapped(width):
-    text = side_by_side([{"prompt": "Why?", "before": "word " * 80, "after": "Because."}])
+    conversation = [{"role": "user", "content": "Hello."}, {"role": "user", "content": "Why?"}]
+    text = side_by_side([{"prompt": conversation, "before": {"text": "word " * 80}, "after": {"text": "Because."}}])
     assert max(map(len, text.splitlines())) <= width
     assert text.startswith("Prompt  Why?\nBefore  word")
     assert text.endswith("After   Because.")

@@ -118,8 +118,8 @@ LATER = {
     "measure": "Measuring the model",
     "merge_adapter": "Merging the LoRA adapter",
     "replace_adapter": "Merging the LoRA adapter",
-    "plot_curves": "Drawing the curves",
-    "model_card": "Writing the model card",
+    "draw_curves": "Drawing the curves",
+    "write_model_card": "Writing the model card",
     "write_run_page": "Writing the page",
     "check_reloads": "Checking the saved reward model",
 }

@@ -40,18 +40,21 @@ def run():
         side: {"text": text, "tokens": 9, "ended": side == "after", "scores": {"exact reward": score}}
         for side, text, score in (("before", "Yes, go ahead.", 0.25), ("after", "Please do not.", 1.0))
     }
-    accuracy = {"summed": both(0.91, 0.97), "implicit reward": {"after": estimate(0.88)}}
-    accuracy |= {"summed, kind = 1": both(0.81, 0.82), "per token, kind = 1": both(0.111, 0.112)}
+    accuracy = {
+        "all": {"summed": both(0.91, 0.97), "implicit reward": {"after": estimate(0.88)}},
+        "kind = 1": {"summed": both(0.81, 0.82), "per token": both(0.111, 0.112)},
+    }
     return {
         "settings": {"model_name_or_path": "a-start", "dataset_name": "some/pairs", "beta": 0.3, "seed": 5},
         "preflight": preflight(),
         "metrics": {
             "train": {"loss": 0.4321, "rewards/chosen": 0.0804, "step": 88},
             "held_out": {"eval_loss": 0.5432, "step": 88},
-            "preference_accuracy": accuracy | {"chosen_logps": {"before": -9.56, "after": -8.99}},
+            "preference_accuracy": accuracy,
+            "chosen_logps": {"before": -9.56, "after": -8.99},
             "kl": {"nats": 1.16, "standard_error": 0.21, "n": 64, "tokens": 2448},
             "scores": {"greedy": {"exact reward": both(0.44, 0.99)}},
-            "note": "(The likelihood before ranks 91% of them right already.)",
+            "note": "(The reference model already ranks 91 % of them correctly.)",
             "warnings": ["No better than a coin.", str(Finding(**finding()))],
             "cost": SPENT,
         },
@@ -114,10 +117,10 @@ def test_every_section_says_what_the_files_hold(page_of):
             "The same weights.",
         ),
         "summed n = 400 before 0.910 [0.860, 0.930] after 0.970 [0.920, 0.990]",
-        *("implicit reward n = 400 after 0.880", "summed, kind = 1", "The likelihood before ranks 91%"),
-        *("Answers, greedy exact reward n = 400 before 0.440", "KL to the start, nats an answer 1.16 ± 0.21"),
+        *("implicit reward n = 400 after 0.880", "summed, kind = 1", "The reference model already ranks 91 %"),
+        *("Answers, greedy exact reward n = 400 before 0.440", "KL to the reference model, nats an answer 1.16 ± 0.21"),
         *(
-            "completion, nats -9.56 → -8.99",
+            "chosen log-prob, nats -9.56 → -8.99",
             "77 held-out pairs and 66 prompts of some/pairs",
             "judge a rule",
             "win rate n = 400, Wilson 0.700 [0.650,",
@@ -151,7 +154,7 @@ def test_a_healthy_run_says_so_and_a_reward_model_shows_what_it_is_worth(page_of
     page = page_of({name: held[name] for name in ("settings", "metrics", "health", "done")})
     for said in (
         *(
-            "Healthy: none of the 2 health rules that watched was broken in 1,888 updates.",
+            "Healthy: 2 health rules watched 1,888 updates, and no rule was broken.",
             "accuracy, all n = 400 0.930 [0.880,",
         ),
         *("margin, mean ± std 3.89 ± 1.77", "Log-loss 0.119", "0.50 to 0.55 0.526 0.333 12"),
@@ -195,7 +198,7 @@ def test_hostile_texts_stay_texts(page_of):
     """Whatever stands in the files: prompts and answers of any data, names of datasets, scores and strata."""
     attacked = {name: hostile(data) for name, data in run().items()}
     attacked["metrics"]["scores"] = {HOSTILE: {HOSTILE: both(0.4, 0.5)}}
-    attacked["metrics"]["preference_accuracy"][f"summed, {HOSTILE}"] = both(0.4, 0.5)
+    attacked["metrics"]["preference_accuracy"][HOSTILE] = {"summed": both(0.4, 0.5)}
     attacked["samples"][0]["before"]["scores"] = {HOSTILE: 1.0}
     attacked["samples"][1]["after"]["text"] = f"one\u2028line {HOSTILE}"
     harmless, page = page_of(run()), page_of(attacked)

@@ -69,7 +69,7 @@ def test_peak_memory_is_that_of_the_process_itself():
         ("hh-rlhf-reward", "model.norm.weight", float("inf")),
     ],
 )
-def test_a_start_with_broken_weights_is_blamed_and_not_the_learning_rate(
+def test_an_initial_model_with_broken_weights_is_blamed_and_not_the_learning_rate(
     recipe, weight, value, tmp_path, tiny_model, hh_rows
 ):
     shutil.copytree(tiny_model, tmp_path / "model")
@@ -82,7 +82,7 @@ def test_a_start_with_broken_weights_is_blamed_and_not_the_learning_rate(
         cwd=tmp_path,
     )
     assert result.returncode == 2, result.stderr
-    assert f"1 weights of the model to start from are NaN or infinite ({weight}" in result.stderr.replace(
+    assert f"1 weights of the initial model are NaN or infinite ({weight}" in result.stderr.replace(
         "base_model.model.", ""
     ).replace(".base_layer", "")
     assert not (tmp_path / "run" / "settings.json").exists()

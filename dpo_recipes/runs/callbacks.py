@@ -1,0 +1,62 @@
+"""Callbacks that every run has: its progress lines, the list of its checkpoints, and no update after the last."""
+
+from typing import Any
+
+from accelerate import PartialState
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dpo_recipes.manifest import declare, settle
+from dpo_recipes.runs.metrics import LINES
+
+
+class ProgressLines(ProgressCallback):
+    """Shows the progress bar, and one short line for each log instead of a dict of fifteen metrics."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Writes the line above the bar. Token accuracy is left out where the rewards say more."""
+        logs = logs or {}
+        shown = [words.format(logs[name]) for name, words in LINES.items() if logs.get(name) is not None]
+        if "rewards/margins" in logs:
+            shown = [part for part in shown if not part.startswith("token accuracy")]
+        if state.is_world_process_zero and shown and self.training_bar is not None:
+            self.training_bar.write(f"  {state.global_step:>5}  " + "  ".join(shown))
+
+
+class DeclareCheckpoints(TrainerCallback):
+    """Declares the files of each checkpoint as the run's before they are written, and lists them afterwards."""
+
+    @staticmethod
+    def _names(state: TrainerState) -> tuple[str, str]:
+        return f"checkpoint-{state.global_step}", "README.md"  # the draft of a model card that TRL writes with it
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Declares the checkpoint of this update."""
+        if control.should_save and state.is_world_process_zero:
+            declare(args.output_dir, *self._names(state))
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Lists the files that all processes have written."""
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            settle(args.output_dir, *self._names(state))
+
+
+class NoUpdateAfterTheLast(TrainerCallback):
+    """Keeps a run that is resumed at its last update from making another, as transformers 5.23 does within an epoch."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leaves out the epochs where no update is left."""
+        if state.global_step >= state.max_steps:
+            self.trainer._run_epoch = lambda **_: None
