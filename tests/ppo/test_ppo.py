@@ -52,8 +52,9 @@ from trl import GRPOTrainer
 
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.health.guards import add_guards
+from dpo_recipes.ppo import PPOConfig, PPOTrainer
 from dpo_recipes.ppo.critic import CRITIC, CRITIC_FILE, sequence_classifier
-from dpo_recipes.ppo.trainer import PPOConfig, PPOTrainer, clipped_value_loss, gae, without_padding
+from dpo_recipes.ppo.math import clipped_value_loss, gae, without_padding
 
 
 @pytest.fixture(scope="session")
@@ -271,7 +272,7 @@ def test_padding_that_a_batch_does_not_need_changes_nothing(build, monkeypatch):
     assert cut["prompt_ids"] is few["prompt_ids"]
     gradients = []
     for cutting in (without_padding, lambda batch: batch):
-        monkeypatch.setattr("dpo_recipes.ppo.without_padding", cutting)
+        monkeypatch.setattr("dpo_recipes.ppo.trainer.without_padding", cutting)
         trainer.model.zero_grad()
         trainer.compute_loss(trainer.model, few).backward()
         gradients.append({name: weight.grad.clone() for name, weight in trainer.model.named_parameters()})
@@ -443,7 +444,7 @@ def test_an_architecture_that_takes_no_critic_is_refused_with_the_remedy(kind):
 def test_settings_may_be_left_out(start, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     machine = dict(use_cpu=True, bf16=False, activation_checkpointing=False, max_completion_length=2)
-    monkeypatch.setattr("dpo_recipes.ppo.PPOConfig", functools.partial(PPOConfig, **machine))
+    monkeypatch.setattr("dpo_recipes.ppo.trainer.PPOConfig", functools.partial(PPOConfig, **machine))
     prompts = Dataset.from_dict({"prompt": PROMPTS * 2})
     trainer = PPOTrainer(str(start), count_as, train_dataset=prompts)
     assert trainer.args.output_dir == "start-PPO"
