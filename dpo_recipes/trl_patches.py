@@ -138,12 +138,6 @@ def forward_without_autocast(model: nn.Module) -> Callable[..., Any] | None:
     return forward
 
 
-def hub_commit(config: PreTrainedConfig) -> str | None:
-    """The Hub's commit that a configuration was loaded from; None for a local folder."""
-    commit: str | None = getattr(config, "_commit_hash", None)
-    return commit
-
-
 def encodes_in_rust(tokenizer: Any) -> bool:
     """Says if the tokenizer's class leaves calls, encoding and chat template to transformers' fast tokenizer."""
     names = ("__call__", "_encode_plus", "apply_chat_template")
@@ -187,9 +181,6 @@ def keep_from_vllm(trainer: GRPOTrainer, name: str) -> None:
 
 
 # Datasets
-
-CACHE_READERS = {"_memory_mapped_record_batch_reader_from_file", "from_directory"}
-"""Functions of datasets that read its own cache: an error inside one of them is not the data's."""
 
 
 def fingerprint(dataset: Dataset) -> str:

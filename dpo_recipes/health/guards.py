@@ -16,6 +16,7 @@ from trl import DPOTrainer, RewardTrainer
 
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.models.likelihood import completion_logps, reference_in_memory, sharded
+from dpo_recipes.trl_patches import prepare_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -215,8 +216,7 @@ class ReferenceGuard(TrainerCallback):
 
     def _batch(self, count: int) -> dict[str, Any]:
         batch = self.trainer.data_collator(list(islice(self.trainer.train_dataset, count)))
-        prepared: dict[str, Any] = self.trainer._prepare_inputs(batch)
-        return prepared
+        return prepare_inputs(self.trainer, batch)
 
     def _reference(self, batch: dict[str, Any]) -> torch.Tensor | None:
         with reference_in_memory(self.trainer) as reference:

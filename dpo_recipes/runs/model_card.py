@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from dpo_recipes.files import read_json
 from dpo_recipes.pages.markdown import code, fence, inline, one_line, yaml_text
+from dpo_recipes.trl_patches import first_update
 
 LIBRARIES = ("dpo-recipes", "trl", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "torch")
 SHOWN_SETTINGS = (
@@ -42,7 +43,7 @@ def cost(trainer: Trainer) -> dict[str, Any]:
     """Updates, seconds and peak memory of a finished run."""
     spent: dict[str, Any] = {
         "updates": trainer.state.global_step,
-        "resumed_from_update": trainer._initial_global_step,  # seconds, and tokens of DPO and its like, are since then
+        "resumed_from_update": first_update(trainer),  # seconds, and tokens of DPO and its like, are since then
         "train_seconds": next(
             (log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log), None
         ),
@@ -76,11 +77,10 @@ def data_hash(dataset: Dataset) -> str:
 
 
 def weights_hash(config: Any) -> str | None:
-    """What a model was loaded from: a hash of a local folder's weights, or the Hub's commit."""
+    """Hash of the weights in the folder that a model was loaded from; None for a model of the Hub."""
     files = sorted(Path(config.name_or_path).glob("*.safetensors")) if config.name_or_path else []
     if not files:
-        commit: str | None = getattr(config, "_commit_hash", None)
-        return commit
+        return None
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

@@ -45,6 +45,7 @@ from dpo_recipes.runs.model_card import LIBRARIES, cost, data_hash, hardware, mo
 from dpo_recipes.runs.page import write_run_page
 from dpo_recipes.terminal import say
 from dpo_recipes.tracking import start_tracking
+from dpo_recipes.trl_patches import method_name, skip_epochs
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ class NoUpdateAfterTheLast(TrainerCallback):
     ) -> None:
         """Leave out the epochs where no update is left."""
         if state.global_step >= state.max_steps:
-            self.trainer._run_epoch = lambda **_: None
+            skip_epochs(self.trainer)
 
 
 class DeclareCheckpoints(TrainerCallback):
@@ -325,7 +326,7 @@ def _record(trainer: Trainer, script_args: RecipeArguments) -> dict[str, Any]:
     """Content of done.json, without the run's cost."""
     judges = [part.config for part in getattr(trainer, "reward_funcs", []) if isinstance(part, PreTrainedModel)]
     return {
-        "method": trainer._name,
+        "method": method_name(trainer),
         "settings_hash": settings_hash(script_args.settings),
         "data_hash": data_hash(trainer.train_dataset),
         "start_hash": weights_hash(trainer.accelerator.unwrap_model(trainer.model).config),

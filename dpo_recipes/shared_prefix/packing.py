@@ -154,20 +154,16 @@ def install(model: PreTrainedModel | PeftModel) -> None:
     AttentionInterface.register("sdpa", _sdpa)
     if attention_name(base.config) == "eager" and base.config.model_type != "gpt_neo":
         base.set_attn_implementation("shared_eager")
-    # A second trainer may come with the same model. Under PEFT, hooks of the base model itself would not run: PEFT
-    # calls its `forward`.
-    backbone = base.base_model
-    if not is_installed(model):
-        model.register_forward_pre_hook(_pack, with_kwargs=True)
-        model.register_forward_hook(_unpack, with_kwargs=True)
-    if not is_installed(backbone):
-        backbone.register_forward_hook(_keep_predicting, with_kwargs=True)
-    model.has_shared_prefix = backbone.has_shared_prefix = True
+    if not is_installed(base):  # a second trainer may come with the same model
+        base.register_forward_pre_hook(_pack, with_kwargs=True)
+        base.register_forward_hook(_unpack, with_kwargs=True)
+        base.base_model.register_forward_hook(_keep_predicting, with_kwargs=True)
+        base.has_shared_prefix = True
 
 
-def is_installed(model: torch.nn.Module) -> bool:
-    """Says if `install` has given the module its hooks."""
-    return "has_shared_prefix" in vars(model)
+def is_installed(base: PreTrainedModel) -> bool:
+    """Says if `install` has been called with the model, or with a LoRA adapter on it."""
+    return "has_shared_prefix" in vars(base)
 
 
 def _pack(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

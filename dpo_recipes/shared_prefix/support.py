@@ -85,7 +85,7 @@ def _in_model(trainer: DPOTrainer, model: Module, base: PreTrainedModel) -> dict
     experts = ("output_router_logits", "num_experts", "num_local_experts", "n_routed_experts")
     other_layers = {*(getattr(config, "layer_types", None) or LAYER_TYPES)} - LAYER_TYPES
     is_gpt_neo = config.model_type == "gpt_neo"
-    changed = is_installed(model) and attention == "eager" and not is_gpt_neo
+    changed = is_installed(base) and attention == "eager" and not is_gpt_neo
     positions = not getattr(config, "alibi", False) and "position_ids" in signature(base.base_model.forward).parameters
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     uneven = trainer.args.pad_to_multiple_of and rope in ("dynamic", "longrope")

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import inspect
 import itertools
 import json
 import logging
@@ -45,10 +44,8 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
-    Trainer,
     TrainerCallback,
 )
-from trl import GRPOTrainer
 
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.health.guards import add_guards
@@ -779,26 +776,7 @@ def test_tools_are_refused(build, start):
         )
 
 
-# Canaries: what is relied on of TRL's and transformers' own
-
-
-@pytest.mark.parametrize(
-    ("owner", "method", "parameters"),
-    [
-        (GRPOTrainer, "_calculate_rewards", ["inputs", "prompts", "completions", "completion_ids_list"]),
-        (GRPOTrainer, "_generate_and_score_completions", ["inputs"]),
-        (GRPOTrainer, "_compute_loss", ["model", "inputs"]),
-        (GRPOTrainer, "training_step", ["model", "inputs", "num_items_in_batch"]),
-        (GRPOTrainer, "_tokenize_prompts", ["prompts"]),
-        (Trainer, "create_optimizer", ["model"]),
-        (Trainer, "_save", ["output_dir", "state_dict"]),
-        (Trainer, "_load_best_model", []),
-        (Trainer, "_load_from_checkpoint", ["resume_from_checkpoint", "model"]),
-    ],
-)
-def test_what_is_overridden_has_kept_its_signature(owner, method, parameters):
-    assert method in vars(owner), f"{method} is no longer {owner.__name__}'s"
-    assert [*inspect.signature(getattr(owner, method)).parameters][1:] == parameters
+# The canary of GRPOTrainer's rollouts; the others are in tests/test_trl_patches.py
 
 
 def test_grpo_still_counts_batches_and_keeps_a_rollout_as_before(build):
