@@ -63,9 +63,6 @@ def lora_switched_by_flags(model: nn.Module) -> Iterator[None]:
 
     PEFT's own method also sweeps over `requires_grad`, which a pass without gradients does not read.
     """
-    if not isinstance(model, PeftModel):
-        yield
-        return
     layers = [each for each in model.modules() if isinstance(each, BaseTunerLayer | AuxiliaryTrainingWrapper)]
 
     @contextmanager
@@ -78,11 +75,12 @@ def lora_switched_by_flags(model: nn.Module) -> Iterator[None]:
             for layer in layers:
                 layer._disable_adapters = False
 
-    model.disable_adapter = disable_adapter
+    if isinstance(model, PeftModel):
+        model.disable_adapter = disable_adapter
     try:
         yield
     finally:
-        del model.disable_adapter
+        vars(model).pop("disable_adapter", None)
 
 
 def keep_input_dtype_under_autocast(layer: BaseTunerLayer) -> None:

@@ -88,7 +88,7 @@ def is_private(name):
 
 
 def test_private_names_are_used_in_trl_patches_alone():
-    """Everywhere else only methods that our trainers override and attributes that they read: those above."""
+    """Other modules use only methods that our trainers override and attributes that they read, listed above."""
     trees = {module.__name__: ast.parse(inspect.getsource(module)) for module in modules()}
     nodes = [(name, node) for name, tree in trees.items() for node in ast.walk(tree)]
     ours = {node.name for _, node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}

@@ -124,7 +124,7 @@ class PPOTrainer(GRPOTrainer):
             advantages = (advantages - mean) * torch.rsqrt(variance + 1e-8) * mask
         self._log_mean("score", scores)
         self._log_mean("value/mean", values.sum(dim=1) / mask.sum(dim=1).clamp(min=1))
-        self._log("value/explained_variance", (1 - unexplained / spread).item())
+        self._log_mean("value/explained_variance", 1 - unexplained / spread)
         return batch | {"advantages": advantages, "old_values": values, "returns": returns}
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
@@ -255,10 +255,8 @@ class PPOTrainer(GRPOTrainer):
 
     def _log_mean(self, name: str, values: Tensor) -> None:
         """Logs the mean over all processes."""
-        self._log(name, self.accelerator.gather(values.detach().float()).mean().item())
-
-    def _log(self, name: str, value: float) -> None:
-        self._metrics["train" if self.model.training else "eval"][name].append(value)
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode][name].append(self.accelerator.gather(values.detach().float()).mean().item())
 
     # Optimizer and checkpoints with the critic
 

@@ -13,27 +13,15 @@ TILE_BYTES = 1 << 26
 """Bytes of a tile of logits: enough for a matrix product at full speed, little enough for memory."""
 
 
-def log_probs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    *settings: Any,
-    allow_frozen: bool,
-    log_probs_alone: bool,
-) -> Any:
+def log_probs(*arguments: Any, allow_frozen: bool, log_probs_alone: bool) -> Any:
     """Results of TRL's ChunkedLogProbFunction, by FrozenHeadLogProb where that is equal and faster.
 
     Args:
-        hidden: Hidden states. Shape (N, H).
-        weight: Head. Shape (V, H).
-        bias: Bias of the head, or None. Shape (V,).
-        targets: Tokens whose log-probs are asked for. Shape (N,).
-        settings: TRL's temperature, chunk size, softcap, scale and names of results.
+        arguments: Arguments of `ChunkedLogProbFunction.apply`.
         allow_frozen: False leaves all heads to TRL.
         log_probs_alone: Return log-probs and no other result.
     """
-    temperature, chunk, softcap, scale, outputs = settings
+    hidden, weight, bias, targets, temperature, chunk, softcap, scale, outputs = arguments
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     frozen = allow_frozen and not trained and (temperature, softcap, scale) == (1, None, 1)
     frozen = frozen and not hidden.is_cuda  # there TRL's Triton kernel is faster

@@ -67,7 +67,7 @@ class SharedPrefixDPOTrainer(DPOTrainer):
     def __init__(self, *args: Any, shared_prefix: str | bool = "auto", **kwargs: Any) -> None:
         self.shared_prefix = str(shared_prefix).lower()  # a YAML file's true is no string
         if self.shared_prefix not in ("auto", "true", "false"):
-            raise RecipeError(f"shared_prefix={shared_prefix} is none of auto, true, false.")
+            raise RecipeError(f"shared_prefix={shared_prefix} is not auto, true or false.")
         self.sharing: bool | None = None  # not known before the model is there
         self.agrees_with_trl = False
         self.changeable: dict[Any, list[Any]] = {}  # by model, the modules that are looked at in every step

@@ -85,7 +85,7 @@ def count_as(completion_ids, **_):
 
 
 def slow_gae(rewards, values, mask, gamma, lam):
-    """The definition, term by term, on the tokens that count: sum over l of (gamma lam)^l delta_{t+l}."""
+    """Advantages by the definition, term by term: sum over l of (gamma lam)^l delta_{t+l}, masked tokens left out."""
     advantages = torch.zeros_like(rewards)
     for row in range(len(rewards)):
         steps = [t for t in range(rewards.shape[1]) if mask[row, t]]
@@ -132,7 +132,7 @@ def test_the_value_loss_by_hand():
 
 
 def test_rewards_hold_the_score_at_the_end_and_the_kl_of_each_token(build):
-    """With lambda = gamma = 1 and a critic of zeros the returns are the rewards to go, which show every reward."""
+    """With lambda = gamma = 1 and a critic that gives 0, returns are sums of later rewards, which show every reward."""
     trainer = build(count_as, beta=0.5, lam=1.0, whiten_advantages=False, missing_eos_penalty=0.25)
     with torch.no_grad():
         trainer.model.lm_head.weight.mul_(1.5)  # away from the reference
@@ -166,7 +166,7 @@ def test_advantages_are_normalised_over_the_tokens_of_a_rollout(build):
 
 @pytest.mark.parametrize("one_epoch", [False, True], ids=["PPO", "REINFORCE"])
 def test_the_gradient_of_a_step_is_that_of_an_independent_implementation(build, one_epoch, tmp_path):
-    """In float64, away from the rollout's policy; REINFORCE with gamma = lambda = 1, values of 0 and one epoch."""
+    """Computes in float64, away from the rollout's policy. With one epoch and values of 0 PPO is REINFORCE."""
     torch.manual_seed(1)
     sizes = dict(
         vocab_size=len(WORDS), n_embd=32, n_layer=2, n_head=2, n_positions=16, pad_token_id=PAD, eos_token_id=EOS
@@ -227,7 +227,7 @@ def test_the_gradient_of_a_step_is_that_of_an_independent_implementation(build, 
 
 
 def test_values_and_advantages_of_a_rollout_are_those_of_an_independent_implementation(build):
-    """From the tokens alone: critic, reference, scores, GAE and normalisation."""
+    """Computes critic, reference model, scores, GAE and normalisation from the tokens alone."""
     torch.manual_seed(2)
     critic = LlamaForSequenceClassification(tiny_config(num_labels=1))
     trainer = build(count_as, critic=critic, beta=0.3, lam=0.8, gamma=0.9)
@@ -278,7 +278,7 @@ def test_padding_that_a_batch_does_not_need_changes_nothing(build, monkeypatch):
 
 
 def test_answers_that_were_cut_may_count_for_nothing(build):
-    """All of a batch, even: there is nothing to learn from it, and nothing breaks."""
+    """Trains without error even where no answer of a batch counts."""
     settings = dict(mask_truncated_completions=True, max_completion_length=1, per_device_train_batch_size=2)
     trainer = build(count_as, prompts=["x y z w"] * 64, max_steps=16, **settings)
     trainer.train()
@@ -286,7 +286,7 @@ def test_answers_that_were_cut_may_count_for_nothing(build):
 
 
 def test_positions_that_count_padding_are_those_of_the_rollout(build, tmp_path):
-    """GPT-2's: before the first update the ratio of every batch is 1."""
+    """GPT-2 counts padding: before the first update the ratio of every batch is 1."""
     torch.manual_seed(4)
     sizes = dict(vocab_size=len(WORDS), n_embd=32, n_layer=1, n_head=2, n_positions=16, bos_token_id=None)
     policy = GPT2LMHeadModel(GPT2Config(**sizes, pad_token_id=PAD, eos_token_id=EOS))
@@ -327,7 +327,7 @@ def test_a_bandit_with_contexts_is_solved(build):
 
 @pytest.mark.slow
 def test_the_critic_assigns_credit_over_two_steps(build):
-    """Solved to the optimum, much sooner than without a critic: the prompt's luck drowns what an answer is worth."""
+    """The task is solved much sooner than without a critic: a prompt's luck is larger than an answer's reward."""
 
     def rollouts_until_solved(seed, **changes):
         trainer = build(two_steps, seed=seed, **TWO_STEPS | changes)
@@ -487,7 +487,7 @@ def test_what_is_saved_is_the_policy_without_a_trace_of_the_critic(build, method
 
 @pytest.mark.parametrize("method", ["full", pytest.param("LoRA", marks=pytest.mark.slow)])
 def test_a_resumed_run_is_bit_identical_from_a_rollout_boundary(build, method, tmp_path, caplog):
-    """Losses, weights of policy and critic, and the optimizer's state; save_steps is rounded up to a rollout."""
+    """Compares losses, weights of policy and critic, and the optimizer; save_steps is rounded up to a rollout."""
 
     def run(folder, max_steps, **resume):
         trainer = build(
@@ -537,7 +537,7 @@ def test_the_best_policy_is_loaded_at_the_end(build, method, tmp_path):
 
 
 def test_updates_stop_where_the_policy_has_moved_too_far(build):
-    """What is stopped is the rest of a rollout: its first update is always made, and no weight moves afterwards."""
+    """The first update of a rollout is always made; after a stop no weight moves until the next rollout."""
     moves = []
 
     class Watch(TrainerCallback):
@@ -594,7 +594,7 @@ print("both have the same weights", flush=True)
 
 
 def test_two_processes_are_one(start, tmp_path):
-    """Their gradient is that of one process with both batches, and their weights stay equal."""
+    """Two processes have the gradient of one process with both batches, and their weights stay equal."""
     script = tmp_path / "script.py"
     script.write_text(
         SCRIPT.format(tests=[str(REPOSITORY / "tests" / room) for room in ("helpers", "ppo", "")], start=str(start))
@@ -609,7 +609,7 @@ def test_two_processes_are_one(start, tmp_path):
 
 @pytest.mark.slow
 def test_policy_and_critic_train_on_a_base_of_4_bits(build, tiny_model, tmp_path):
-    """With guards: what is trained is float32, in the critic too."""
+    """With guards, the trained weights are float32 in policy and critic."""
     quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     args = PPOConfig(
         **dict(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_steps=4),
@@ -710,7 +710,7 @@ def test_prompts_that_make_no_rollout_are_refused(build):
 
 
 def test_activation_checkpointing_reaches_policy_and_critic(build):
-    """And with LoRA, too, the gradients are those without it."""
+    """With LoRA, gradients are the same with and without checkpointing."""
     gradients = []
     for checkpointing in (True, False):
         trainer = build(count_as, peft_config=lora(), activation_checkpointing=checkpointing, max_steps=1, seed=7)
@@ -780,7 +780,7 @@ def test_tools_are_refused(build, start):
 
 
 def test_grpo_still_counts_batches_and_keeps_a_rollout_as_before(build):
-    """`_step` counts batches; a rollout is made where it is a multiple of epochs times batches, and is buffered."""
+    """If not, look at the epochs in ppo/trainer.py: `_step` counts batches, and a rollout is made for each multiple."""
     made = []
 
     class Watched(PPOTrainer):

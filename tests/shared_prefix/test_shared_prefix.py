@@ -51,7 +51,7 @@ old_name = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)ab
 
 @pytest.fixture(autouse=True)
 def own_reference_cache(tmp_path, monkeypatch):
-    """Models changed by hooks have the weights, and hence the cached log-probs, of those that were not."""
+    """Gives each test an empty cache, whose key would be the same for a model that hooks have changed."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
@@ -172,7 +172,7 @@ def test_random_lengths(tmp_path):
 
 @pytest.mark.parametrize("share", [True, False])
 def test_a_plan_leads_every_token_there_and_back(share):
-    """Against the definition: rows without padding, one by one."""
+    """Compares a plan with the definition: rows without padding, one by one."""
     lengths, width = [(3, 2, 4), (0, 3, 1), (2, 0, 1), (1, 1, 1)], 8
     plan = packing.plan_pairs(lengths, width, share=share)
     sequences = [(p, c) for p, c, _ in lengths] + [(p, r) for p, _, r in lengths]
@@ -312,7 +312,7 @@ def test_the_reference_pass_leaves_lora_as_it_was(tmp_path):
     ids=["LoRA", "full", "cached", "checkpointing"],
 )
 def test_no_token_is_computed_twice(method, settings, passes, tmp_path, monkeypatch):
-    """The gate: tokens and passes of the backbone, rows of the head, counted where they are computed."""
+    """Counts tokens and passes of the backbone and rows of the head where they are computed."""
     trainer = build(SharedPrefixDPOTrainer, tiny("llama"), method, tmp_path, **settings)
     if settings.get("activation_checkpointing"):
         trainer.model.activation_checkpointing_enable()
@@ -437,7 +437,7 @@ def test_settings_that_do_not_share(changes, reason, tmp_path, caplog):
 
 
 def mix_neighbours(module, args, output):
-    """What a convolution does along the row, whatever the mask."""
+    """Adds half of each token's left neighbour, as a convolution along the row would, whatever the mask."""
     return output + 0.5 * torch.nn.functional.pad(output, (0, 0, 1, 0))[:, :-1]
 
 
@@ -533,7 +533,7 @@ def test_a_change_of_the_model_is_seen_at_the_next_step(change, tmp_path):
 
 
 class Reversed(SharedPrefixDPOTrainer):
-    """Someone's own step, which changes the rows of a batch after the data collator made its plan."""
+    """A user's step, which changes the rows of a batch after the data collator made its plan."""
 
     def _compute_loss(self, model, inputs, *args, **kwargs):
         inputs = {name: value.flip(0) if torch.is_tensor(value) else value for name, value in inputs.items()}
@@ -571,7 +571,7 @@ def test_noise_on_embeddings_runs_as_plain_trl(tmp_path, caplog):
 
 
 def step_and_saved_bytes(trainer):
-    """What `step` returns, and the bytes of the tensors that the backward was kept waiting for."""
+    """Result of `step`, and the bytes of the tensors that were saved for the backward."""
     saved = {}
 
     def keep(tensor):
@@ -583,7 +583,7 @@ def step_and_saved_bytes(trainer):
 
 
 def test_lora_does_not_copy_its_input_to_float32_under_autocast(tmp_path, monkeypatch):
-    """The same gradients, bit for bit, from fewer saved bytes."""
+    """Compares gradients, which are the same bit for bit, and saved bytes, which are fewer."""
     found = []
     for cast in (BaseTunerLayer._cast_input_dtype, trl_patches._cast_input_dtype):
         monkeypatch.setattr(trl_patches, "_cast_input_dtype", cast)
@@ -600,7 +600,7 @@ def test_lora_does_not_copy_its_input_to_float32_under_autocast(tmp_path, monkey
 
 
 class Doubled(SharedPrefixDPOTrainer):
-    """Someone's own `compute_loss`, which does not call TRL's."""
+    """A user's `compute_loss`, which does not call TRL's."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return 2 * self._compute_loss(model, inputs, return_outputs)
@@ -619,7 +619,7 @@ def test_a_loss_of_ones_own_is_compared_and_shares_too(is_wrong, tmp_path):
 
 
 def test_a_comparison_that_ran_out_of_memory_is_made_again(tmp_path):
-    """As with auto_find_batch_size, which catches the error and goes on with fewer pairs."""
+    """auto_find_batch_size catches such an error and goes on with fewer pairs."""
     model = tiny("llama")
     model.model.layers[0].mlp.register_forward_hook(mix_neighbours)
     trainer = build(SharedPrefixDPOTrainer, model, "LoRA", tmp_path, shared_prefix="auto")
@@ -650,7 +650,7 @@ def test_the_setting_as_a_word_or_as_yaml_reads_it(given, shares, tmp_path):
     trainer = build(SharedPrefixDPOTrainer, tiny("llama"), "LoRA", tmp_path, shared_prefix=given)
     assert trainer.sharing is shares
     assert (PLAN in trainer.data_collator(BATCH)) is shares
-    with pytest.raises(RecipeError, match="shared_prefix=on is none of auto, true, false"):
+    with pytest.raises(RecipeError, match="shared_prefix=on is not auto, true or false"):
         build(SharedPrefixDPOTrainer, tiny("llama"), "LoRA", tmp_path, shared_prefix="on")
 
 
@@ -724,7 +724,7 @@ def test_sixteen_bits_differ_by_their_rounding(tmp_path):
 
 
 def test_the_documents_tables_are_those_of_the_tests():
-    """Regenerated by `python tests/helpers/equivalence.py`; here their rows, columns and bounds are compared."""
+    """Compares rows, columns and bounds of the tables that `python tests/helpers/equivalence.py` writes."""
     tables = DOCUMENT.read_text().split("<!-- tables -->")[1].split("<!-- end of tables -->")[0].strip().split("\n\n")
     for rows, lines in zip((ARCHITECTURES, LOSSES), tables, strict=True):
         header, _, *cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines()]
