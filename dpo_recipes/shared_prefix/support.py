@@ -58,7 +58,7 @@ def _in_settings(trainer: DPOTrainer, base: PreTrainedModel) -> dict[str, Any]:
     collators = (DataCollatorForPreference, SharedPrefixCollator)
     noise = args.neftune_noise_alpha or getattr(base.get_input_embeddings(), "neftune_noise_alpha", None)
     return {
-        "parts other than a language model": vision or base.config.get_text_config() is not base.config,
+        "vision and other parts next to the language model": vision or base.config.get_text_config() is not base.config,
         "truncation_mode=keep_end, which cuts a pair's prompt in two ways": args.truncation_mode != "keep_start",
         "a data collator other than TRL's": type(trainer.data_collator) not in collators,
         f"processes of the type {processes}, not tested": processes not in ("NO", "MULTI_CPU", "MULTI_GPU"),
