@@ -7,6 +7,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -185,6 +186,17 @@ def test_the_fused_head_takes_shifted_labels_and_our_function(tmp_path):
     assert (bias, temperature, softcap, scale, outputs) == (None, 1.0, None, 1.0, ("log_probs", "entropy"))
     torch.testing.assert_close(ours.log_probs[:, :2], plain.log_probs)
     torch.testing.assert_close(ours.entropy[:, :2], plain.entropy)
+
+
+def test_another_thread_keeps_trls_head_function():
+    """Two trainers may train in two threads of one process."""
+    seen = []
+    with trl_patches.head_function(print):
+        thread = threading.Thread(target=lambda: seen.append(trl_patches._head.get()))
+        thread.start()
+        thread.join()
+        seen.append(trl_patches._head.get())
+    assert [*seen, trl_patches._head.get()] == [None, print, None]
 
 
 def test_the_products_of_the_frozen_head_are_summed_in_float32():

@@ -51,7 +51,7 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.health.guards import add_guards
 from dpo_recipes.ppo import PPOConfig, PPOTrainer
 from dpo_recipes.ppo.critic import CRITIC, CRITIC_FILE, sequence_classifier
-from dpo_recipes.ppo.math import clipped_value_loss, gae, without_padding
+from dpo_recipes.ppo.math import clipped_value_loss, gae, token_rewards, without_padding
 
 
 @pytest.fixture(scope="session")
@@ -122,6 +122,13 @@ def test_gae_by_hand():
 def test_gae_refuses_shapes_that_differ():
     with pytest.raises(ValueError, match="Shapes differ"):
         gae(torch.zeros(1, 3), torch.zeros(1, 2), torch.ones(1, 3), gamma=1.0, lam=1.0)
+
+
+def test_rewards_of_tokens_by_hand():
+    log_ratio, mask = torch.tensor([[0.2, -0.4], [0.6, 0.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+    rewards = token_rewards(torch.tensor([1.0, 2.0]), log_ratio, mask, beta=0.5)
+    # -0.5 times the log-ratio, and the score at the last token: the second, and the first of an answer of one token
+    torch.testing.assert_close(rewards, torch.tensor([[-0.1, 1.2], [1.7, 0.0]]))
 
 
 def test_the_value_loss_by_hand():
