@@ -15,6 +15,7 @@ from transformers.integrations.integration_utils import (
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.manifest import claim
 from dpo_recipes.terminal import say
+from dpo_recipes.trl_patches import method_name
 
 PROJECT = "dpo-recipes"
 EXTRAS = ("wandb", "tensorboard", "trackio")
@@ -69,7 +70,7 @@ def start_tracking(trainer: Trainer, settings: dict[str, Any]) -> None:
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", PROJECT),
         name=args.run_name,
-        tags=[Path(sys.argv[0]).stem, trainer._name.lower()],
+        tags=[Path(sys.argv[0]).stem, method_name(trainer).lower()],
         config=settings,
         dir=os.environ.get("WANDB_DIR", args.output_dir),
         mode=None if settled else "offline",

@@ -24,6 +24,7 @@ from dpo_recipes.doctor.report import Finding, Part
 from dpo_recipes.health.guards import add_guards
 from dpo_recipes.shared_prefix.packing import attend, plan_pairs
 from dpo_recipes.shared_prefix.trainer import SharedPrefixDPOTrainer
+from dpo_recipes.trl_patches import prepare_inputs
 
 WORDS = 258
 COMMON: dict[str, Any] = dict(vocab_size=WORDS, pad_token_id=0, eos_token_id=1, bos_token_id=None)
@@ -170,7 +171,7 @@ def gradients(trainer: Any, pairs: Sequence[Mapping[str, Any]], start: Mapping[s
             weight.copy_(start.get(name, weight))
     trainer.model.train()
     trainer.model.zero_grad()
-    batch = trainer._prepare_inputs(trainer.data_collator(list(pairs)))
+    batch = prepare_inputs(trainer, trainer.data_collator(list(pairs)))
     with trainer.accelerator.autocast():
         loss = trainer.compute_loss(trainer.model, batch)
     scale = 2**10 if trainer.args.fp16 else 1  # against underflow, as GradScaler would

@@ -30,6 +30,7 @@ from dpo_recipes.health.rules import HEALTH_FILE, RULES, Facts, Finding, read_fi
 from dpo_recipes.models.checkpoints import latest_checkpoint
 from dpo_recipes.models.likelihood import sharded
 from dpo_recipes.terminal import shown
+from dpo_recipes.trl_patches import method_name
 
 _LONGEST_PROBE = 256  # tokens; a probe's answer has at most this many, and at most twice those of a chosen answer
 
@@ -53,7 +54,7 @@ class HealthCallback(TrainerCallback):
         self.on_stop = on_stop
         guarded = any(isinstance(each, ReferenceGuard) for each in trainer.callback_handler.callbacks)
         self.reference = ReferenceGuard(trainer) if isinstance(trainer, DPOTrainer) and not guarded else None
-        self.rules = [name for name, rule in RULES.items() if trainer._name in rule["for"]]
+        self.rules = [name for name, rule in RULES.items() if method_name(trainer) in rule["for"]]
         self.facts: Facts | None = None  # known when training begins
         self._forget()
 

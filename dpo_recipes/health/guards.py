@@ -16,6 +16,7 @@ from trl import DPOTrainer, RewardTrainer
 
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.models.likelihood import completion_logps, reference_in_memory, sharded
+from dpo_recipes.trl_patches import prepare_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -191,8 +192,8 @@ class ReferenceGuard(TrainerCallback):
 
     def _first_pairs(self, count: int) -> tuple[dict[str, Any], torch.Tensor | None]:
         """The first training pairs as a batch, and their log-probs by the reference model; None if it is not here."""
-        batch = self.trainer._prepare_inputs(
-            self.trainer.data_collator(list(islice(self.trainer.train_dataset, count)))
+        batch = prepare_inputs(
+            self.trainer, self.trainer.data_collator(list(islice(self.trainer.train_dataset, count)))
         )
         with reference_in_memory(self.trainer) as reference:
             return batch, None if reference is None else self._logps(reference, batch)

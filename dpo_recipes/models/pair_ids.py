@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import common_prefix_length, is_conversational
 from trl.trainer.dpo_trainer import logger
 from trl.trainer.utils import global_then_local_main_first
 
+from dpo_recipes.trl_patches import encodes_in_rust, fingerprint
+
 _COLUMNS = ["prompt", "chosen", "rejected"]
-_OF_RUST = ("__call__", "_encode_plus", "apply_chat_template")  # a subclass with one of its own is left to TRL
 
 
 class PairIds(NamedTuple):
@@ -50,7 +50,7 @@ def prepare_dataset(trainer: DPOTrainer, dataset: Any, processing_class: Any, ar
     with global_then_local_main_first():
         processing_class("settle")  # a tokenizer's first call changes its state, and with it the key of the cache
         state = {key: value for key, value in vars(processing_class).items() if key != "deprecation_warnings"}
-        key = Hasher.hash([dataset._fingerprint, type(processing_class), state, kinds, Path(__file__).read_bytes()])
+        key = Hasher.hash([fingerprint(dataset), type(processing_class), state, kinds, Path(__file__).read_bytes()])
         given = {"tokenizer": processing_class, "is_chat": True in kinds}
         how: dict[str, Any] = dict(batched=True, num_proc=processes, desc=f"Tokenizing {name} dataset")
         dataset = dataset.map(_tokenise_batch, fn_kwargs=given, new_fingerprint=key, **how)
@@ -73,8 +73,7 @@ def _kinds(dataset: Any) -> set[bool]:
 
 def _is_plain(tokenizer: Any) -> bool:
     """Returns whether the tokenizer only calls the one written in Rust, special tokens included."""
-    own = [getattr(type(tokenizer), name, None) for name in _OF_RUST]
-    return own == [getattr(PreTrainedTokenizerFast, name) for name in _OF_RUST] and not tokenizer.split_special_tokens
+    return encodes_in_rust(tokenizer) and not tokenizer.split_special_tokens
 
 
 def split_tokens(tokenizer: Any, text: str) -> list[str]:

@@ -8,6 +8,8 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
+from dpo_recipes.trl_patches import forward_without_autocast
+
 
 @contextmanager
 def weights_as(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> Iterator[None]:
@@ -43,8 +45,8 @@ def in_float32(model: Any) -> Iterator[None]:
     weights = {weight: weight.data for weight in head.parameters()}  # the fused head reads them without a call
     forward = vars(model).get("forward")
     try:
-        if "_original_forward" in vars(model):
-            model.forward = model._original_forward  # accelerate's own forward is under autocast
+        if plain := forward_without_autocast(model):
+            model.forward = plain
         for module in quantised:
             module.compute_dtype = torch.float32
         for weight in weights:

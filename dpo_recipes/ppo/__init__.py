@@ -1,4 +1,4 @@
-"""Proximal policy optimisation on current TRL: trainer, settings, critic."""
+"""Proximal policy optimisation on current TRL: the trainer and its settings."""
 
-from dpo_recipes.ppo.trainer import PPOConfig as PPOConfig
+from dpo_recipes.ppo.config import PPOConfig as PPOConfig
 from dpo_recipes.ppo.trainer import PPOTrainer as PPOTrainer

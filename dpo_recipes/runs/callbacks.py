@@ -7,6 +7,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerCont
 
 from dpo_recipes.manifest import declare, settle
 from dpo_recipes.runs.metrics import LINES
+from dpo_recipes.trl_patches import skip_epochs
 
 
 class ProgressLines(ProgressCallback):
@@ -59,4 +60,4 @@ class NoUpdateAfterTheLast(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leaves out the epochs where no update is left."""
         if state.global_step >= state.max_steps:
-            self.trainer._run_epoch = lambda **_: None
+            skip_epochs(self.trainer)

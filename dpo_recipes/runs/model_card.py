@@ -13,6 +13,7 @@ from dpo_recipes.files import read_json
 from dpo_recipes.machine import peak_memory
 from dpo_recipes.pages import page
 from dpo_recipes.pages.markdown import code, fence, inline, one_line, yaml_text
+from dpo_recipes.trl_patches import first_update
 
 LIBRARIES = ("dpo-recipes", "trl", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "torch")
 SHOWN_SETTINGS = (
@@ -29,7 +30,7 @@ def cost(trainer: Trainer) -> dict[str, Any]:
     last = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
     spent: dict[str, Any] = {
         "updates": trainer.state.global_step,
-        "resumed_from_update": trainer._initial_global_step,  # seconds, and tokens of offline trainers, count from here
+        "resumed_from_update": first_update(trainer),  # seconds, and tokens of offline trainers, count from here
         "train_seconds": last.get("train_runtime"),
         "tokens": last.get("num_tokens"),
         "peak_memory_mib": round(peak_memory() / 2**20),
@@ -49,11 +50,10 @@ def data_hash(dataset: Dataset) -> str:
 
 
 def weights_hash(config: Any) -> str | None:
-    """A hash of the weights in the folder that a model was loaded from, or the commit of a model from the Hub."""
+    """Hash of the weights in the folder that a model was loaded from; None for a model of the Hub."""
     files = sorted(Path(config.name_or_path).glob("*.safetensors")) if config.name_or_path else []
     if not files:
-        commit: str | None = getattr(config, "_commit_hash", None)
-        return commit
+        return None
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

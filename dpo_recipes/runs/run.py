@@ -40,6 +40,7 @@ from dpo_recipes.runs.page import draw_curves, write_run_page
 from dpo_recipes.settings import settings_hash
 from dpo_recipes.terminal import say
 from dpo_recipes.tracking import start_tracking
+from dpo_recipes.trl_patches import method_name
 
 logger = logging.getLogger(__name__)
 
@@ -273,7 +274,7 @@ def _record(trainer: Trainer, script_args: RecipeArguments) -> dict[str, Any]:
     """Content of done.json, without the run's cost."""
     judges = [part.config for part in getattr(trainer, "reward_funcs", []) if isinstance(part, PreTrainedModel)]
     return {
-        "method": trainer._name,
+        "method": method_name(trainer),
         "settings_hash": settings_hash(script_args.settings),
         "data_hash": data_hash(trainer.train_dataset),
         "start_hash": weights_hash(trainer.accelerator.unwrap_model(trainer.model).config),

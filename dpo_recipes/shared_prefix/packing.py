@@ -1,6 +1,5 @@
-"""One row of tokens in place of a padded batch: its plan, its attention, and the hooks that lead there and back."""
+"""One row of tokens in place of a padded batch: its plan, the hooks that lead there and back, its attention."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,11 +19,20 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from dpo_recipes.trl_patches import (
+    attention_name,
+    eager_attention,
+    keep_input_dtype_under_autocast,
+    replace_gpt_neo_attention,
+)
+
 PLAN = "shared_prefix_plan"
+"""Name of the plan in a batch."""
+_COLUMNS = ("sources", "positions", "predicting", "cells", "keys")
 
 
 class Plan(dict[str, Any]):
-    """A batch's plan, made by `plan_pairs`. It travels in TRL's batch, and its tensors with it to the device."""
+    """A batch's plan, made by `plan_pairs`. The plan travels in TRL's batch, and its tensors move to the device."""
 
     def to(self, *args: Any, **kwargs: Any) -> "Plan":
         """The plan with its tensors on another device, as a batch's own tensors are moved."""
@@ -44,11 +52,19 @@ def _checksum(batch: dict[str, Any]) -> int:
 
 
 def plan_pairs(lengths: Sequence[tuple[int, int, int]], width: int, *, share: bool = True) -> Plan:
-    """How a batch becomes one row of tokens, and how the results go back.
+    """Plan of a batch: how it becomes one row of tokens, and how the results go back.
 
-    The row's T tokens are, for each pair, p of the prompt, c of chosen, r of rejected; N of them predict a token of a
-    completion. Attention sees two segments of queries for a pair, prompt with chosen and then rejected, with K keys
-    in all.
+    One pair of p = 3 prompt tokens, c = 2 of chosen and r = 2 of rejected, in a padded batch of width 6:
+
+        TRL's padded batch      cells 0..5:  P0 P1 P2 C0 C1 .
+                                cells 6..11: P0 P1 P2 R0 R1 .
+        packed row, 7 tokens    place:        0  1  2  3  4  5  6
+                                token:       P0 P1 P2 C0 C1 R0 R1
+                                source:       0  1  2  3  4  9 10   cell of TRL's batch
+                                position:     0  1  2  3  4  3  4   R0 follows P2, as C0 does
+        predicts                              .  . C0 C1  . R1  .   and P2 predicts R0, too
+        attention, 1st segment  queries P0 P1 P2 C0 C1, keys P0 P1 P2 C0 C1
+                   2nd segment  queries R0 R1,          keys P0 P1 P2 R0 R1
 
     Args:
         lengths: p, c and r of each pair, after truncation.
@@ -56,41 +72,59 @@ def plan_pairs(lengths: Sequence[tuple[int, int, int]], width: int, *, share: bo
         share: False packs each completion with a prompt of its own, to measure what sharing is worth.
 
     Returns:
-        - `sources` (T,): of each token, its cell in TRL's padded batch, flattened
-        - `positions` (T,): of each token, its position in its sequence
-        - `predicting` (N,): the tokens that predict one of a completion; a prompt's last one predicts two
-        - `cells` (N,): where their results belong in TRL's (2 pairs, length - 1), flattened
-        - `shape`: the latter
-        - `keys` (K,): the tokens that each segment attends to, one segment after the other
-        - `ends` (2, segments + 1): where segments of queries, and where their keys, begin and end
+        The row has T tokens; N times, a token predicts one of a completion; the segments attend to K keys in all.
+
+        - `sources` (T,): cell of each token in TRL's padded batch, flattened
+        - `positions` (T,): position of each token in its sequence
+        - `predicting` (N,): tokens that predict one of a completion; a prompt's last one predicts two
+        - `cells` (N,): cells of their results in TRL's (2 pairs, width - 1), flattened
+        - `shape`: (2 pairs, width - 1)
+        - `keys` (K,): tokens that each segment attends to, one segment after the other
+        - `ends` (2, segments + 1): ends of the segments' queries, and of their keys
         - `lengths`: p, c, r as attention takes them, on the host, so that no step waits for the device
-        - `masks`: of the batch's segments, filled by the first layer and shared by all
+        - `masks`: attention masks, filled by the first layer and read by all
     """
-    arrays: list[tuple[Any, ...]] = []
-    segments, start = [(0, 0)], 0
+    segments, start = [], 0
     for pair, (p, c, r) in enumerate(lengths):
-        for row, n, given in ((pair, c, 0), (len(lengths) + pair, r, p if share else 0)):
-            own = np.arange(given, p + n)
-            prompt = start - p - c if given else start  # where the prompt begins that this completion follows
-            before = np.r_[prompt + p - 1, start + p - given + np.arange(n - 1)]
-            first = int(p == 0)  # nothing predicts a first token
-            cells = row * (width - 1) + np.arange(max(p, 1) - 1, p + n - 1)
-            keys = np.r_[prompt + np.arange(given), start + np.arange(len(own))]
-            arrays.append((row * width + own, own, before[first : max(n, first)], cells, keys))
-            segments.append((len(own), p + n))
-            start += len(own)
-    names = ("sources", "positions", "predicting", "cells", "keys")
-    columns = zip(names, zip(*arrays, strict=True), strict=True)
+        segments.append(_segment(pair, p, c, prompt=start, start=start, width=width))
+        prompt, start = start, start + p + c
+        segments.append(
+            _segment(len(lengths) + pair, p, r, prompt=prompt if share else start, start=start, width=width)
+        )
+        start += r if share else p + r
+    columns = zip(_COLUMNS, zip(*segments, strict=True), strict=True)
     plan = Plan({name: torch.from_numpy(np.concatenate(parts)) for name, parts in columns})
-    plan["ends"] = torch.tensor(segments).cumsum(dim=0).int().T.contiguous()
+    counts = [(0, 0), *((len(sources), len(keys)) for sources, *_, keys in segments)]  # queries and keys
+    plan["ends"] = torch.tensor(counts).cumsum(dim=0).int().T.contiguous()
     packed = lengths if share else [entry for p, c, r in lengths for entry in ((p, c, 0), (p, r, 0))]
     plan |= {"shape": (2 * len(lengths), width - 1), "lengths": packed, "masks": {}}
     return plan
 
 
+def _segment(row: int, p: int, n: int, *, prompt: int, start: int, width: int) -> tuple[np.ndarray, ...]:
+    """Plan of one completion, as arrays in the order of _COLUMNS.
+
+    Args:
+        row: Row of TRL's padded batch.
+        p: Tokens of the prompt.
+        n: Tokens of the completion.
+        prompt: Place of the prompt in the packed row. If it is `start`, the prompt is part of the segment.
+        start: Place of the segment.
+        width: Tokens of a row of TRL's padded batch.
+    """
+    given = 0 if prompt == start else p  # prompt tokens that an earlier segment holds
+    positions = np.arange(given, p + n)
+    places = start + positions - given
+    first = max(p, 1)  # nothing predicts the first token of a sequence
+    predicted = np.arange(first, p + n)  # positions of completion tokens
+    before = np.where(predicted > p, start + predicted - 1 - given, prompt + p - 1)
+    keys = np.concatenate([prompt + np.arange(given), places])
+    return row * width + positions, positions, before, row * (width - 1) + predicted - 1, keys
+
+
 @dataclass
 class SharedPrefixCollator(DataCollatorForPreference):
-    """TRL's data collator, and beside its tensors the plan of the batch."""
+    """TRL's data collator, which also puts the batch's plan into the batch."""
 
     share: bool = True
 
@@ -105,6 +139,91 @@ class SharedPrefixCollator(DataCollatorForPreference):
         return {**batch, PLAN: plan} if len(plan["predicting"]) else batch
 
 
+def install(model: PreTrainedModel | PeftModel) -> None:
+    """Teaches a model to run batches that have a plan; all else stays as it was, generation included.
+
+    The attention function stays for good, because activation checkpointing calls it again in the backward. `sdpa` keeps
+    its name, as continuous batching asks for it; without a plan it is transformers' own function.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    for module in base.modules():
+        if isinstance(module, GPTNeoSelfAttention):
+            replace_gpt_neo_attention(module, _gpt_neo_attention)
+        if isinstance(module, BaseTunerLayer):
+            keep_input_dtype_under_autocast(module)
+    AttentionInterface.register("sdpa", _sdpa)
+    if attention_name(base.config) == "eager" and base.config.model_type != "gpt_neo":
+        base.set_attn_implementation("shared_eager")
+    if not is_installed(base):  # a second trainer may come with the same model
+        base.register_forward_pre_hook(_pack, with_kwargs=True)
+        base.register_forward_hook(_unpack, with_kwargs=True)
+        base.base_model.register_forward_hook(_keep_predicting, with_kwargs=True)
+        base.has_shared_prefix = True
+
+
+def is_installed(base: PreTrainedModel) -> bool:
+    """Says if `install` has been called with the model, or with a LoRA adapter on it."""
+    return "has_shared_prefix" in vars(base)
+
+
+def _pack(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Hook before the model: a padded batch that has a plan becomes one row."""
+    plan = kwargs.pop(PLAN, None)
+    if plan is not None and kwargs.get("fused_lm_head"):
+        ids, labels = kwargs.pop("input_ids"), kwargs.pop("labels")
+        mask: Any = torch.zeros(1, 1, 1, 1, device=ids.device)  # transformers hands a mask of four dimensions through
+        mask.plan = plan
+        kwargs |= {"attention_mask": mask, "position_ids": plan["positions"][None]}
+        kwargs["input_ids"] = ids.reshape(-1)[plan["sources"]][None]
+        kwargs["shift_labels"] = labels[:, 1:].reshape(-1)[plan["cells"]][None]
+    return args, kwargs
+
+
+def _keep_predicting(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Hook after the backbone: only hidden states that predict a token of a completion go on to the head."""
+    if plan := getattr(kwargs.get("attention_mask"), "plan", None):
+        output.last_hidden_state = output.last_hidden_state.index_select(1, plan["predicting"])
+    return output
+
+
+def _unpack(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Hook after the model: per-token results return to TRL's (2 pairs, width - 1)."""
+    if plan := getattr(kwargs.get("attention_mask"), "plan", None):
+        rows, width = plan["shape"]
+        for name in ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask"):
+            if (x := getattr(output, name)) is not None:
+                setattr(output, name, x.new_zeros(rows * width).index_copy(0, plan["cells"], x[0]).view(rows, width))
+    return output
+
+
+def _attention(
+    plain: Callable[..., Any] | None, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any
+) -> Any:
+    """An attention function for transformers: packed where the mask carries a plan, else `plain` or the model's own."""
+    if (plan := getattr(mask, "plan", None)) is None:
+        return (plain or eager_attention(module))(module, query, key, value, mask, **given)
+    scale = given.get("scaling") or query.size(-1) ** -0.5
+    window, softcap = given.get("sliding_window"), given.get("softcap")
+    output = attend(query, key, value, plan, scale=scale, window=window, softcap=softcap)
+    return output.transpose(1, 2).contiguous(), None  # (1, T, heads, size)
+
+
+AttentionInterface.register("shared_eager", partial(_attention, None))
+AttentionMaskInterface.register("shared_eager", eager_mask)
+_sdpa = partial(_attention, sdpa_attention_forward)
+
+
+def _gpt_neo_attention(
+    plain: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None
+) -> Any:
+    """GPT-Neo's attention, in float32 and unscaled: packed where the mask carries a plan, else `plain`."""
+    if (plan := getattr(mask, "plan", None)) is None:
+        return plain(query, key, value, mask)
+    window = module.config.window_size if module.attention_type == "local" else None
+    q, k, v = (x.to(torch.float32) for x in (query, key, value))
+    return attend(q, k, v, plan, scale=1.0, window=window, softcap=None).to(value.dtype), None
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, plan: Plan, *, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
@@ -114,9 +233,9 @@ def attend(
         query: Shape (1, heads, T, size).
         key: Shape (1, key heads, T, size).
         value: Shape (1, key heads, T, size).
-        plan: Of the batch.
-        scale: Of the scores.
-        window: Tokens that a token sees, itself included; None for all before it.
+        plan: The batch's plan.
+        scale: Factor of the scores.
+        window: Number of tokens that a token sees, itself included; None for all before it.
         softcap: Cap of the scores, or None.
     """
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None:
@@ -141,7 +260,7 @@ def attend(
 
 
 def _mask(query: Tensor, keys: int, plan: Plan, window: int | None) -> Any:
-    """0 where queries, the last of `keys` tokens, may look, and -inf elsewhere. Shape (queries, keys)."""
+    """0 where the queries, the last of `keys` tokens, may look, and -inf elsewhere. Shape (queries, keys)."""
     name = (query.size(2), keys, window, query.dtype)
     if name not in plan["masks"]:
         tokens = torch.arange(keys, device=query.device)
@@ -152,9 +271,9 @@ def _mask(query: Tensor, keys: int, plan: Plan, window: int | None) -> Any:
 
 
 def attend_varlen(query: Tensor, key: Tensor, value: Tensor, plan: Plan, *, scale: float, window: int | None) -> Tensor:
-    """`attend` in one call of FlashAttention, which aligns its causal mask with the end of each segment's keys.
+    """Result of `attend` by one call of FlashAttention, which aligns its causal mask with the end of a segment's keys.
 
-    torch 2.11 takes grouped queries without being told so.
+    torch 2.11 has no argument `enable_gqa`, and takes grouped queries without it.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, size)
     k, v = (x.index_select(0, plan["keys"]) for x in (k, v))
@@ -163,97 +282,3 @@ def attend_varlen(query: Tensor, key: Tensor, value: Tensor, plan: Plan, *, scal
     grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
     output: Any = varlen_attn(q, k, v, *plan["ends"], *longest, scale=scale, window_size=(before, 0), **grouped)
     return torch.transpose(output, 0, 1)[None]
-
-
-def _attention(
-    plain: Callable[..., Any] | None, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any
-) -> Any:
-    """An attention function for transformers: packed where the mask carries a plan, else the one that the model had."""
-    if (plan := getattr(mask, "plan", None)) is None:
-        plain = plain or sys.modules[type(module).__module__].eager_attention_forward
-        return plain(module, query, key, value, mask, **given)
-    scale = given.get("scaling") or query.size(-1) ** -0.5
-    window, softcap = given.get("sliding_window"), given.get("softcap")
-    output = attend(query, key, value, plan, scale=scale, window=window, softcap=softcap)
-    return output.transpose(1, 2).contiguous(), None  # (1, T, heads, size)
-
-
-AttentionInterface.register("shared_eager", partial(_attention, None))
-AttentionMaskInterface.register("shared_eager", eager_mask)
-_sdpa = partial(_attention, sdpa_attention_forward)
-
-
-def _cast_input(layer: BaseTunerLayer, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """PEFT's cast of a LoRA layer's input, but not under autocast, which would cast it back for the product."""
-    if x is not None and torch.is_autocast_enabled(x.device.type):
-        return x
-    cast: Tensor | None = type(layer)._cast_input_dtype(layer, x, dtype)
-    return cast
-
-
-def _gpt_neo_attention(self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None) -> Any:
-    """GPT-Neo's `_attn`: in float32, unscaled, and outside transformers' attention interface."""
-    if (plan := getattr(mask, "plan", None)) is None:
-        return GPTNeoSelfAttention._attn(self, query, key, value, mask)
-    window = self.config.window_size if self.attention_type == "local" else None
-    q, k, v = (x.to(torch.float32) for x in (query, key, value))
-    return attend(q, k, v, plan, scale=1.0, window=window, softcap=None).to(value.dtype), None
-
-
-def _pack(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Hook before the model: a padded batch that has a plan becomes one row."""
-    plan = kwargs.pop(PLAN, None)
-    if plan is not None and kwargs.get("fused_lm_head"):
-        ids, labels = kwargs.pop("input_ids"), kwargs.pop("labels")
-        mask: Any = torch.zeros(1, 1, 1, 1, device=ids.device)  # transformers hands a mask of four dimensions through
-        mask.plan = plan
-        kwargs |= {"attention_mask": mask, "position_ids": plan["positions"][None]}
-        kwargs["input_ids"] = ids.reshape(-1)[plan["sources"]][None]
-        kwargs["shift_labels"] = labels[:, 1:].reshape(-1)[plan["cells"]][None]
-    return args, kwargs
-
-
-def _keep_predicting(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Hook after the backbone: only what predicts a token of a completion goes on to the head."""
-    if plan := getattr(kwargs.get("attention_mask"), "plan", None):
-        output.last_hidden_state = output.last_hidden_state.index_select(1, plan["predicting"])
-    return output
-
-
-def _unpack(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Hook after the model: per-token results return to TRL's (2 pairs, length - 1)."""
-    if plan := getattr(kwargs.get("attention_mask"), "plan", None):
-        rows, width = plan["shape"]
-        for name in ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask"):
-            if (x := getattr(output, name)) is not None:
-                setattr(output, name, x.new_zeros(rows * width).index_copy(0, plan["cells"], x[0]).view(rows, width))
-    return output
-
-
-def install(model: PreTrainedModel | PeftModel) -> None:
-    """Teach a model to run batches that have a plan; all else stays as it was, generation included.
-
-    The attention function is there for good: activation checkpointing calls it again in the backward. `sdpa` keeps its
-    name, as continuous batching asks for it; without a plan it is transformers' own function.
-    """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    for module in base.modules():
-        if isinstance(module, GPTNeoSelfAttention):
-            module._attn = partial(_gpt_neo_attention, module)
-        if isinstance(module, BaseTunerLayer):
-            module._cast_input_dtype = partial(_cast_input, module)
-    AttentionInterface.register("sdpa", _sdpa)
-    if base.config._attn_implementation == "eager" and base.config.model_type != "gpt_neo":
-        base.set_attn_implementation("shared_eager")
-    # A second trainer may come with the same model. Under PEFT, hooks of the base model itself would not run: PEFT
-    # calls its `forward`.
-    if not is_installed(model):
-        model.register_forward_pre_hook(_pack, with_kwargs=True)
-        model.register_forward_hook(_unpack, with_kwargs=True)
-    if _keep_predicting not in base.base_model._forward_hooks.values():
-        base.base_model.register_forward_hook(_keep_predicting, with_kwargs=True)
-
-
-def is_installed(model: PreTrainedModel | PeftModel) -> bool:
-    """Says if `install` has been called with the model."""
-    return _pack in model._forward_pre_hooks.values()

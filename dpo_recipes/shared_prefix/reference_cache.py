@@ -1,4 +1,4 @@
-"""Keeps reference log-probs between runs, under the tokens and the reference model that they come from."""
+"""Keeps reference log-probs between runs, under a hash of the tokens and the reference model."""
 
 import logging
 from pathlib import Path
@@ -16,19 +16,21 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dpo_recipes.files import write_bytes
+from dpo_recipes.trl_patches import fingerprint
 
 logger = logging.getLogger(__name__)
 
-_MOST_FILES = 100  # of 8 bytes a pair; the oldest give way
+_MOST_FILES = 100  # of 8 bytes a pair; the oldest are removed
+# Keys of a model's or a LoRA adapter's configuration that change no log-prob:
 _ARBITRARY = {"_name_or_path", "transformers_version", "architectures", "dtype", "use_cache", "base_model_name_or_path"}
 
 
 def precompute_ref_logps(trainer: DPOTrainer, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-    """What `DPOTrainer._precompute_ref_logps` returns: the pairs with `ref_chosen_logps` and `ref_rejected_logps`.
+    """Pairs with `ref_chosen_logps` and `ref_rejected_logps`, as `DPOTrainer._precompute_ref_logps` returns them.
 
-    They come from the folder that `cache_folder` names if an earlier run left them there whole, else they are computed
-    and left there. Sharded models (FSDP, DeepSpeed), data collators of one's own and reference models with dropout
-    keep to TRL's cache.
+    The log-probs are read from `cache_folder` if an earlier run left them there; otherwise they are computed and
+    written there. Sharded models (FSDP, DeepSpeed), other data collators than TRL's and reference models with dropout
+    use TRL's cache.
 
     Args:
         trainer: With model, reference model and data collator built.
@@ -39,13 +41,13 @@ def precompute_ref_logps(trainer: DPOTrainer, dataset: Dataset, name: str, batch
     accelerator, collator = trainer.accelerator, trainer.data_collator
     ours = isinstance(dataset, Dataset) and isinstance(collator, DataCollatorForPreference)
     if not ours or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or not trainer.args.disable_dropout:
-        if isinstance(dataset, Dataset):  # TRL's key lacks these, as TRL's own filter puts all settings into it
-            settings = [dataset._fingerprint, repr(collator), trainer.ld_alpha, accelerator.mixed_precision]
+        if isinstance(dataset, Dataset):  # TRL's key lacks these settings: its own filter puts them into the dataset's
+            settings = [fingerprint(dataset), repr(collator), trainer.ld_alpha, accelerator.mixed_precision]
             dataset = dataset.select(range(len(dataset)), new_fingerprint=Hasher.hash(settings))
         return DPOTrainer._precompute_ref_logps(trainer, dataset, name, batch_size)
     file = cache_folder() / reference_key(trainer, dataset) if accelerator.is_main_process else None
     found: list[Any] = [file and _read(file)]
-    broadcast_object_list(found)  # that of the main process
+    broadcast_object_list(found)  # the main process's
     logps = found[0]
     if logps is None:
         logps = _compute(trainer, dataset, name=name, batch_size=batch_size)
@@ -56,15 +58,15 @@ def precompute_ref_logps(trainer: DPOTrainer, dataset: Dataset, name: str, batch
 
 
 def cache_folder() -> Path:
-    """Where the log-probs are kept, one file a dataset and reference model; it may be deleted at any time."""
+    """Folder of the log-probs, one file a dataset and reference model; it may be deleted at any time."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "dpo-recipes" / "reference"
 
 
 def reference_key(trainer: DPOTrainer, dataset: Dataset) -> str:
-    """A hash of all that the log-probs depend on.
+    """Hash of everything that the log-probs depend on.
 
-    Weights are those in memory, so that a model changed after it was loaded has a key of its own. A LoRA adapter that
-    is trained is not part of the reference; TRL's "ref", a copy of the one that training starts from, is.
+    The weights in memory are hashed, so that a model that was changed after loading has a key of its own. A LoRA
+    adapter that is trained is not part of the reference model. TRL's "ref" is: the copy of an initial LoRA adapter.
     """
     model = trainer.accelerator.unwrap_model(trainer.ref_model or trainer.model)
     adapters = model.peft_config if trainer.ref_model is None and is_peft_model(model) else {}
@@ -84,7 +86,7 @@ def reference_key(trainer: DPOTrainer, dataset: Dataset) -> str:
 
 
 def _hash_tokens(digest: Any, dataset: Dataset, collator: DataCollatorForPreference) -> None:
-    """The ids that the collator keeps of each sequence; those of a completion are inverted, to tell them apart."""
+    """Hashes the ids that the collator keeps of each sequence, a completion's inverted to tell them from a prompt's."""
     at_end = collator.max_length is not None and collator.truncation_mode == "keep_end"
     kept = slice(-collator.max_length, None) if at_end else slice(collator.max_length)
     columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format("numpy")

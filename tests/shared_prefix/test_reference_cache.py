@@ -57,7 +57,7 @@ def build(tiny_model, tmp_path, rows):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """How many batches went through a reference model."""
+    """Number of pairs in each batch that went through a reference model."""
     counted = []
     forward = DPOTrainer.compute_ref_log_probs
 
@@ -201,7 +201,7 @@ def another_template(tiny_model):
 
 
 def with_a_shorter_prompt(row):
-    """The same two texts, of which the completion begins a letter earlier."""
+    """The same texts, with a completion that begins one letter earlier."""
     last = row["prompt"][-1]
     return {"prompt": row["prompt"][:-1], "chosen": last + row["chosen"], "rejected": last + row["rejected"]}
 
