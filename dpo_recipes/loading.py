@@ -207,7 +207,7 @@ def _pick_splits(splits: Mapping[str, Dataset], script_args: Any, *, name: str) 
 
 
 def _first_rows(rows: Any, most: int, *, name: str) -> Dataset:
-    with _refusing(lambda: f"read {name}", "Mend it or name another."):
+    with _refusing(lambda: f"Cannot read {name}", "Mend it or name another."):
         return Dataset.from_list(list(rows.take(most)))
 
 
@@ -256,7 +256,7 @@ def _load_folder(folder: Path, config: str | None, *, streaming: bool) -> Mappin
         folder /= config
     if not (folder / "dataset_dict.json").is_file() and not (folder / "state.json").is_file():
         return {split: _load_files(files, streaming=streaming) for split, files in _files_by_split(folder).items()}
-    with _refusing(lambda: f"read {folder}, a saved dataset", "Save it again."):
+    with _refusing(lambda: f"Cannot read {folder}, a saved dataset", "Save it again."):
         saved = load_from_disk(str(folder))
     return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
 
@@ -293,7 +293,7 @@ def _load_files(files: list[Path], *, streaming: bool) -> Any:
         )
     paths = [glob.escape(str(file.resolve())) for file in files]
     options: dict[str, Any] = _CSV if builder == "csv" else {}
-    with _refusing(lambda: f"read {_culprit(files)}", "Mend it or name another."):
+    with _refusing(lambda: f"Cannot read {_culprit(files)}", "Mend it or name another."):
         rows = load_dataset(builder, data_files=paths, split="train", streaming=streaming, **options)
         if not streaming:
             rows.data.validate(full=True)  # datasets lets invalid UTF-8 pass, to fail at some later access
@@ -322,7 +322,7 @@ def _culprit(files: list[Path]) -> str:
 
 def _load_from_hub(name: str, config: str | None, *, streaming: bool) -> Mapping[str, Any]:
     which = f"{name} (configuration {config})" if config else name
-    what = f"load {which} from the hub, and there is no such file here"
+    what = f"Cannot load {which} from the hub, and there is no such file here"
     with _refusing(lambda: what, f"Check the name and the connection, or {_WAY_OUT}."):
         try:
             return dict(load_dataset(name, config, streaming=streaming))
@@ -335,7 +335,7 @@ def _load_from_hub(name: str, config: str | None, *, streaming: bool) -> Mapping
 
 @contextmanager
 def _refusing(what: Callable[[], str], remedy: str) -> Iterator[None]:
-    """Raises RecipeError for data that cannot be read, with `what` was tried, the cause and the remedy.
+    """Raises RecipeError for data that cannot be read, with a message of `what` failed, the cause and the remedy.
 
     A full disk stays an OSError, and a damaged cache of datasets is told apart from damaged data.
     """
@@ -354,7 +354,7 @@ def _refusing(what: Callable[[], str], remedy: str) -> Iterator[None]:
                 "made again from the data."
             ) from error
         why = "it holds no rows" if isinstance(error, StopIteration) else why
-        raise RecipeError(f"Cannot {what()}: {why}. {remedy}") from error
+        raise RecipeError(f"{what()}: {why}. {remedy}") from error
 
 
 # Helpers of mix_pairs and split_pairs
