@@ -453,22 +453,6 @@ def test_a_judge_that_saw_the_learners_prompts_is_no_judge(tmp_path, folder):
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Hi", "What is tea made of, pray?", "Why?")]
 
 
-def test_log_probs_of_a_batch_are_those_of_each_answer_alone(tiny_model):
-    model, _ = open_model(str(tiny_model))
-    generator = torch.Generator().manual_seed(0)
-    sequences = [
-        tuple(torch.randint(2, 258, (n,), generator=generator).tolist() for n in sizes)
-        for sizes in ((3, 5), (9, 1), (2, 12), (6, 6))
-    ]
-    for temperature in (1.0, 0.7):
-        found = answers.logps(model, sequences, temperature=temperature)
-        for (prompt, completion), logp in zip(sequences, found, strict=True):
-            logits = model(torch.tensor([prompt + completion])).logits[0].detach() / temperature
-            steps = torch.log_softmax(logits, dim=-1)[len(prompt) - 1 : -1]
-            expected = steps.gather(1, torch.tensor(completion)[:, None]).sum().item()
-            assert logp == pytest.approx(expected, abs=1e-4)
-
-
 @pytest.fixture
 def two_models(tmp_path, tiny_model):
     """A start and a run with other weights, and pairs."""
