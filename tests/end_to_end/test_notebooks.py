@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, run_command
+from commands import REPOSITORY, run_command
 from test_readme import check_command
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))

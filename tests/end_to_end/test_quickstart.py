@@ -6,7 +6,7 @@ import shutil
 from statistics import mean
 
 import pytest
-from conftest import REPOSITORY, run_command
+from commands import REPOSITORY, run_command
 from PIL import Image
 from test_readme import README, commands, shown_output
 

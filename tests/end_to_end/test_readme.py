@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 import trl
-from conftest import RECIPES, REPOSITORY, run_command
+from commands import RECIPES, REPOSITORY, run_command
 from transformers import TrainingArguments
 from trl import DPOConfig, ModelConfig, RLOOConfig, TrlParser
 

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import run_forked
+from commands import run_forked
 from kills import (
     COMPARISON,
     EVALUATION,

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, run_command, run_train
+from commands import REPOSITORY, run_command, run_train
 from datasets import Dataset
 from health_tasks import WORDS, answer, dpo, reward, sft, shuffle_labels, teach, write_pairs
 from peft import LoraConfig

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, run_command
+from commands import REPOSITORY, run_command
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
