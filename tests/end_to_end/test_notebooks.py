@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from commands import REPOSITORY, run_command
-from test_readme import check_command
+from manual import check_command
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)

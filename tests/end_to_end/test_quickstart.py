@@ -7,8 +7,8 @@ from statistics import mean
 
 import pytest
 from commands import REPOSITORY, run_command
+from manual import README, commands, shown_output
 from PIL import Image
-from test_readme import README, commands, shown_output
 
 from dpo_recipes import playground
 
