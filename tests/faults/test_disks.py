@@ -11,7 +11,6 @@ import pytest
 from commands import run_forked
 from kills import TRAINING, came_to_the_same, moment, run
 
-pytest_plugins = ["undisturbed"]
 pytestmark = pytest.mark.faults
 
 

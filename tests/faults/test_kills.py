@@ -21,7 +21,6 @@ from kills import (
 
 pytestmark = pytest.mark.faults
 
-pytest_plugins = ["undisturbed"]
 PHASES = {
     "hh-rlhf-sft": set(TRAINING) - {"exit"},
     "hh-rlhf-lora": set(TRAINING) - {"exit", "start", "merging"},
