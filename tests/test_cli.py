@@ -9,12 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from commands import REPOSITORY
 
 from dpo_recipes import __version__, catalog
 from dpo_recipes.cli import main
 from dpo_recipes.launch.launch import Launch
 
-REPOSITORY = Path(__file__).parent.parent
 RECIPES = sorted(path.stem.replace("_", "-") for path in (REPOSITORY / "recipes").glob("[!_]*.py"))
 
 

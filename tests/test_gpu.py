@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import RECIPES, run_command
+from commands import RECIPES, run_command
 from safetensors.torch import load_file
 
 from dpo_recipes.doctor import compute, miniature_flags

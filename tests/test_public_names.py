@@ -4,7 +4,7 @@ import ast
 import importlib
 
 import pytest
-from conftest import RECIPES
+from commands import RECIPES
 
 NAMES = {
     "catalog": ["recipe_folders"],

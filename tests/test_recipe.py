@@ -6,13 +6,13 @@ import sys
 import pyarrow as pa
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE
 from datasets import Features, Value
 from datasets.arrow_writer import ArrowWriter
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, LlamaConfig, TrainingArguments
 from trl import DPOConfig, ModelConfig, RewardConfig, RLOOConfig, ScriptArguments, SFTConfig
 
+from dpo_recipes.doctor.miniature import CHAT_TEMPLATE
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import write_json
 from dpo_recipes.manifest import claim, declare, settle

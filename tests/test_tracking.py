@@ -3,7 +3,6 @@
 import json
 import os
 import pty
-import struct
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import wandb
 from huggingface_hub import constants
 from trl import DPOConfig
 from wandb.proto.wandb_internal_pb2 import Record
+from wandb_records import records
 
 from dpo_recipes import tracking
 from dpo_recipes.errors import RecipeError
@@ -21,23 +21,6 @@ FLAGS = (
     *("--profile", "cpu", "--max_steps", "2", "--pairs_per_update", "4", "--eval_pairs", "2", "--logging_steps", "1"),
     *("--beta", "0.25", "--report_to", "wandb"),
 )
-
-
-def records(file: Path) -> list[Record]:
-    """The records of a .wandb file: LevelDB's log format after a header of 7 bytes, in blocks of 32 KiB."""
-    data, position, found, part = file.read_bytes(), 7, [], b""
-    while position < len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        part += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            found.append(Record.FromString(part))
-            part = b""
-    return found
 
 
 def logged(run_folder: Path) -> tuple[Record, dict, list[dict]]:

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import RECIPES, run_command
+from commands import RECIPES, run_command
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, RewardConfig, RLOOConfig

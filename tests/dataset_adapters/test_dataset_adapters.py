@@ -11,6 +11,7 @@ import pytest
 from datasets import Dataset, Features, Value, concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pair_contract import assistant, keeps_the_contract, outcome, system, user
 
 from dpo_recipes.dataset_adapters import Drop, adapt, adapting, as_messages, hh_rlhf, preference_jsonl
 from dpo_recipes.dataset_adapters.adapting import DROP_REASONS, check_pair, rename_columns
@@ -21,33 +22,12 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 DATA = os.environ.get("DPO_RECIPES_DATA")
 
 
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-def system(text):
-    return {"role": "system", "content": text}
-
-
 def dialogue(*turns):
     return "".join(f"\n\n{speaker}: {text}" for speaker, text in zip(["Human", "Assistant"] * 9, turns, strict=False))
 
 
 def rows_of(name):
     return [json.loads(line) for line in (FIXTURES / name).read_text(encoding="utf-8").splitlines()]
-
-
-def outcome(dataset_adapter, row):
-    """The pair that a row makes, or the reason it makes none."""
-    with Ledger() as ledger:
-        pairs = dataset_adapter(Dataset.from_list([row])).to_list()
-    reasons = list(ledger.accounts["train"].dropped)
-    assert len(pairs) + len(reasons) == 1
-    return pairs[0] if pairs else reasons[0]
 
 
 # hh_rlhf
@@ -268,18 +248,6 @@ FEATURES = {
     "text": Features({name: Value("string") for name in adapting.PAIR_FEATURES}),
     "messages": Features(adapting.PAIR_FEATURES),
 }
-
-
-def keeps_the_contract(pair):
-    turns = pair["prompt"] + pair["chosen"] + pair["rejected"]
-    return (
-        all(turn["role"] in ("system", "user", "assistant") and isinstance(turn["content"], str) for turn in turns)
-        and pair["prompt"][-1]["role"] == "user"
-        and all(
-            side[0]["role"] == "assistant" and side[0]["content"].strip() for side in (pair["chosen"], pair["rejected"])
-        )
-        and pair["chosen"] != pair["rejected"]
-    )
 
 
 def preference_dataset(rows):

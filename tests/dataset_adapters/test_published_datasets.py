@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_dataset_adapters import assistant, keeps_the_contract, outcome, system, user
+from pair_contract import assistant, keeps_the_contract, outcome, system, user
 
 from dpo_recipes.dataset_adapters import (
     hh_rlhf,

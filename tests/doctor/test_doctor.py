@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RECIPES, REPOSITORY, run_command
+from commands import RECIPES, REPOSITORY, run_command
 from transformers import AutoConfig
 
 from dpo_recipes.cli import main

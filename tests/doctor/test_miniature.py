@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import RECIPES
+from commands import RECIPES
 from trl import ModelConfig
 
 from dpo_recipes import dataset_adapters

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RECIPES, REPOSITORY, run_command, run_train
+from commands import RECIPES, REPOSITORY, run_command, run_train
 from datasets import Dataset
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing

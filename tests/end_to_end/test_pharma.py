@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 
 import pytest
-from conftest import RECIPES, run_command, run_train
+from commands import RECIPES, run_command, run_train
 
 from dpo_recipes.dataset_adapters import preference_jsonl
 from dpo_recipes.dataset_adapters.ledger import Ledger

@@ -6,9 +6,9 @@ import shutil
 from statistics import mean
 
 import pytest
-from conftest import REPOSITORY, run_command
+from commands import REPOSITORY, run_command
+from manual import README, commands, shown_output
 from PIL import Image
-from test_readme import README, commands, shown_output
 
 from dpo_recipes import playground
 

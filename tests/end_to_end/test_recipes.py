@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import RECIPES, REPOSITORY, run_command, run_train
+from commands import RECIPES, REPOSITORY, run_command, run_train
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import (

@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import RECIPES, run_command, run_train
+from commands import RECIPES, run_command, run_train
 from safetensors.torch import load_file
 
 FLAGS = ["--max_steps", "12", "--save_steps", "3", "--eval_steps", "3", "--logging_steps", "1", "--eval_pairs", "2"]

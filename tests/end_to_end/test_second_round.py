@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, run_command, run_train
+from commands import REPOSITORY, run_command, run_train
 from safetensors.torch import load_file
 
 SMALL = ["--profile", "cpu", "--pairs_per_update", "4", "--logging_steps", "1", "--warmup_steps", "0"]

@@ -13,7 +13,7 @@ import termios
 import time
 
 import pytest
-from conftest import RECIPES, run_train
+from commands import RECIPES, run_train
 
 FLAGS = ["--pairs_per_update", "4", "--per_device_train_batch_size", "2", "--eval_pairs", "2", "--logging_steps", "1"]
 

@@ -8,10 +8,9 @@ import subprocess
 from contextlib import suppress
 
 import pytest
-from conftest import run_forked
+from commands import run_forked
 from kills import TRAINING, came_to_the_same, moment, run
 
-pytest_plugins = ["undisturbed"]
 pytestmark = pytest.mark.faults
 
 

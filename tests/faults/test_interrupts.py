@@ -9,7 +9,6 @@ import psutil
 import pytest
 from kills import TRAINING, came_to_the_same, moment, run
 
-pytest_plugins = ["undisturbed"]
 pytestmark = pytest.mark.faults
 
 

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import run_forked
+from commands import run_forked
 from kills import (
     COMPARISON,
     EVALUATION,
@@ -21,7 +21,6 @@ from kills import (
 
 pytestmark = pytest.mark.faults
 
-pytest_plugins = ["undisturbed"]
 PHASES = {
     "hh-rlhf-sft": set(TRAINING) - {"exit"},
     "hh-rlhf-lora": set(TRAINING) - {"exit", "start", "merging"},

@@ -9,13 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, run_command, run_train
+from commands import REPOSITORY, run_command, run_train
 from datasets import Dataset
 from health_tasks import WORDS, answer, dpo, reward, sft, shuffle_labels, teach, write_pairs
 from peft import LoraConfig
 from ppo_tasks import BANDIT, TWO_STEPS, WITH_CRITIC, WITHOUT, bandit, build_trainer, save_start, two_steps
-from test_tracking import records
 from transformers import AutoModelForCausalLM
+from wandb_records import records
 
 from dpo_recipes.errors import UnhealthyRunError
 from dpo_recipes.health import HealthCallback

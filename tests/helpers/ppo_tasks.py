@@ -46,6 +46,11 @@ def two_steps(prompts, completion_ids, **_):
     return rewards
 
 
+def count_as(completion_ids, **_):
+    """The share of a's among the tokens of each answer."""
+    return [ids.count(2) / len(ids) for ids in completion_ids]
+
+
 def tiny_config(**changes):
     sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     tokens = dict(vocab_size=len(WORDS), pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None)

@@ -16,13 +16,12 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from commands import REPOSITORY
 
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.flags import grouped
 from dpo_recipes.launch import launch, processes
 from dpo_recipes.launch.launch import Launch
-
-REPOSITORY = Path(__file__).parents[2]
 
 STAND_IN = '''"""A stand-in that trains nothing."""
 import json, os, signal, sys, time

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import run_command
+from commands import run_command
 
 from dpo_recipes.cli import main
 from dpo_recipes.launch import processes, sweep

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE
 from datasets import Dataset
 from peft import (
     LoraConfig,
@@ -30,6 +29,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, ModelConfig, RewardConfig
 
 from dpo_recipes.cli import main
+from dpo_recipes.doctor.miniature import CHAT_TEMPLATE
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.health.guards import add_guards
 from dpo_recipes.models.open import check_weights, identify, open_model

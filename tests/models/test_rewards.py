@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE
 from datasets import Dataset
 from transformers import (
     AutoConfig,
@@ -14,6 +13,7 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
+from dpo_recipes.doctor.miniature import CHAT_TEMPLATE
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.models.likelihood import pair_scores
 from dpo_recipes.models.rewards import calibration, check_reloads, check_reward_model, load_reward_model, score

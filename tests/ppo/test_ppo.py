@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, run_command
+from commands import REPOSITORY, run_command
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +27,7 @@ from ppo_tasks import (
     WORDS,
     bandit,
     build_trainer,
+    count_as,
     logged,
     save_start,
     tiny_config,
@@ -74,11 +75,6 @@ def build(start, tmp_path):
 
 def lora():
     return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def count_as(completion_ids, **_):
-    """The share of a's."""
-    return [ids.count(2) / len(ids) for ids in completion_ids]
 
 
 # The mathematics
@@ -563,11 +559,10 @@ def test_updates_stop_where_the_policy_has_moved_too_far(build):
 
 SCRIPT = """
 import sys, torch
-sys.path[:0] = {tests!r}
+sys.path.insert(0, {helpers!r})
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, TrainerCallback
-from ppo_tasks import ANSWERS_ONLY, PROMPTS, PPOConfig, PPOTrainer
-from test_ppo import count_as
+from ppo_tasks import ANSWERS_ONLY, PROMPTS, PPOConfig, PPOTrainer, count_as
 
 class Compare(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -603,9 +598,7 @@ print("both have the same weights", flush=True)
 def test_two_processes_are_one(start, tmp_path):
     """Two processes have the gradient of one process with both batches, and their weights stay equal."""
     script = tmp_path / "script.py"
-    script.write_text(
-        SCRIPT.format(tests=[str(REPOSITORY / "tests" / room) for room in ("helpers", "ppo", "")], start=str(start))
-    )
+    script.write_text(SCRIPT.format(helpers=str(REPOSITORY / "tests" / "helpers"), start=str(start)))
     accelerate = REPOSITORY / "recipes" / "accelerate" / "cpu2.yaml"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", accelerate, script]
     result = run_command(*launch, cwd=tmp_path)

@@ -8,7 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
-from conftest import CHAT_TEMPLATE, run_command
+from commands import run_command
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +18,7 @@ from trl import SFTConfig
 
 from dpo_recipes.cli import main
 from dpo_recipes.dataset_adapters import hh_rlhf, preference_jsonl
+from dpo_recipes.doctor.miniature import CHAT_TEMPLATE
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.loading import load_rows, split_pairs
 from dpo_recipes.machine import card_memory

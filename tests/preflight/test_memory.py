@@ -5,7 +5,7 @@ import runpy
 import shutil
 
 import pytest
-from conftest import RECIPES, run_train
+from commands import RECIPES, run_train
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from dpo_recipes.preflight.memory import TILE, count_weights, memory_parts

@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_recipes.cli import main
+from dpo_recipes.doctor.miniature import CHAT_TEMPLATE
 from dpo_recipes.preflight import off_distribution
 from dpo_recipes.preflight.off_distribution import measure
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import run_train
+from commands import run_train
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import DPOConfig, RLOOConfig

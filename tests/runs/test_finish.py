@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import run_train
+from commands import run_train
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM

@@ -4,8 +4,9 @@ import json
 import re
 
 import pytest
+from hostile_pages import HOSTILE, Page, hostile
 from PIL import Image
-from test_preflight_page import HOSTILE, Page, hostile, preflight
+from preflight_contents import preflight
 
 from dpo_recipes.health.rules import Finding
 from dpo_recipes.runs.page import write_run_page

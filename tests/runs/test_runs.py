@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import run_train
+from commands import run_train
 from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file, save_file
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from conftest import run_command
+from commands import run_command
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
