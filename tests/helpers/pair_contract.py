@@ -27,7 +27,7 @@ def outcome(dataset_adapter, row):
 
 
 def keeps_the_contract(pair):
-    """True if all turns are texts of known roles, the prompt ends in a user turn, and the completions are two answers."""
+    """True if turns are texts of known roles, the prompt ends in a user turn and the completions are two answers."""
     turns = pair["prompt"] + pair["chosen"] + pair["rejected"]
     return (
         all(turn["role"] in ("system", "user", "assistant") and isinstance(turn["content"], str) for turn in turns)
