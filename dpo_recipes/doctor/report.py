@@ -42,8 +42,8 @@ class Part:
 def scrub(text: str) -> str:
     """The text without paths, user and host name, and without values of secret environment variables."""
     secrets = [value for name, value in os.environ.items() if SECRET_NAMES.search(name) and len(value) > 5]
-    for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, "<secret>")
+    if secrets:  # in one pass, longest first: "secret" may itself be the value of a variable
+        text = re.sub("|".join(map(re.escape, sorted(secrets, key=len, reverse=True))), "<secret>", text)
     text = QUOTED_PATHS.sub("<path>", SECRET_FORMS.sub("<secret>", text))  # these may hold spaces
     folders = {str(Path.home()), str(Path.cwd()), os.environ.get("HOME", "")} - {"", "/"}
     for folder in sorted(folders, key=len, reverse=True):

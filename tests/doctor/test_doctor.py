@@ -110,6 +110,7 @@ def test_cards_are_named_and_a_torch_that_sees_none_is_found(tmp_path, monkeypat
 )
 def test_a_text_is_scrubbed_of_what_is_private_and_of_nothing_else(text, clean, monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", SECRET)
+    monkeypatch.setenv("WORD_API_KEY", "secret")
     names = dict(home=Path.home(), cwd=Path.cwd(), secret=SECRET, user=getpass.getuser(), host=platform.node())
     assert scrub(text.format(**names)).rstrip(".") == clean.rstrip(".")
 

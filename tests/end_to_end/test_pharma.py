@@ -139,6 +139,7 @@ def test_the_recipe_trains_by_the_command_that_a_user_types(tmp_path, tiny_model
     assert account["total"]["dropped"] == {}
 
 
+@pytest.mark.slow
 def test_a_copied_recipe_finds_its_pairs_from_an_empty_folder(tmp_path, tiny_model, dpo_recipes):
     assert run_command(dpo_recipes, "copy", "pharma-lora", cwd=tmp_path).returncode == 0
     command = (sys.executable, "pharma_lora.py", "--use_cpu", "true", "--bf16", "false")

@@ -179,6 +179,7 @@ def test_an_interrupt_saves_and_exits_with_its_status(number, status, tmp_path, 
     assert "--resume_from_checkpoint true" in refused.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_match_one_of_the_same_global_batch(tmp_path, tiny_model, hh_rows, dpo_recipes):
     """Each update sees the same four pairs; the sum is taken in another order."""
     for accelerate, batch in (("cpu", "4"), ("cpu2", "2")):

@@ -64,7 +64,13 @@ def trained(name, *flags, cwd, profile, dataset, model):
     return result
 
 
-@pytest.mark.parametrize(("rate", "kept"), [("1e-5", "float32"), ("3e-2", "bfloat16")], ids=["small", "large"])
+@pytest.mark.parametrize(
+    ("rate", "kept"),
+    [
+        pytest.param("1e-5", "float32", id="small"),
+        pytest.param("3e-2", "bfloat16", id="large", marks=pytest.mark.slow),
+    ],
+)
 def test_a_16_bit_base_keeps_what_it_was_taught(rate, kept, tmp_path, profile, deep_model, hh_rows):
     """A small update is saved in float32, a large one in the base's dtype; DPO starts from either at ln 2."""
     options = dict(cwd=tmp_path, profile=profile, dataset=hh_rows)
