@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 
 from dpo_recipes.dataset_adapters import (
+    adapting,
     hh_rlhf,
     number,
     plain_text,
@@ -112,6 +113,15 @@ def test_columns_of_text_that_no_token_shows_are_named_once_with_their_share():
     said = "\n".join(reader_lines(ledger))
     assert said.startswith("Read by preference_jsonl (other layouts: --columns,")
     assert said.endswith("Columns in no token: unused_prompt (100% of rows).")
+
+
+def test_columns_that_can_hold_no_text_are_not_looked_at(monkeypatch):
+    looked_at, cells = [], adapting._cells
+    monkeypatch.setattr(adapting, "_cells", lambda rows, column: looked_at.append(column) or cells(rows, column))
+    more = {"embedding": [0.5, 0.25], "votes": 3, "about": {"tags": ["short"], "size": 2}}
+    _, _, unread = adapted(preference_jsonl, [ROW | more])
+    assert unread == {"about": {"rows": 1, "of": 1}}
+    assert not {"embedding", "votes"} & {*looked_at}
 
 
 def test_plain_text_names_the_system_prompt_that_it_has_no_place_for():
