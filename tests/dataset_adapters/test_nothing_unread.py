@@ -97,6 +97,18 @@ def test_the_input_of_alpaca_rows_is_put_below_the_instruction():
     assert not unread
 
 
+def test_pairs_of_sharegpt_are_taken_unchanged():
+    row = {"conversations": "Name a tree.", "chosen": "Name a tree. An oak.", "rejected": "Name a tree. A stone."}
+    [pair], dropped, unread = adapted(sharegpt_pairs, [row | {"input": "In a park."}])
+    assert not dropped
+    assert {side: pair[side][0]["content"] for side in ("prompt", "chosen", "rejected")} == {
+        "prompt": row["conversations"],
+        "chosen": row["chosen"],
+        "rejected": row["rejected"],
+    }
+    assert unread == {"input": {"rows": 1, "of": 1}}
+
+
 @pytest.mark.parametrize("column", ["question", "instruction", "query"])
 def test_rows_without_a_prompt_are_refused_with_the_likely_column(column):
     rows = Dataset.from_list([{column: "Name a tree.", "system": "s", "chosen": "An oak.", "rejected": "A stone."}])
