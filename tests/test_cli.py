@@ -110,6 +110,12 @@ def test_an_unknown_flag_of_list_is_refused(capsys: pytest.CaptureFixture) -> No
     assert "--beta" in capsys.readouterr().err
 
 
+def test_a_flag_of_yes_or_no_names_its_two_words(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["merge", "outputs/run", "--trust_remote_code", "maybe"])
+    assert "argument --trust_remote_code: got 'maybe', needs true or false" in capsys.readouterr().err
+
+
 def test_train_passes_on_every_flag_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple] = []
     prepared = SimpleNamespace(run=lambda: 7)

@@ -128,14 +128,14 @@ def preference_jsonl(dataset: Dataset) -> Dataset:
     return adapt(dataset, _preference_pair, name="preference_jsonl", columns=columns)
 
 
-def _preference_pair(row: Row, *, prompt: str = "prompt") -> Pair:
+def _preference_pair(row: Row) -> Pair:
     chosen = as_messages(row["chosen"], role="assistant")
     rejected = as_messages(row["rejected"], role="assistant")
     if {chosen[0]["role"], rejected[0]["role"]} <= {"system", "user"}:
-        turns = _shared_context(chosen, rejected, prompt=row.get(prompt))
+        turns = _shared_context(chosen, rejected, prompt=row.get("prompt"))
         chosen, rejected = chosen[-1:], rejected[-1:]
     else:
-        turns = _own_prompt(row, prompt, completions=(chosen, rejected))
+        turns = _own_prompt(row, completions=(chosen, rejected))
     return {"prompt": _with_system(row, turns), "chosen": chosen, "rejected": rejected}
 
 
@@ -151,9 +151,9 @@ def _shared_context(chosen: list[Message], rejected: list[Message], *, prompt: A
     return context
 
 
-def _own_prompt(row: Row, column: str, *, completions: tuple[list[Message], list[Message]]) -> list[Message]:
+def _own_prompt(row: Row, *, completions: tuple[list[Message], list[Message]]) -> list[Message]:
     """Returns the turns of the row's prompt, with the row's `input` below a prompt of text."""
-    text = row.get(column)
+    text = row.get("prompt")
     turns = as_messages(text, role="user")
     if not isinstance(text, str):
         return turns
@@ -263,5 +263,12 @@ def _ultrafeedback_pair(row: Row, *, ratings: tuple[str, str]) -> Pair:
 
 def sharegpt_pairs(dataset: Dataset) -> Dataset:
     """Pairs of `conversations`, `chosen` and `rejected`, whose messages have `from` and `value` (ShareGPT)."""
-    read_pair = partial(_preference_pair, prompt="conversations")
-    return adapt(dataset, read_pair, name="sharegpt_pairs", columns=["conversations", "chosen", "rejected"])
+    return adapt(dataset, _sharegpt_pair, name="sharegpt_pairs", columns=["conversations", "chosen", "rejected"])
+
+
+def _sharegpt_pair(row: Row) -> Pair:
+    return {
+        "prompt": _with_system(row, as_messages(row["conversations"], role="user")),
+        "chosen": as_messages(row["chosen"], role="assistant"),
+        "rejected": as_messages(row["rejected"], role="assistant"),
+    }

@@ -252,8 +252,8 @@ def holds_messages(dataset: Dataset, column: str) -> bool:
 
 def note_unread(dataset: Dataset, *, used: Collection[str]) -> None:
     """Notes in the current ledger the columns that hold text and are not used, each with its number of rows."""
-    for column in dataset.column_names:
-        if column not in used:
+    for column, feature in dataset.features.items():
+        if column not in used and _may_hold_text(feature):  # embeddings have too many numbers to be looked at
             rows = sum(map(_holds_text, _cells(dataset, column)))
             current_ledger().note_unread(column, rows, len(dataset))
 
@@ -427,6 +427,12 @@ def _cells(dataset: Dataset, column: str) -> list[Any]:
 def _is_text(feature: Any) -> bool:
     """Returns True for columns of text, in any of Arrow's types of it."""
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")
+
+
+def _may_hold_text(feature: Any) -> bool:
+    """Returns True for columns of text, and for lists and dicts with text somewhere inside."""
+    parts = list(feature.values()) if isinstance(feature, dict) else [getattr(feature, "feature", None)]
+    return _is_text(feature) or isinstance(feature, Json) or any(map(_may_hold_text, filter(None, parts)))
 
 
 def _holds_text(cell: Any) -> bool:

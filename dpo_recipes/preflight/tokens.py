@@ -103,7 +103,8 @@ def _fit_batch(
     controls: str,
 ) -> dict[str, list[Any]]:
     unmeasured = dict.fromkeys(MEASURES, 0) | {"unrendered": "", "drop_reason": None}
-    rows = [unmeasured | row for row in _rows(batch)]
+    carried = ("cut_tokens",) if unit == "prompt" else ()  # of the prompt's pair, which was shortened before
+    rows = [row | unmeasured | {name: row[name] for name in carried if name in row} for row in _rows(batch)]
     whole: dict[int, int] = {}  # by place in the batch: tokens of the prompt before it was shortened
     waiting = list(range(len(rows)))
     while waiting:

@@ -170,7 +170,7 @@ def in_steps(
 def _own_rejected(lines: Rows) -> list[Any]:
     """Makes a pair of each different answer of a line; answers that make no pair are counted and named."""
     own = [
-        {"prompt": line["prompt"], "chosen": line["chosen"], "rejected": as_messages(text, role="assistant")}
+        {"prompt": line["prompt"], "chosen": line["chosen"], "rejected": [{"role": "assistant", "content": text}]}
         for line in lines
         for text in dict.fromkeys(line["completions"])
     ]

@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 
 from dpo_recipes.dataset_adapters import (
+    adapting,
     hh_rlhf,
     number,
     plain_text,
@@ -96,6 +97,18 @@ def test_the_input_of_alpaca_rows_is_put_below_the_instruction():
     assert not unread
 
 
+def test_pairs_of_sharegpt_are_taken_unchanged():
+    row = {"conversations": "Name a tree.", "chosen": "Name a tree. An oak.", "rejected": "Name a tree. A stone."}
+    [pair], dropped, unread = adapted(sharegpt_pairs, [row | {"input": "In a park."}])
+    assert not dropped
+    assert {side: pair[side][0]["content"] for side in ("prompt", "chosen", "rejected")} == {
+        "prompt": row["conversations"],
+        "chosen": row["chosen"],
+        "rejected": row["rejected"],
+    }
+    assert unread == {"input": {"rows": 1, "of": 1}}
+
+
 @pytest.mark.parametrize("column", ["question", "instruction", "query"])
 def test_rows_without_a_prompt_are_refused_with_the_likely_column(column):
     rows = Dataset.from_list([{column: "Name a tree.", "system": "s", "chosen": "An oak.", "rejected": "A stone."}])
@@ -112,6 +125,15 @@ def test_columns_of_text_that_no_token_shows_are_named_once_with_their_share():
     said = "\n".join(reader_lines(ledger))
     assert said.startswith("Read by preference_jsonl (other layouts: --columns,")
     assert said.endswith("Columns in no token: unused_prompt (100% of rows).")
+
+
+def test_columns_that_can_hold_no_text_are_not_looked_at(monkeypatch):
+    looked_at, cells = [], adapting._cells
+    monkeypatch.setattr(adapting, "_cells", lambda rows, column: looked_at.append(column) or cells(rows, column))
+    more = {"embedding": [0.5, 0.25], "votes": 3, "about": {"tags": ["short"], "size": 2}}
+    _, _, unread = adapted(preference_jsonl, [ROW | more])
+    assert unread == {"about": {"rows": 1, "of": 1}}
+    assert not {"embedding", "votes"} & {*looked_at}
 
 
 def test_plain_text_names_the_system_prompt_that_it_has_no_place_for():

@@ -8,8 +8,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer
 
 from dpo_recipes.estimates import length_controlled, mean_with_interval, wilson, wins
+from dpo_recipes.models import likelihood
 from dpo_recipes.models.generation import generate, read_answer, sample_tokens
 from dpo_recipes.models.likelihood import PreferenceLogps, answer_logps, preference_logps, reference_model, sampled_kl
+from dpo_recipes.models.open import load_full
 
 
 @pytest.mark.parametrize(("wins", "n"), [(0, 10), (7, 10), (10, 10), (512, 1000)])
@@ -291,6 +293,15 @@ def test_an_online_trainers_start_is_read_again_where_it_keeps_none(settings, ti
         expected = (start(ids).logits[0, :-1] / 0.5).log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         assert torch.allclose(logps.float(), expected, atol=1e-4)
     assert sampled_kl(trainer, PROMPTS, max_new_tokens=4)["nats"] > 0.01
+
+
+def test_a_start_that_is_read_again_is_not_spread_over_cards(trainer, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(likelihood, "load_full", lambda *model, **how: asked.update(how) or load_full(*model, **how))
+    trainer.args.sync_ref_model = True
+    with reference_model(trainer) as reference:
+        assert reference is not trainer.ref_model
+    assert asked["device_map"] is None
 
 
 def test_every_end_token_of_the_model_ends_an_answer(tiny_model, tokenizer):

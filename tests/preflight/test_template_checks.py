@@ -212,6 +212,16 @@ def test_prompts_of_the_online_trainers_are_looked_through_too(tokenizer):
     assert (described["control_tokens"], described["chat_markup"]) == (3, 3)
 
 
+def test_columns_of_the_datas_own_drop_no_pair(tokenizer):
+    own = {"drop_reason": "a column of mine", "cut_tokens": "3"}
+    pairs = preference_jsonl(Dataset.from_list([row()]))
+    for name, cell in own.items():
+        pairs = pairs.add_column(name, [cell])
+    with Ledger():
+        [kept] = fit(pairs, tokenizer, None, split="train")
+    assert kept["cut_tokens"] == 0
+
+
 # Tokenizers of real models
 
 

@@ -130,6 +130,13 @@ def test_own_answers_become_the_rejected_side_and_those_that_make_no_pair_are_co
     assert [pair["prompt"][0]["content"] for pair in pairs] == QUESTIONS[1:]
 
 
+@pytest.mark.parametrize("text", ['[{"role": "user", "content": "Why', '[{"role": "user", "content": "Why?"}]'])
+def test_an_answer_that_looks_like_messages_stays_text(text):
+    sides = {"prompt": [{"role": "user", "content": "Q?"}], "chosen": [{"role": "assistant", "content": "A."}]}
+    [pair] = sampling._own_rejected([{**sides, "completions": [text], "ended": [True]}])
+    assert pair["rejected"] == [{"role": "assistant", "content": text}]
+
+
 def test_prompts_that_the_model_cannot_answer_are_left_out_and_counted(tiny_model, greedy, tmp_path, capsys):
     """Those too long for it or refused by its template; a model without a pad token answers the others."""
     model = str(shutil.copytree(tiny_model, tmp_path / "model"))
