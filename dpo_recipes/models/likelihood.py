@@ -189,7 +189,8 @@ def reference_model(trainer: Trainer) -> Iterator[Any]:
         if reference is not None and not trainer.args.sync_ref_model:
             yield reference
             return
-    policy, options = trainer.accelerator.unwrap_model(trainer.model), trainer.args.model_init_kwargs or {}
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    options = {"device_map": None} | (trainer.args.model_init_kwargs or {})  # TRL's "auto" would take every card
     initial = load_full(identify(policy.config.name_or_path, **options), AutoModelForCausalLM, **options)
     add_fused_lm_head(initial, temperature=getattr(trainer.args, "temperature", 1.0))
     yield initial.to(trainer.accelerator.device, policy.dtype)

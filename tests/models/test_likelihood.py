@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer
 
 from dpo_recipes.estimates import length_controlled, mean_with_interval, wilson, wins
+from dpo_recipes.models import likelihood
 from dpo_recipes.models.generation import generate, read_answer, sample_tokens
 from dpo_recipes.models.likelihood import PreferenceLogps, answer_logps, preference_logps, reference_model, sampled_kl
 
@@ -291,6 +294,17 @@ def test_an_online_trainers_start_is_read_again_where_it_keeps_none(settings, ti
         expected = (start(ids).logits[0, :-1] / 0.5).log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         assert torch.allclose(logps.float(), expected, atol=1e-4)
     assert sampled_kl(trainer, PROMPTS, max_new_tokens=4)["nats"] > 0.01
+
+
+def test_an_initial_model_that_is_read_again_is_not_spread_over_the_cards(tiny_model, monkeypatch):
+    """TRL's loader spreads it by default, and the other processes train on these cards."""
+    model, given = AutoModelForCausalLM.from_pretrained(tiny_model), {}
+    monkeypatch.setattr(likelihood, "load_full", lambda *_, **options: given.update(options) or model)
+    accelerator = SimpleNamespace(unwrap_model=lambda one: one, device=torch.device("cpu"))
+    args = SimpleNamespace(model_init_kwargs={"dtype": "float32"}, sync_ref_model=False)
+    trainer = SimpleNamespace(accelerator=accelerator, model=model, ref_model=None, args=args)
+    with reference_model(trainer):
+        assert given == {"device_map": None, "dtype": "float32"}
 
 
 def test_every_end_token_of_the_model_ends_an_answer(tiny_model, tokenizer):
