@@ -72,7 +72,7 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 def true_or_false(text: str) -> bool:
     """The truth value that the word names."""
     if text not in ("true", "false"):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"got {text!r}, true or false is needed")
     return text == "true"
 
 

@@ -115,6 +115,12 @@ def test_an_unknown_flag_of_list_is_refused(capsys: pytest.CaptureFixture) -> No
     assert "--beta" in capsys.readouterr().err
 
 
+def test_a_flag_that_is_true_or_false_says_so(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["merge", "run", "--trust_remote_code", "maybe"])
+    assert "--trust_remote_code: got 'maybe', true or false is needed" in capsys.readouterr().err
+
+
 def test_train_passes_on_every_flag_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple] = []
     prepared = SimpleNamespace(run=lambda: 7)
