@@ -53,3 +53,7 @@ def build_parser() -> ArgumentParser:
     for room in (catalog, launch, evaluate, compare, sample, models, doctor):
         room.add_parser(commands)
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

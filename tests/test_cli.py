@@ -39,6 +39,11 @@ def test_version(capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().out.split() == ["dpo-recipes", __version__]
 
 
+def test_the_module_runs_as_the_command_does() -> None:
+    command = [sys.executable, "-m", "dpo_recipes.cli", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.split() == ["dpo-recipes", __version__]
+
+
 def test_list_gives_each_recipe_with_the_first_line_of_its_docstring(capsys: pytest.CaptureFixture) -> None:
     assert main(["list"]) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]

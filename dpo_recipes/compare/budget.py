@@ -70,7 +70,7 @@ def check_match(
     compared = [stage for stage in stages if stage.kind in ALGORITHMS]
     learners = [stage for stage in stages if stage.kind in (*ALGORITHMS, "reward")]
     settings = {stage.name: read_json(stage.folder / "settings.json") for stage in compared}
-    starts = {_done(stage).get("start_hash") for stage in learners}
+    starts = {_done(stage).get("start_hash") or _hub_model(stage) for stage in learners}
     presets = {str([own.get(key) for key in PRESET]) for own in settings.values()}
     apart = ", ".join(stage.name for stage in learners if _prompts_of(stage) != prompts["learn"])
     sampled = [settings[stage.name] for stage in compared if stage.kind in ONLINE]
@@ -101,6 +101,12 @@ def _check_judge(judge: Stage, compared: Sequence[Stage], *, prompts: str | None
 
 def _done(stage: Stage) -> dict[str, Any]:
     return read_json(stage.folder / "done.json")
+
+
+def _hub_model(stage: Stage) -> tuple[Any, ...]:
+    """Name and revision of the initial model at the Hub, whose weights are not hashed."""
+    settings = read_json(stage.folder / "settings.json")
+    return settings.get("model_name_or_path"), settings.get("model_revision")
 
 
 def _prompts_of(stage: Stage) -> str | None:

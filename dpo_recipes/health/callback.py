@@ -62,6 +62,8 @@ class HealthCallback(TrainerCallback):
         self.watching: list[str] = []  # rules that have something to look at
         self.findings: list[Finding] = []
         self.fatal: Finding | None = None
+        self.logged: dict[str, list[tuple[int, float]]] = {}
+        self.read = 0  # entries of the log that `logged` holds
         self.overflows = 0  # updates in a row with a broken gradient
         self.healthy = 0  # the last update after which no fatal rule was broken
         self.prompts: list[Any] = []
@@ -152,10 +154,12 @@ class HealthCallback(TrainerCallback):
         """Applies the rules; `proven` says that a healthy look now proves the checkpoint of this update."""
         if self.facts is None:  # an evaluation before training
             return
-        logged = read_logs(state.log_history)
+        for name, points in read_logs(state.log_history[self.read :]).items():
+            self.logged.setdefault(name, []).extend(points)
+        self.read = len(state.log_history)
         for name in self.watching:
             rule = getattr(rules, name, None)  # wrong_reference has no function: the guard checks it
-            if rule and (sign := rule(logged, self.facts, **RULES[name]["limits"])):
+            if rule and (sign := rule(self.logged, self.facts, **RULES[name]["limits"])):
                 self._found(name, sign, state.global_step, control)
         if proven and self.fatal is None:
             self.healthy = state.global_step

@@ -141,7 +141,7 @@ def finish_run(
     """Saves the trained weights, checks them, measures the model against the reference model, and writes the files.
 
     The weights are saved first. An error after that loses none of them: it becomes a warning in the terminal, in
-    metrics.json and in done.json, with the command that repeats the failed step.
+    README.md and in done.json, with the command that repeats the failed step.
 
     Args:
         trainer: After `trainer.train`.

@@ -429,6 +429,17 @@ def test_what_makes_the_match_unequal_is_found_in_what_the_runs_say(tmp_path, fo
     assert all(check["held"] for check in checks) == (broken is None)
 
 
+def test_different_initial_models_of_the_hub_are_told(tmp_path, folder):
+    """done.json has no hash of them."""
+    stages = [
+        finished(tmp_path, name, start=None, settings={"model_name_or_path": model})
+        for name, model in (("dpo-0.1-0", "org/one"), ("ppo-0.1-0", "org/other"))
+    ]
+    [broken] = [check for check in budget.check_match(stages, **MATCH) if not check["held"]]
+    assert broken["detail"] == "All started from the same weights."
+    assert all(check["held"] for check in budget.check_match(stages[:1] * 2, **MATCH))
+
+
 def test_an_unequal_tuning_budget_is_told(tmp_path, folder):
     stages = [finished(tmp_path, name) for name in ("dpo-0.1-0", "dpo-0.3-0", "ppo-0.1-0")]
     [broken] = [check for check in budget.check_match(stages, **MATCH) if not check["held"]]

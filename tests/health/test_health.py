@@ -5,6 +5,7 @@ import json
 import re
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -114,6 +115,21 @@ def test_nothing_of_training_changes(start, tmp_path):
     assert sum("probe/ended" in entry for entry in trainer.state.log_history) == 3
     assert len(weights[0]) > 20
     assert all(torch.equal(weights[0][name], weight) for name, weight in weights[1].items())
+
+
+def test_each_entry_of_the_log_is_read_once(monkeypatch):
+    trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[]), _name="SFT")
+    callback, sizes = HealthCallback(trainer), []
+    callback.facts = Facts(pairs_per_update=1, max_steps=9)
+    monkeypatch.setattr(
+        "dpo_recipes.health.callback.read_logs", lambda logs: sizes.append(len(logs)) or read_logs(logs)
+    )
+    state = SimpleNamespace(log_history=[], global_step=0)
+    for step in (1, 2, 3):
+        state.log_history += [{"loss": 1.0, "step": step}, {"eval_loss": 2.0, "step": step}]
+        callback.on_log(None, state, None)
+    assert sizes == [2, 2, 2]
+    assert callback.logged == read_logs(state.log_history)
 
 
 # What goes wrong with the learning rate
