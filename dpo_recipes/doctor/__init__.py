@@ -4,6 +4,7 @@ command.py      the verb: its parser and its four parts
 machine.py      versions, cards, memory, disk, profile
 compute.py      products, 4-bit layers, attention and gradients against more exact ones; the tests share it
 speed.py        plain TRL and shared prompts in turn, on random weights of real sizes
+sizes.py        configurations of the models that speed.py can time
 recipes.py      every recipe in miniature, side by side
 miniature.py    random tiny models, rows in every published schema, and the flags that train a recipe on them
 report.py       tables for the screen, as Markdown and as JSON, without anything private

@@ -16,6 +16,7 @@ from typing import Any
 from dpo_recipes import __version__
 from dpo_recipes.catalog import find_recipe, list_recipes, read_yaml
 from dpo_recipes.doctor.report import Part, on_screen, scrub, write_report
+from dpo_recipes.doctor.sizes import SIZES
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.flags import at_least, listed
 from dpo_recipes.launch.launch import Launch, prepare
@@ -29,7 +30,7 @@ def add_parser(commands: Any) -> None:
         "doctor",
         help="is this machine ready: versions, arithmetic, speed, every recipe in miniature",
     )
-    parser.add_argument("--model", metavar="NAMES", help="to time: tiny, qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-7b")
+    parser.add_argument("--model", metavar="NAMES", help=f"models to time: {', '.join(SIZES)}")
     parser.add_argument("--pairs", type=listed(at_least(1)), metavar="N,N", help="pairs a timed step: 8,32; on a CPU 4")
     parser.add_argument("--quick", action="store_true", help="one architecture, a tiny model, two rounds")
     parser.add_argument("--profile", metavar="P", help="as in train; by default what the machine has")
@@ -115,22 +116,26 @@ def examine(launch: Launch, options: argparse.Namespace, show: Callable[[str], N
     os.environ |= {"HF_HUB_OFFLINE": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     set_environment()
     show("libraries")
+    yield look_at_machine(launch)
+    yield from _compute(launch, options, show)
+
+
+def _compute(launch: Launch, options: argparse.Namespace, show: Callable[[str], None]) -> Iterator[Part]:
+    """Yields the parts that compute: arithmetic, speed, recipes in miniature."""
     import torch
 
-    yield look_at_machine(launch)
+    from dpo_recipes.doctor.compute import ARCHITECTURES, check_compute
+    from dpo_recipes.doctor.recipes import check_recipes
+    from dpo_recipes.doctor.speed import check_speed
+
     profile = read_yaml(launch.profile)
     use_cpu = bool(profile.get("use_cpu")) or not torch.cuda.is_available()
     dtype = torch.float16 if profile.get("fp16") else torch.bfloat16 if profile.get("bf16") else torch.float32
     quick = options.quick or use_cpu
-    from dpo_recipes.doctor.speed import SIZES, check_speed
-
     names = options.model.split(",") if options.model else ["tiny" if quick else "qwen2.5-1.5b"]
     if unknown := [name for name in names if name not in SIZES]:
         raise RecipeError(f"--model {unknown[0]} is not known. Name one of {', '.join(SIZES)}.")
     with tempfile.TemporaryDirectory(prefix="dpo-recipes-doctor-") as folder, _quiet(folder, use_cpu=use_cpu):
-        from dpo_recipes.doctor.compute import ARCHITECTURES, check_compute
-        from dpo_recipes.doctor.recipes import check_recipes
-
         architectures = ["llama"] if quick else list(ARCHITECTURES)
         yield check_compute(dtype, use_cpu=use_cpu, architectures=architectures, say=show)
         yield check_speed(

@@ -23,6 +23,7 @@ PRELOAD = ["trl.trainer.dpo_trainer", "trl.trainer.sft_trainer", "trl.trainer.re
 PRELOAD += ["dpo_recipes.runs", "dpo_recipes.ppo", "dpo_recipes.preflight", "dpo_recipes.shared_prefix"]
 PROCESS_MEMORY = 2 * 2**30  # bytes of main memory, and of a card's, that a miniature run takes with its libraries
 TIMEOUT = 600  # seconds; on an idle machine a run takes 5 to 30
+Context = ForkServerContext | SpawnContext
 
 
 def check_recipes(
@@ -40,32 +41,14 @@ def check_recipes(
     part = Part("Recipes in miniature", ["recipe", "profile", "time", ""], fold=2)
     part.note = "Each recipe trains two updates on tiny models and rows and goes on to its page, by its own code."
     multiprocessing.set_forkserver_preload(PRELOAD)
-    context = _start_context(tempfile.gettempdir())
-
-    stopped = threading.Event()
-
-    def train(recipe: Path, flags: list[str]) -> tuple[str, str]:
-        """Time and first error, which is empty after a success."""
-        start, place = time.monotonic(), folder / "runs" / recipe.stem
-        place.mkdir(parents=True)
-        words = [str(recipe.resolve()), "--config", str(profile.resolve()), *flags]
-        process = context.Process(target=_train, args=(words, place))
-        process.start()
-        if stopped.is_set():  # after the others were ended
-            process.kill()
-        process.join(TIMEOUT)
-        spent = duration(time.monotonic() - start)
-        if process.exitcode is None:
-            process.kill()
-            return spent, f"no end after {TIMEOUT} s"
-        return spent, _first_error(place, process.exitcode) if process.exitcode else ""
-
+    context, stopped = _start_context(tempfile.gettempdir()), threading.Event()
     say("tiny models")
     runs, pool = {}, ThreadPoolExecutor(_workers(use_cpu=use_cpu))
     try:
         for recipe in recipes:
             try:
-                runs[pool.submit(train, recipe, miniature_flags(recipe, folder))] = recipe
+                words = [str(recipe.resolve()), "--config", str(profile.resolve()), *miniature_flags(recipe, folder)]
+                runs[pool.submit(_run, context, words, folder / "runs" / recipe.stem, stopped)] = recipe
             except Exception as error:  # whatever the file holds
                 _add(part, recipe, profile, "", f"{type(error).__name__}: {error}")
         for number, run in enumerate(as_completed(runs), start=1):
@@ -81,6 +64,22 @@ def check_recipes(
     return part
 
 
+def _run(context: Context, words: list[str], place: Path, stopped: threading.Event) -> tuple[str, str]:
+    """Trains a recipe in a process of its own; returns its time and its first error, empty after a success."""
+    start = time.monotonic()
+    place.mkdir(parents=True)
+    process = context.Process(target=_train, args=(words, place))
+    process.start()
+    if stopped.is_set():  # the check ended while this process started
+        process.kill()
+    process.join(TIMEOUT)
+    spent = duration(time.monotonic() - start)
+    if process.exitcode is None:
+        process.kill()
+        return spent, f"no end after {TIMEOUT} s"
+    return spent, _first_error(place, process.exitcode) if process.exitcode else ""
+
+
 def _add(part: Part, recipe: Path, profile: Path, spent: str, error: str) -> None:
     part.rows.append([recipe.stem, profile.stem, spent, "failed" if error else "ok"])
     if error:
@@ -89,7 +88,7 @@ def _add(part: Part, recipe: Path, profile: Path, spent: str, error: str) -> Non
         part.findings.append(Finding(f"{recipe.stem} under {profile.stem}: {error}", remedy))
 
 
-def _start_context(temporary: str) -> ForkServerContext | SpawnContext:
+def _start_context(temporary: str) -> Context:
     """The way to start processes: the fork server imports the libraries once, but needs a short temporary folder.
 
     Its socket lies two random names below that folder, and a Unix socket's path has at most 103 bytes.

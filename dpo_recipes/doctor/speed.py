@@ -17,27 +17,12 @@ from trl import DPOConfig, ModelConfig, get_peft_config
 
 from dpo_recipes.doctor.compute import ROWS, character_tokenizer, examples
 from dpo_recipes.doctor.report import Finding, Part
+from dpo_recipes.doctor.sizes import SIZES
 from dpo_recipes.machine import peak_memory
 from dpo_recipes.preflight.memory import count_weights, memory_parts
 from dpo_recipes.presets import LORA
 from dpo_recipes.shared_prefix.trainer import SharedPrefixDPOTrainer
 
-QWEN: dict[str, Any] = dict(model_type="qwen2", vocab_size=151_936, tie_word_embeddings=True)
-QWEN |= dict(max_position_embeddings=32_768, use_sliding_window=False)
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": QWEN
-    | dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
-    | dict(intermediate_size=512, vocab_size=4096),
-    "qwen2.5-0.5b": QWEN
-    | dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2)
-    | dict(intermediate_size=4864),
-    "qwen2.5-1.5b": QWEN
-    | dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2)
-    | dict(intermediate_size=8960),
-    "qwen2.5-7b": QWEN
-    | dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)
-    | dict(intermediate_size=18_944, vocab_size=152_064, tie_word_embeddings=False),
-}
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 LENGTHS = dict(  # tokens at QUANTILES, of 5,459 training pairs of hh-rlhf under Qwen3's tokenizer and chat template
     prompt=(9, 18, 28, 113, 215, 338, 437, 735, 1907),
@@ -184,9 +169,9 @@ def check_speed(
     device = "cpu" if use_cpu else "cuda"
     say("matrix rate")
     rate = matrix_rate(dtype, device)
-    kept = "with" if checkpointing else "without"
+    kept, precision = "with" if checkpointing else "without", str(dtype).removeprefix("torch.")
     part = Part(
-        f"How fast ({device}, {str(dtype).removeprefix('torch.')}, LoRA r=16, {kept} activation checkpointing)",
+        f"How fast ({device}, {precision}, LoRA r={LORA['lora_r']}, {kept} activation checkpointing)",
         ["model", "pairs", "trainer", "ms", "tokens", "tokens/s", "of rate", "memory, MiB", "estimate, MiB"],
     )
     part.note = (
