@@ -1,4 +1,4 @@
-# `make` alone lists the targets. Every target that needs Python makes .venv first where it is missing or stale.
+# `make` alone lists the targets. A target that needs Python first makes .venv, unless .venv is there and up to date.
 
 RECIPE = quickstart
 PROFILE =
@@ -13,77 +13,77 @@ STAMP := $(VENV)/.installed
 LOG := build/install.log
 MOST_LINES := layer=5392 commands=3862 ground=300 doctor=880
 
-# Stale: no Python that runs, or a folder that was moved (console scripts and the editable install hold its path).
+# .venv is stale if its Python does not run, or if it was moved: console scripts and the editable install hold its path.
 ifneq ($(shell $(BIN)/python -S -c 0 2>/dev/null && cat $(STAMP) 2>/dev/null),$(shell pwd -P))
 STALE := stale
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install train compare evaluate inspect doctor test test-all test-faults test-gpu lint typecheck bench recipes clean stale
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*/\1/p' Makefile) stale
 
-help: ## this list
+help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo '  make train RECIPE=hh-rlhf-lora PROFILE=gpu ARGS="--beta 0.3 --max_steps 100"'
 
 install: $(STAMP) ## make .venv with pinned versions (PYTHON=python3.12 chooses the Python)
 
-train: $(STAMP) ## train RECIPE (quickstart); PROFILE=cpu|turing|local|gpu, ACCELERATE=cpu2|fsdp2|..., ARGS="--beta 0.3"
+train: $(STAMP) ## train RECIPE (quickstart); PROFILE and ACCELERATE name files of recipes/; ARGS="--beta 0.3"
 	@exec $(BIN)/dpo-recipes train $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) \
 	  $(if $(ACCELERATE),--accelerate $(ACCELERATE)) $(ARGS)
 
-compare: $(STAMP) ## DPO against PPO on RECIPE's data; ARGS="--quick", ARGS="--betas 0.05,0.1,0.3 --seeds 0,1,2"
+compare: $(STAMP) ## compare DPO with PPO on RECIPE's data; ARGS="--quick", ARGS="--betas 0.05,0.1,0.3 --seeds 0,1,2"
 	@exec $(BIN)/dpo-recipes compare $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) \
 	  $(if $(ACCELERATE),--accelerate $(ACCELERATE)) $(ARGS)
 
-evaluate: $(STAMP) ## RECIPE's run against its initial model, on held-out pairs and prompts; ARGS="--judge A_REWARD_MODEL"
+evaluate: $(STAMP) ## compare RECIPE's run with its initial model on held-out data; ARGS="--judge A_REWARD_MODEL"
 	@exec $(BIN)/dpo-recipes evaluate $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) $(ARGS)
 
 inspect: $(STAMP) ## look at RECIPE's data before training; ARGS="--gpu 24GB --max_length 512"
 	@exec $(BIN)/dpo-recipes inspect $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) $(ARGS)
 
-doctor: $(STAMP) ## is this machine ready: versions, arithmetic, speed, every recipe; ARGS="--quick --out doctor.md"
+doctor: $(STAMP) ## check this machine: versions, arithmetic, speed, every recipe; ARGS="--quick --out doctor.md"
 	@exec $(BIN)/dpo-recipes doctor $(if $(PROFILE),--profile $(PROFILE)) $(ARGS)
 
-# One thread for each of the WORKERS: two that fight for a core are many times slower.
+# One thread for each of the WORKERS: two threads on one core are many times slower.
 test test-all test-faults test-gpu: export OMP_NUM_THREADS = 1
 test test-all test-faults test-gpu bench: export HF_HUB_OFFLINE = 1
 test test-all test-faults test-gpu bench: export HF_HUB_DISABLE_TELEMETRY = 1
 test test-all test-faults test-gpu bench: export WANDB_MODE = offline
 
-test: $(STAMP) ## the tests that need neither GPU nor network nor minutes; ARGS="-k launch" narrows them
+test: $(STAMP) ## run the tests that need neither a GPU nor the network, and are fast; ARGS="-k launch" selects tests
 	@exec $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
 
-test-all: $(STAMP) ## the tests of `make test` and the slow tests, which train for minutes
+test-all: $(STAMP) ## run the tests of `make test` and the slow tests, which train for minutes
 	@exec $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --durations 25 \
 	  -m "not gpu and not network and (slow or not faults)" $(ARGS)
 
-test-faults: $(STAMP) ## kills, signals, full disks, bad input: docs/reliability.md; ARGS="--fault-seed 7" draws other moments
+test-faults: $(STAMP) ## test kills, signals, full disks and bad input; ARGS="--fault-seed 7" draws other moments
 	@exec $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations 25 -m faults tests/faults $(ARGS)
 
-test-gpu: $(STAMP) ## the tests that need a card; without a card each test is skipped and says why
+test-gpu: $(STAMP) ## run the tests that need a card; without a card each test is skipped with its reason
 	@exec $(BIN)/python -m pytest -q -rs -m gpu $(ARGS)
 
-lint: $(STAMP) ## ruff, spelling, and the lines of code of each part of the package
+lint: $(STAMP) ## check style, spelling and the number of lines of code of each part of the package
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/python .ci/count_lines.py dpo_recipes $(MOST_LINES)
 
-typecheck: $(STAMP) ## mypy, strict
+typecheck: $(STAMP) ## check types with mypy, strict
 	$(BIN)/mypy
 
-bench: $(STAMP) ## speed and memory, side by side with plain TRL
+bench: $(STAMP) ## measure speed and memory in comparison with plain TRL
 	@set -e; for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" $(ARGS); done
 
-recipes: $(STAMP) ## the recipes there are
+recipes: $(STAMP) ## list the recipes
 	@exec $(BIN)/dpo-recipes list
 
-clean: ## remove .venv and caches; outputs/ stays
+clean: ## remove .venv and caches, but not outputs/
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The build backend comes from the constraints too: it is installed first, and no isolated build fetches another.
+# The build backend is pinned by the constraints too: it is installed first, so that no isolated build fetches another.
 $(STAMP): pyproject.toml constraints.txt $(STALE)
 	@mkdir -p build; : >$(LOG); \
 	say() { echo "$$*" >&2; exit 1; }; \

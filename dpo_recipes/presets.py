@@ -9,8 +9,8 @@ LORA: dict[str, Any] = dict(
     use_peft=True,
     lora_r=16,  # higher: more capacity, more memory
     lora_alpha=32,  # the update is scaled by alpha / r
-    lora_dropout=0.0,  # DPOTrainer switches dropout off: the reference model has none either
-    lora_target_modules=["all-linear"],  # attention and MLP, not the head (peft's shorthand)
+    lora_dropout=0.0,  # DPOTrainer switches dropout off in the policy and in the reference model
+    lora_target_modules=["all-linear"],  # peft's name for all layers of attention and MLP, without the head
 )
 """LoRA on every linear layer; the base model is frozen."""
 
@@ -18,7 +18,7 @@ QLORA: dict[str, Any] = dict(
     **LORA,
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
-    use_bnb_nested_quant=True,  # quantises the scales too: 0.4 bits a weight less (Dettmers et al. 2023, section 3)
+    use_bnb_nested_quant=True,  # also quantises the scales: saves 0.4 bits a weight (Dettmers et al. 2023, section 3)
     dtype="bfloat16",  # the compute dtype of the 4-bit matrix products; trained weights stay float32
 )
-"""LoRA on a base model held in 4 bits (Dettmers et al. 2023)."""
+"""LoRA on a 4-bit base model (Dettmers et al. 2023)."""

@@ -1,8 +1,8 @@
-"""PPO raises a reward model of Anthropic's helpful and harmless dialogues (hh-rlhf), with a LoRA adapter.
+"""PPO with a LoRA adapter against a reward model of Anthropic's helpful and harmless dialogues (hh-rlhf).
 
 Needs: a GPU with 80 GB for Qwen2.5-1.5B (an estimate: 3 GB each of frozen bfloat16 weights for policy, critic and
 reward model, 15 GB of keys and values while 512 answers are sampled, the rest activations; it has not been measured).
-The reward model is trained first where there is none.
+A missing reward model is trained first.
 
     make train RECIPE=hh-rlhf-ppo
     make train RECIPE=hh-rlhf-ppo ARGS="--reward_model_name_or_path NAME_OF_A_REWARD_MODEL --output_dir outputs/ppo"
@@ -33,12 +33,12 @@ RECIPE = dict(
     reward_model_name_or_path="outputs/hh_rlhf_reward",  # made by the recipe of that name
     **LORA,
     # Optimisation
-    beta=0.05,  # KL coefficient in the reward; higher stays closer to the start
-    whiten_advantages=True,  # the three that make PPO strong (Xu et al. 2024) are this one,
-    generation_batch_size=512,  # answers of a rollout: a large batch,
-    sync_ref_model=False,  # and a reference that follows the policy, which TRL refuses with LoRA
+    beta=0.05,  # KL coefficient in the reward; higher stays closer to the reference model
+    whiten_advantages=True,  # as Xu et al. 2024 advise
+    generation_batch_size=512,  # answers of a rollout; large, as Xu et al. 2024 advise
+    sync_ref_model=False,  # Xu et al. 2024 move the reference model with the policy; TRL refuses that with LoRA
     num_iterations=4,  # epochs over the answers of a rollout
-    learning_rate=1e-5,  # LoRA takes about ten times the rate of full fine-tuning
+    learning_rate=1e-5,  # LoRA takes about ten times the learning rate of full fine-tuning
     lr_scheduler_type="cosine",
     warmup_steps=0.1,  # share of all updates
     num_train_epochs=1,
@@ -51,19 +51,19 @@ RECIPE = dict(
     logging_steps=10,  # updates
     eval_strategy="steps",
     eval_steps=192,
-    save_steps=192,  # a whole number of rollouts: no checkpoint holds one
+    save_steps=192,  # a whole number of rollouts, because checkpoints hold no rollout
     save_total_limit=3,
     report_to="none",  # wandb, trackio, tensorboard
 )
 
 
 def load_pairs(script_args: OnlineArguments) -> DatasetDict:
-    """Preference pairs in a train and a test split that share no prompt; their prompts are answered."""
+    """Preference pairs in a train and a test split that share no prompt; the policy answers their prompts."""
     return split_pairs({split: hh_rlhf(rows) for split, rows in load_rows(script_args).items()})
 
 
 def main() -> None:
-    """Arguments, data, trainer, train, save."""
+    """Parses the arguments, loads the data, builds the trainer, trains and saves."""
     script_args, training_args, model_args = parse_recipe(RECIPE, (OnlineArguments, PPOConfig, ModelConfig))
     tokenizer = load_tokenizer(model_args, training_args)
     prompts = prepare_prompts(load_pairs, script_args, training_args, tokenizer)

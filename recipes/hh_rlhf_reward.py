@@ -1,8 +1,8 @@
-"""The reward model for PPO and RLOO on Anthropic's helpful and harmless dialogues (hh-rlhf), learned from its pairs.
+"""The reward model of PPO and RLOO, trained on the pairs of Anthropic's helpful and harmless dialogues (hh-rlhf).
 
 Needs: a GPU with 24 GB for Qwen2.5-1.5B at 1,024 tokens (an estimate: 3 GB of frozen bfloat16 weights, the rest
-activations; it has not been measured on such a card). Leaves a full model with one output, the score: the LoRA adapter
-merged into the base.
+activations; it has not been measured on such a card). The run leaves a full model with one output, the score;
+the LoRA adapter is merged into it.
 
     make train RECIPE=hh-rlhf-reward
     make train RECIPE=hh-rlhf-reward ARGS="--load_in_4bit true --dtype bfloat16 --output_dir outputs/four_bit_reward"
@@ -31,10 +31,10 @@ RECIPE = dict(
     lora_task_type="SEQ_CLS",  # the score head is trained in full, and saved
     # Optimisation
     center_rewards_coefficient=0.01,  # pulls the mean score to 0 (Eisenstein et al. 2023)
-    learning_rate=1e-4,  # the score head starts at random: more than DPO takes
+    learning_rate=1e-4,  # higher than for DPO: the score head starts from random weights
     lr_scheduler_type="cosine",
     warmup_steps=0.1,  # share of all updates
-    num_train_epochs=1,  # a second one mostly overfits
+    num_train_epochs=1,  # a second epoch mostly overfits
     pairs_per_update=64,  # gradient accumulation follows from it
     per_device_train_batch_size=4,  # pairs; the machine's profile may change it
     adam_beta2=0.95,
@@ -56,7 +56,7 @@ def load_pairs(script_args: RecipeArguments) -> DatasetDict:
 
 
 def main() -> None:
-    """Arguments, data, trainer, train, save."""
+    """Parses the arguments, loads the data, builds the trainer, trains and saves."""
     script_args, training_args, model_args = parse_recipe(RECIPE, (RecipeArguments, RewardConfig, ModelConfig))
     tokenizer = load_tokenizer(model_args, training_args)
     pairs = prepare_pairs(load_pairs, script_args, training_args, tokenizer)

@@ -1,9 +1,9 @@
-"""RLOO raises a reward model of Anthropic's helpful and harmless dialogues (hh-rlhf), with a LoRA adapter.
+"""RLOO with a LoRA adapter against a reward model of Anthropic's helpful and harmless dialogues (hh-rlhf).
 
 Needs: a GPU with 80 GB for Qwen2.5-1.5B (an estimate: 3 GB each of frozen bfloat16 weights for policy and reward model,
 8 GB of keys and values while 256 answers are sampled, the rest activations; it has not been measured). This is TRL's
-RLOOTrainer (Ahmadian et al. 2024), not PPO: one advantage an answer, no critic, one update a rollout. The reward model
-is trained first where there is none.
+RLOOTrainer (Ahmadian et al. 2024), not PPO: one advantage an answer, no critic, one update a rollout. A missing
+reward model is trained first.
 
     make train RECIPE=hh-rlhf-rloo
     make train RECIPE=hh-rlhf-rloo ARGS="--reward_model_name_or_path NAME_OF_A_REWARD_MODEL --output_dir outputs/rloo"
@@ -33,11 +33,11 @@ RECIPE = dict(
     reward_model_name_or_path="outputs/hh_rlhf_reward",  # made by the recipe of that name
     **LORA,
     # Optimisation
-    beta=0.05,  # KL coefficient; higher stays closer to the start
+    beta=0.05,  # KL coefficient; higher stays closer to the reference model
     num_generations=4,  # answers to a prompt: each is compared with the mean of the others
     num_generations_eval=1,
     generation_batch_size=256,  # answers of a rollout
-    learning_rate=1e-5,  # LoRA takes about ten times the rate of full fine-tuning
+    learning_rate=1e-5,  # LoRA takes about ten times the learning rate of full fine-tuning
     lr_scheduler_type="cosine",
     warmup_steps=0.1,  # share of all updates
     num_train_epochs=1,
@@ -57,12 +57,12 @@ RECIPE = dict(
 
 
 def load_pairs(script_args: OnlineArguments) -> DatasetDict:
-    """Preference pairs in a train and a test split that share no prompt; their prompts are answered."""
+    """Preference pairs in a train and a test split that share no prompt; the policy answers their prompts."""
     return split_pairs({split: hh_rlhf(rows) for split, rows in load_rows(script_args).items()})
 
 
 def main() -> None:
-    """Arguments, data, trainer, train, save."""
+    """Parses the arguments, loads the data, builds the trainer, trains and saves."""
     script_args, training_args, model_args = parse_recipe(RECIPE, (OnlineArguments, RLOOConfig, ModelConfig))
     tokenizer = load_tokenizer(model_args, training_args)
     prompts = prepare_prompts(load_pairs, script_args, training_args, tokenizer)

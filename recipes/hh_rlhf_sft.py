@@ -1,7 +1,7 @@
-"""Supervised fine-tuning on the chosen answers of hh-rlhf: the start for DPO from a base model.
+"""Supervised fine-tuning on the chosen completions of hh-rlhf: the SFT model for DPO from a base model.
 
-Needs: a GPU with 24 GB for Qwen2.5-1.5B at 1,024 tokens (an estimate; it has not been measured on such a card). Leaves
-a full model, the LoRA adapter merged into it, that a DPO recipe starts from:
+Needs: a GPU with 24 GB for Qwen2.5-1.5B at 1,024 tokens (an estimate; it has not been measured on such a card). The run
+leaves a full model, with the LoRA adapter merged into it. A DPO recipe takes that as its initial model:
 
     make train RECIPE=hh-rlhf-sft
     make train RECIPE=hh-rlhf-lora ARGS="--model_name_or_path outputs/hh_rlhf_sft"
@@ -28,7 +28,7 @@ RECIPE = dict(
     model_name_or_path="Qwen/Qwen2.5-1.5B",
     **LORA,
     # Optimisation
-    learning_rate=1e-4,  # LoRA takes about ten times the rate of full fine-tuning
+    learning_rate=1e-4,  # LoRA takes about ten times the learning rate of full fine-tuning
     lr_scheduler_type="cosine",
     warmup_steps=0.1,  # share of all updates
     num_train_epochs=1,  # enough to learn the format
@@ -53,7 +53,7 @@ def load_pairs(script_args: RecipeArguments) -> DatasetDict:
 
 
 def main() -> None:
-    """Arguments, data, trainer, train, save."""
+    """Parses the arguments, loads the data, builds the trainer, trains and saves."""
     script_args, training_args, model_args = parse_recipe(RECIPE, (RecipeArguments, SFTConfig, ModelConfig))
     tokenizer = load_tokenizer(model_args, training_args)
     pairs = prepare_pairs(load_pairs, script_args, training_args, tokenizer)

@@ -1,7 +1,7 @@
-"""DPO with a LoRA adapter makes GPT-2-large write positive film reviews: the DPO paper's sentiment task (section 6.1).
+"""DPO with a LoRA adapter on GPT-2-large for positive film reviews: the DPO paper's sentiment task (section 6.1).
 
 Needs: a GPU with 24 GB (an estimate; it has not been run on one), the model of `imdb_sentiment_sft`, and pairs of that
-model's own texts: docs/imdb_sentiment.md has the commands in order, and says what differs from the paper.
+model's own texts: docs/imdb_sentiment.md has the commands in order and the differences from the paper.
 
     make train RECIPE=imdb-sentiment-lora
     make train RECIPE=imdb-sentiment-lora ARGS="--sweep beta=0.05,0.1,1,5"
@@ -30,10 +30,10 @@ RECIPE = dict(
     **LORA,
     # Optimisation
     beta=0.1,  # higher stays closer to the reference model
-    learning_rate=1e-5,  # LoRA takes about ten times the rate of full fine-tuning, 1e-6 in the paper
+    learning_rate=1e-5,  # LoRA takes about ten times the learning rate of full fine-tuning, 1e-6 in the paper
     lr_scheduler_type="cosine",
     warmup_steps=0.1,  # share of all updates
-    num_train_epochs=1,  # a second one mostly overfits
+    num_train_epochs=1,  # a second epoch mostly overfits
     pairs_per_update=64,  # gradient accumulation follows from it
     per_device_train_batch_size=4,  # pairs; the machine's profile may change it
     adam_beta2=0.95,
@@ -49,7 +49,7 @@ RECIPE = dict(
 )
 
 
-judge = "siebert/sentiment-roberta-large-english"  # exact: the classifier that ranked the pairs judges a comparison
+judge = "siebert/sentiment-roberta-large-english"  # exact: the classifier that ranked the pairs
 
 
 def load_pairs(script_args: RecipeArguments) -> DatasetDict:
@@ -58,7 +58,7 @@ def load_pairs(script_args: RecipeArguments) -> DatasetDict:
 
 
 def main() -> None:
-    """Arguments, data, trainer, train, save."""
+    """Parses the arguments, loads the data, builds the trainer, trains and saves."""
     script_args, training_args, model_args = parse_recipe(RECIPE, (RecipeArguments, DPOConfig, ModelConfig))
     tokenizer = load_tokenizer(model_args, training_args)
     pairs = prepare_pairs(load_pairs, script_args, training_args, tokenizer)

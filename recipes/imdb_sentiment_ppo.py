@@ -1,8 +1,7 @@
-"""PPO raises a reward model of the DPO paper's sentiment task (section 6.1), with a LoRA adapter on GPT-2-large.
+"""PPO with a LoRA adapter on GPT-2-large against a reward model: the DPO paper's sentiment task (section 6.1).
 
 Needs: a GPU with 80 GB (an estimate; it has not been run on one), the model of `imdb_sentiment_sft`, and pairs of that
-model's own texts: docs/imdb_sentiment.md has the commands in order. The reward model is trained first where there
-is none.
+model's own texts: docs/imdb_sentiment.md has the commands in order. A missing reward model is trained first.
 
     make train RECIPE=imdb-sentiment-ppo
     make train RECIPE=imdb-sentiment-ppo ARGS="--beta 0.2 --output_dir outputs/ppo_beta02"
@@ -33,12 +32,12 @@ RECIPE = dict(
     reward_model_name_or_path="outputs/imdb_sentiment_reward",  # made by the recipe of that name
     **LORA,
     # Optimisation
-    beta=0.05,  # KL coefficient in the reward; higher stays closer to the start
-    whiten_advantages=True,  # the three that make PPO strong (Xu et al. 2024) are this one,
-    generation_batch_size=1024,  # answers of a rollout: a large batch,
-    sync_ref_model=False,  # and a reference that follows the policy, which TRL refuses with LoRA
+    beta=0.05,  # KL coefficient in the reward; higher stays closer to the reference model
+    whiten_advantages=True,  # as Xu et al. 2024 advise
+    generation_batch_size=1024,  # answers of a rollout; large, as Xu et al. 2024 advise
+    sync_ref_model=False,  # Xu et al. 2024 move the reference model with the policy; TRL refuses that with LoRA
     num_iterations=4,  # epochs over the answers of a rollout
-    learning_rate=1e-5,  # LoRA takes about ten times the rate of full fine-tuning
+    learning_rate=1e-5,  # LoRA takes about ten times the learning rate of full fine-tuning
     lr_scheduler_type="cosine",
     warmup_steps=0.1,  # share of all updates
     num_train_epochs=1,
@@ -51,19 +50,19 @@ RECIPE = dict(
     logging_steps=10,  # updates
     eval_strategy="steps",
     eval_steps=192,
-    save_steps=192,  # a whole number of rollouts: no checkpoint holds one
+    save_steps=192,  # a whole number of rollouts, because checkpoints hold no rollout
     save_total_limit=3,
     report_to="none",  # wandb, trackio, tensorboard
 )
 
 
 def load_pairs(script_args: OnlineArguments) -> DatasetDict:
-    """Preference pairs in a train and a test split that share no prompt; their prompts are answered."""
+    """Preference pairs in a train and a test split that share no prompt; the policy answers their prompts."""
     return split_pairs({split: plain_text(rows) for split, rows in load_rows(script_args).items()})
 
 
 def main() -> None:
-    """Arguments, data, trainer, train, save."""
+    """Parses the arguments, loads the data, builds the trainer, trains and saves."""
     script_args, training_args, model_args = parse_recipe(RECIPE, (OnlineArguments, PPOConfig, ModelConfig))
     tokenizer = load_tokenizer(model_args, training_args)
     prompts = prepare_prompts(load_pairs, script_args, training_args, tokenizer)

@@ -1,8 +1,8 @@
-"""The reward model for PPO on the DPO paper's sentiment task (section 6.1), learned from the pairs that DPO takes.
+"""The reward model of PPO on the DPO paper's sentiment task (section 6.1), trained on the same pairs as DPO.
 
 Needs: a GPU with 24 GB (an estimate; it has not been run on one), the model of `imdb_sentiment_sft`, and pairs of that
-model's own texts: docs/imdb_sentiment.md has the commands in order. Leaves a full model with one output, the score: the
-LoRA adapter merged into the base.
+model's own texts: docs/imdb_sentiment.md has the commands in order. The run leaves a full model with one output, the
+score; the LoRA adapter is merged into it.
 
     make train RECIPE=imdb-sentiment-reward
     make train RECIPE=imdb-sentiment-reward ARGS="--num_train_epochs 3 --output_dir outputs/as_in_the_paper"
@@ -31,10 +31,10 @@ RECIPE = dict(
     lora_task_type="SEQ_CLS",  # the score head is trained in full, and saved
     # Optimisation
     center_rewards_coefficient=0.01,  # pulls the mean score to 0 (Eisenstein et al. 2023)
-    learning_rate=1e-4,  # the score head starts at random: more than DPO takes
+    learning_rate=1e-4,  # higher than for DPO: the score head starts from random weights
     lr_scheduler_type="cosine",
     warmup_steps=0.1,  # share of all updates
-    num_train_epochs=1,  # a second one mostly overfits
+    num_train_epochs=1,  # a second epoch mostly overfits
     pairs_per_update=64,  # gradient accumulation follows from it
     per_device_train_batch_size=4,  # pairs; the machine's profile may change it
     adam_beta2=0.95,
@@ -56,7 +56,7 @@ def load_pairs(script_args: RecipeArguments) -> DatasetDict:
 
 
 def main() -> None:
-    """Arguments, data, trainer, train, save."""
+    """Parses the arguments, loads the data, builds the trainer, trains and saves."""
     script_args, training_args, model_args = parse_recipe(RECIPE, (RecipeArguments, RewardConfig, ModelConfig))
     tokenizer = load_tokenizer(model_args, training_args)
     pairs = prepare_pairs(load_pairs, script_args, training_args, tokenizer)

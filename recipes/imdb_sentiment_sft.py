@@ -1,8 +1,8 @@
-"""Supervised fine-tuning of GPT-2-large on IMDb's reviews: the start of the DPO paper's sentiment task (section 6.1).
+"""Supervised fine-tuning of GPT-2-large on IMDb's reviews: stage 1 of the DPO paper's sentiment task (section 6.1).
 
-Needs: a GPU with 24 GB at 512 tokens (an estimate; it has not been run on one). Leaves a full model, the LoRA adapter
-merged into it. What it writes after the beginnings of reviews, ranked by a classifier, makes the pairs that the other
-recipes of this name learn from: docs/imdb_sentiment.md has the command, which comes next.
+Needs: a GPU with 24 GB at 512 tokens (an estimate; it has not been run on one). The run leaves a full model, with the
+LoRA adapter merged into it. The next step, in docs/imdb_sentiment.md, samples this model's continuations of reviews
+and ranks them by a classifier. The other imdb_sentiment recipes learn from these pairs.
 
     make train RECIPE=imdb-sentiment-sft
     make train RECIPE=imdb-sentiment-sft ARGS="--dataset_name stanfordnlp/imdb:5000 --output_dir outputs/small"
@@ -24,13 +24,13 @@ from dpo_recipes.runs import finish_run, start_run
 RECIPE = dict(
     # Data
     dataset_name="stanfordnlp/imdb",  # or a file, a folder, NAME:20000 for a sample
-    columns="prompt=text",  # a review is a prompt that nothing answers
-    max_length=512,  # tokens, the end token included; a longer review is dropped, and counted
+    columns="prompt=text",  # a review is read as a prompt without completions
+    max_length=512,  # tokens, the end token included; longer reviews are dropped and counted
     # Model
     model_name_or_path="openai-community/gpt2-large",
     **LORA,
     # Optimisation
-    learning_rate=1e-4,  # LoRA takes about ten times the rate of full fine-tuning
+    learning_rate=1e-4,  # LoRA takes about ten times the learning rate of full fine-tuning
     lr_scheduler_type="cosine",
     warmup_steps=0.1,  # share of all updates
     num_train_epochs=1,  # as in the paper
@@ -50,12 +50,12 @@ RECIPE = dict(
 
 
 def load_pairs(script_args: RecipeArguments) -> DatasetDict:
-    """Reviews, as prompts with sides that say nothing, in a train and a test split that share none."""
+    """Reviews as prompts with placeholder completions, in a train and a test split that share no review."""
     return split_pairs({split: plain_text(prompts_alone(rows)) for split, rows in load_rows(script_args).items()})
 
 
 def main() -> None:
-    """Arguments, data, trainer, train, save."""
+    """Parses the arguments, loads the data, builds the trainer, trains and saves."""
     script_args, training_args, model_args = parse_recipe(RECIPE, (RecipeArguments, SFTConfig, ModelConfig))
     tokenizer = load_tokenizer(model_args, training_args)
     texts = prepare_prompts(load_pairs, script_args, training_args, tokenizer).rename_column("prompt", "text")

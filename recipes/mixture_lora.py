@@ -1,8 +1,8 @@
-"""DPO with a LoRA adapter on a mixture: of hh-rlhf, SHP and UltraFeedback.
+"""DPO with a LoRA adapter on a mixture of hh-rlhf, SHP and UltraFeedback.
 
 Needs: a GPU with 24 GB for Qwen2.5-1.5B at 1,024 tokens (an estimate: 3 GB of frozen bfloat16 weights, the rest
 activations; it has not been measured on such a card). The first run downloads the model and the three datasets,
-and draws from them.
+and draws samples of them.
 
     make train RECIPE=mixture-lora
     make train RECIPE=mixture-lora ARGS="--dataset_name mine.jsonl+Anthropic/hh-rlhf:5000 --output_dir outputs/mine"
@@ -31,10 +31,10 @@ RECIPE = dict(
     **LORA,
     # Optimisation
     beta=0.1,  # higher stays closer to the reference model
-    learning_rate=5e-6,  # LoRA takes about ten times the rate of full fine-tuning
+    learning_rate=5e-6,  # LoRA takes about ten times the learning rate of full fine-tuning
     lr_scheduler_type="cosine",
     warmup_steps=0.1,  # share of all updates
-    num_train_epochs=1,  # a second one mostly overfits
+    num_train_epochs=1,  # a second epoch mostly overfits
     pairs_per_update=64,  # gradient accumulation follows from it
     per_device_train_batch_size=4,  # pairs; the machine's profile may change it
     adam_beta2=0.95,
@@ -52,7 +52,7 @@ RECIPE = dict(
 
 def load_pairs(script_args: RecipeArguments) -> DatasetDict:
     """Preference pairs in a train and a test split that share no prompt."""
-    dataset_adapters = {  # of others, the columns tell
+    dataset_adapters = {  # any other dataset's adapter follows from its columns
         "Anthropic/hh-rlhf": hh_rlhf,
         "stanfordnlp/SHP": shp,
         "trl-lib/ultrafeedback_binarized": ultrafeedback_binarized,
@@ -61,7 +61,7 @@ def load_pairs(script_args: RecipeArguments) -> DatasetDict:
 
 
 def main() -> None:
-    """Arguments, data, trainer, train, save."""
+    """Parses the arguments, loads the data, builds the trainer, trains and saves."""
     script_args, training_args, model_args = parse_recipe(RECIPE, (RecipeArguments, DPOConfig, ModelConfig))
     tokenizer = load_tokenizer(model_args, training_args)
     pairs = prepare_pairs(load_pairs, script_args, training_args, tokenizer)

@@ -1,8 +1,8 @@
-"""DPO with a LoRA adapter on replies that the people of OpenAssistant ranked (oasst1).
+"""DPO with a LoRA adapter on replies that OpenAssistant's volunteers ranked (oasst1).
 
 Needs: a GPU with 24 GB for Qwen2.5-1.5B at 1,024 tokens (an estimate: 3 GB of frozen bfloat16 weights, the rest
-activations; it has not been measured on such a card). The first run downloads the model and 88,000 messages, not
-pairs: the data account says how many pairs they make.
+activations; it has not been measured on such a card). The first run downloads the model and 88,000 messages,
+of which pairs are made: the data account counts them.
 
     make train RECIPE=oasst1-lora
     make train RECIPE=oasst1-lora ARGS="--dataset_name OpenAssistant/oasst2 --output_dir outputs/oasst2"
@@ -24,17 +24,17 @@ from dpo_recipes.shared_prefix import SharedPrefixDPOTrainer
 
 RECIPE = dict(
     # Data
-    dataset_name="OpenAssistant/oasst1",  # or a file, a folder, NAME:20000 for a sample, in messages
+    dataset_name="OpenAssistant/oasst1",  # or a file, a folder, NAME:20000 for a sample of messages
     max_length=1024,  # tokens, prompt and completion; oldest turns go first, a completion is never cut
     # Model
     model_name_or_path="Qwen/Qwen2.5-1.5B-Instruct",
     **LORA,
     # Optimisation
     beta=0.1,  # higher stays closer to the reference model
-    learning_rate=5e-6,  # LoRA takes about ten times the rate of full fine-tuning
+    learning_rate=5e-6,  # LoRA takes about ten times the learning rate of full fine-tuning
     lr_scheduler_type="cosine",
     warmup_steps=0.1,  # share of all updates
-    num_train_epochs=1,  # a second one mostly overfits
+    num_train_epochs=1,  # a second epoch mostly overfits
     pairs_per_update=64,  # gradient accumulation follows from it
     per_device_train_batch_size=4,  # pairs; the machine's profile may change it
     adam_beta2=0.95,
@@ -56,7 +56,7 @@ def load_pairs(script_args: RecipeArguments) -> DatasetDict:
 
 
 def main() -> None:
-    """Arguments, data, trainer, train, save."""
+    """Parses the arguments, loads the data, builds the trainer, trains and saves."""
     script_args, training_args, model_args = parse_recipe(RECIPE, (RecipeArguments, DPOConfig, ModelConfig))
     tokenizer = load_tokenizer(model_args, training_args)
     pairs = prepare_pairs(load_pairs, script_args, training_args, tokenizer)

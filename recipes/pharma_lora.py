@@ -1,10 +1,11 @@
 """DPO with a LoRA adapter on pairs about pharmacy questions: the guides' pharmacy chatbot, with a real base model.
 
 Not medical advice, not clinically reviewed. The 225 pairs were written for this project, to show preference tuning on
-a domain of one's own; they make no model fit to advise anyone. recipes/data/pharma/README.md describes them.
+a domain of one's own. No model that was trained on them is fit to advise anyone. Data card of
+the pairs: recipes/data/pharma/README.md.
 
 Needs: a GPU with 24 GB for Qwen2.5-1.5B at 512 tokens (an estimate: 3 GB of frozen bfloat16 weights, the rest
-activations; it has not been measured on such a card). The first run downloads the model, but not the pairs.
+activations; it has not been measured on such a card). The first run downloads the model, but no pairs.
 
     make train RECIPE=pharma-lora
     make train RECIPE=pharma-lora ARGS="--beta 0.3 --output_dir outputs/beta03"
@@ -37,7 +38,7 @@ RECIPE = dict(
     learning_rate=2e-5,  # higher than with 161,000 pairs, since there are some fifty updates in all
     lr_scheduler_type="cosine",
     warmup_steps=0.1,  # share of all updates
-    num_train_epochs=4,  # so few pairs need several; watch the held-out accuracy
+    num_train_epochs=4,  # so few pairs need several epochs; watch the held-out accuracy
     pairs_per_update=16,  # gradient accumulation follows from it
     per_device_train_batch_size=4,  # pairs; the machine's profile may change it
     adam_beta2=0.95,
@@ -46,7 +47,7 @@ RECIPE = dict(
     output_dir="outputs/pharma_lora",
     logging_steps=5,  # updates
     eval_strategy="steps",
-    eval_steps=13,  # an epoch
+    eval_steps=13,  # updates: one epoch
     save_steps=13,
     save_total_limit=3,
     report_to="none",  # wandb, trackio, tensorboard
@@ -59,7 +60,7 @@ def load_pairs(script_args: RecipeArguments) -> DatasetDict:
 
 
 def main() -> None:
-    """Arguments, data, trainer, train, save."""
+    """Parses the arguments, loads the data, builds the trainer, trains and saves."""
     script_args, training_args, model_args = parse_recipe(RECIPE, (RecipeArguments, DPOConfig, ModelConfig))
     tokenizer = load_tokenizer(model_args, training_args)
     pairs = prepare_pairs(load_pairs, script_args, training_args, tokenizer)

@@ -1,7 +1,7 @@
 """DPO with a LoRA adapter makes a small pharmacy chatbot safe: the whole of preference tuning, in minutes on a CPU.
 
 Needs: a CPU and about one minute, after two for `quickstart_sft`, which is run first; neither a GPU nor the network.
-The medicines are fictional and an exact reward reads every answer: the table at the end shows it before and after.
+The medicines are fictional. An exact reward scores every answer; the last table shows it before and after training.
 
     make train
     make train ARGS="--beta 0.5 --output_dir outputs/beta05"
@@ -29,9 +29,9 @@ RECIPE = dict(
     **LORA,
     # Optimisation
     beta=0.1,  # higher stays closer to the reference model
-    loss_type=["sigmoid", "sft"],  # the second keeps the text intact at a learning rate this high
+    loss_type=["sigmoid", "sft"],  # sft keeps the text intact at a learning rate this high
     loss_weights=[1.0, 5.0],
-    learning_rate=1.5e-3,  # a model this small takes a high one
+    learning_rate=1.5e-3,  # a model this small takes a high learning rate
     lr_scheduler_type="cosine",
     warmup_steps=0.1,  # share of all updates
     num_train_epochs=2,
@@ -50,7 +50,7 @@ RECIPE = dict(
 )
 
 
-judge = playground.reward  # exact: it judges a comparison, where other recipes need a model trained to judge
+judge = playground.reward  # exact, so that a comparison trains no reward model to judge
 
 
 def load_pairs(script_args: RecipeArguments) -> DatasetDict:
@@ -59,7 +59,7 @@ def load_pairs(script_args: RecipeArguments) -> DatasetDict:
 
 
 def main() -> None:
-    """Arguments, data, trainer, train, save."""
+    """Parses the arguments, loads the data, builds the trainer, trains and saves."""
     script_args, training_args, model_args = parse_recipe(RECIPE, (RecipeArguments, DPOConfig, ModelConfig))
     tokenizer = load_tokenizer(model_args, training_args)
     pairs = prepare_pairs(load_pairs, script_args, training_args, tokenizer)
@@ -79,7 +79,7 @@ def main() -> None:
     finish_run(
         trainer,
         script_args,
-        strata="faults",  # of the rejected answer
+        strata="faults",  # accuracy by fault of the rejected completion
         score=playground.scores,
         prompts=playground.evaluation_prompts(),
         max_new_tokens=playground.MAX_NEW_TOKENS,

@@ -1,7 +1,7 @@
-"""PPO raises the quickstart's reward model: answers are sampled, scored, and learned from with a critic.
+"""PPO against the quickstart's reward model: samples answers, scores them, and learns from them with a critic.
 
-Needs: a CPU and some minutes, after three for `quickstart_sft` and `quickstart_reward`, which are run first. The exact
-reward, which training never sees, reads the answers before and after.
+Needs: a CPU and some minutes, after three for `quickstart_sft` and `quickstart_reward`, which are run first. An exact
+reward, which training never sees, scores answers before and after training.
 
     make train RECIPE=quickstart-ppo
     make train RECIPE=quickstart-ppo ARGS="--beta 0.2 --output_dir outputs/ppo_beta02"
@@ -31,12 +31,12 @@ RECIPE = dict(
     reward_model_name_or_path="outputs/quickstart_reward",  # made by the recipe of that name
     **LORA,
     # Optimisation
-    beta=0.05,  # KL coefficient in the reward; higher stays closer to the start
-    whiten_advantages=True,  # the three that make PPO strong (Xu et al. 2024) are this one,
-    generation_batch_size=64,  # answers of a rollout: a large batch,
-    sync_ref_model=False,  # and a reference that follows the policy, which TRL refuses with LoRA
+    beta=0.05,  # KL coefficient in the reward; higher stays closer to the reference model
+    whiten_advantages=True,  # as Xu et al. 2024 advise
+    generation_batch_size=64,  # answers of a rollout; large, as Xu et al. 2024 advise
+    sync_ref_model=False,  # Xu et al. 2024 move the reference model with the policy; TRL refuses that with LoRA
     num_iterations=4,  # epochs over the answers of a rollout
-    learning_rate=1e-3,  # a model this small takes a high one
+    learning_rate=1e-3,  # a model this small takes a high learning rate
     lr_scheduler_type="cosine",
     warmup_steps=0.1,  # share of all updates
     num_train_epochs=2,
@@ -49,19 +49,19 @@ RECIPE = dict(
     logging_steps=4,  # updates
     eval_strategy="steps",
     eval_steps=56,
-    save_steps=56,  # a whole number of rollouts: no checkpoint holds one
+    save_steps=56,  # a whole number of rollouts, because checkpoints hold no rollout
     save_total_limit=3,
     report_to="none",  # wandb, trackio, tensorboard
 )
 
 
 def load_pairs(script_args: OnlineArguments) -> DatasetDict:
-    """Preference pairs in a train and a test split that share no prompt; their prompts are answered."""
+    """Preference pairs in a train and a test split that share no prompt; the policy answers their prompts."""
     return playground.load_pairs(script_args.dataset_name)
 
 
 def main() -> None:
-    """Arguments, data, trainer, train, save."""
+    """Parses the arguments, loads the data, builds the trainer, trains and saves."""
     script_args, training_args, model_args = parse_recipe(RECIPE, (OnlineArguments, PPOConfig, ModelConfig))
     tokenizer = load_tokenizer(model_args, training_args)
     prompts = prepare_prompts(load_pairs, script_args, training_args, tokenizer)

@@ -1,7 +1,7 @@
-"""The reward model of the quickstart: learns from its preference pairs to score any answer about its medicines.
+"""The reward model of the quickstart: learns from preference pairs to score any answer about its medicines.
 
-Needs: a CPU and about a minute, after two for `quickstart_sft`, which is run first; neither a GPU nor the network. It
-leaves a full model with one output, the score, that `quickstart_ppo` and `quickstart_rloo` raise.
+Needs: a CPU and about a minute, after two for `quickstart_sft`, which is run first; neither a GPU nor the network. The
+run leaves a full model with one output, the score, which `quickstart_ppo` and `quickstart_rloo` raise.
 
     make train RECIPE=quickstart-reward
     make train RECIPE=quickstart-reward ARGS="--num_train_epochs 1 --output_dir outputs/weaker_reward"
@@ -29,7 +29,7 @@ RECIPE = dict(
     lora_task_type="SEQ_CLS",  # the score head is trained in full, and saved
     # Optimisation
     center_rewards_coefficient=0.01,  # pulls the mean score to 0 (Eisenstein et al. 2023)
-    learning_rate=1e-3,  # a model this small takes a high one
+    learning_rate=1e-3,  # a model this small takes a high learning rate
     lr_scheduler_type="cosine",
     warmup_steps=0.1,  # share of all updates
     num_train_epochs=2,
@@ -54,7 +54,7 @@ def load_pairs(script_args: RecipeArguments) -> DatasetDict:
 
 
 def main() -> None:
-    """Arguments, data, trainer, train, save."""
+    """Parses the arguments, loads the data, builds the trainer, trains and saves."""
     script_args, training_args, model_args = parse_recipe(RECIPE, (RecipeArguments, RewardConfig, ModelConfig))
     tokenizer = load_tokenizer(model_args, training_args)
     pairs = prepare_pairs(load_pairs, script_args, training_args, tokenizer)
@@ -70,7 +70,7 @@ def main() -> None:
     )
     start_run(trainer, script_args)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    finish_run(trainer, script_args, merge=True, strata="faults")  # of the rejected answer
+    finish_run(trainer, script_args, merge=True, strata="faults")  # accuracy by fault of the rejected completion
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""RLOO raises the quickstart's reward model: answers are sampled, scored, and compared with others to the same prompt.
+"""RLOO against the quickstart's reward model: samples answers, scores them, and compares answers to the same prompt.
 
 Needs: a CPU and some minutes, after three for `quickstart_sft` and `quickstart_reward`, which are run first. This is
-TRL's RLOOTrainer (Ahmadian et al. 2024), not PPO: one advantage an answer, no critic, one update a rollout. The exact
-reward, which training never sees, reads the answers before and after.
+TRL's RLOOTrainer (Ahmadian et al. 2024), not PPO: one advantage an answer, no critic, one update a rollout. An exact
+reward, which training never sees, scores answers before and after training.
 
     make train RECIPE=quickstart-rloo
     make train RECIPE=quickstart-rloo ARGS="--beta 0.2 --output_dir outputs/rloo_beta02"
@@ -31,11 +31,11 @@ RECIPE = dict(
     reward_model_name_or_path="outputs/quickstart_reward",  # made by the recipe of that name
     **LORA,
     # Optimisation
-    beta=0.05,  # KL coefficient; higher stays closer to the start
+    beta=0.05,  # KL coefficient; higher stays closer to the reference model
     num_generations=4,  # answers to a prompt: each is compared with the mean of the others
     num_generations_eval=1,
     generation_batch_size=64,  # answers of a rollout
-    learning_rate=1e-3,  # a model this small takes a high one
+    learning_rate=1e-3,  # a model this small takes a high learning rate
     lr_scheduler_type="cosine",
     warmup_steps=0.1,  # share of all updates
     num_train_epochs=2,
@@ -55,12 +55,12 @@ RECIPE = dict(
 
 
 def load_pairs(script_args: OnlineArguments) -> DatasetDict:
-    """Preference pairs in a train and a test split that share no prompt; their prompts are answered."""
+    """Preference pairs in a train and a test split that share no prompt; the policy answers their prompts."""
     return playground.load_pairs(script_args.dataset_name)
 
 
 def main() -> None:
-    """Arguments, data, trainer, train, save."""
+    """Parses the arguments, loads the data, builds the trainer, trains and saves."""
     script_args, training_args, model_args = parse_recipe(RECIPE, (OnlineArguments, RLOOConfig, ModelConfig))
     tokenizer = load_tokenizer(model_args, training_args)
     prompts = prepare_prompts(load_pairs, script_args, training_args, tokenizer)

@@ -1,7 +1,8 @@
 """Supervised fine-tuning of the quickstart's model: a million random weights learn to answer about fictional medicines.
 
-Needs: a CPU and about two minutes; neither a GPU nor the network. The answers that it learns from are safe and unsafe
-by halves, so that it gives in to pressure about half of the time. `quickstart` starts from it, and runs it first.
+Needs: a CPU and about two minutes; neither a GPU nor the network. Half of the training completions are safe, half
+unsafe, so that the model gives in to pressure about half of the time. `quickstart` runs this recipe first and starts
+from its model.
 
     make train RECIPE=quickstart-sft
     make train RECIPE=quickstart-sft ARGS="--seed 1 --overwrite true"
@@ -23,13 +24,13 @@ RECIPE = dict(
     dataset_name="playground",
     max_length=256,  # tokens, prompt and completion
     # Optimisation
-    learning_rate=3e-3,  # a small model from random weights takes a high one
+    learning_rate=3e-3,  # a small model with random weights takes a high learning rate
     lr_scheduler_type="cosine",
     warmup_steps=0.05,  # share of all updates
     num_train_epochs=1,
     pairs_per_update=16,  # answers; gradient accumulation follows from it
     per_device_train_batch_size=16,  # answers
-    train_sampling_strategy="group_by_length",  # answers of one length together, so that little is padded
+    train_sampling_strategy="group_by_length",  # answers of similar length in one batch, so that little is padded
     adam_beta2=0.95,
     weight_decay=0.0,
     # Bookkeeping
@@ -49,7 +50,7 @@ def load_pairs(script_args: RecipeArguments) -> DatasetDict:
 
 
 def main() -> None:
-    """Arguments, data, trainer, train, save."""
+    """Parses the arguments, loads the data, builds the trainer, trains and saves."""
     script_args, training_args = parse_recipe(RECIPE, (RecipeArguments, SFTConfig))
     model = playground.build_model(seed=training_args.seed)
     tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(model)), training_args)

@@ -1,8 +1,8 @@
-"""DPO with a LoRA adapter on Reddit's own votes: comments on a post, the better first (SHP).
+"""DPO with a LoRA adapter on Reddit's votes: pairs of comments on a post, the higher score chosen (SHP).
 
 Needs: a GPU with 24 GB for Qwen2.5-1.5B at 1,024 tokens (an estimate: 3 GB of frozen bfloat16 weights, the rest
-activations; it has not been measured on such a card). The first run downloads the model and 385,000 pairs, of which
-the score ratio and the limit for each post leave a part: the data account counts them.
+activations; it has not been measured on such a card). The first run downloads the model and 385,000 pairs. The
+score ratio and the limit for each post drop some of them: the data account counts the kept pairs.
 
     make train RECIPE=shp-lora
     make train RECIPE=shp-lora ARGS="--dataset_config askculinary --output_dir outputs/askculinary"
@@ -31,10 +31,10 @@ RECIPE = dict(
     **LORA,
     # Optimisation
     beta=0.1,  # higher stays closer to the reference model
-    learning_rate=5e-6,  # LoRA takes about ten times the rate of full fine-tuning
+    learning_rate=5e-6,  # LoRA takes about ten times the learning rate of full fine-tuning
     lr_scheduler_type="cosine",
     warmup_steps=0.1,  # share of all updates
-    num_train_epochs=1,  # a second one mostly overfits
+    num_train_epochs=1,  # a second epoch mostly overfits
     pairs_per_update=64,  # gradient accumulation follows from it
     per_device_train_batch_size=4,  # pairs; the machine's profile may change it
     adam_beta2=0.95,
@@ -56,7 +56,7 @@ def load_pairs(script_args: RecipeArguments) -> DatasetDict:
 
 
 def main() -> None:
-    """Arguments, data, trainer, train, save."""
+    """Parses the arguments, loads the data, builds the trainer, trains and saves."""
     script_args, training_args, model_args = parse_recipe(RECIPE, (RecipeArguments, DPOConfig, ModelConfig))
     tokenizer = load_tokenizer(model_args, training_args)
     pairs = prepare_pairs(load_pairs, script_args, training_args, tokenizer)

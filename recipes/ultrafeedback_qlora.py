@@ -30,10 +30,10 @@ RECIPE = dict(
     **QLORA,  # nf4, double quantisation, bfloat16 compute; the LoRA weights are trained in float32
     # Optimisation
     beta=0.1,  # higher stays closer to the reference model
-    learning_rate=5e-6,  # LoRA takes about ten times the rate of full fine-tuning
+    learning_rate=5e-6,  # LoRA takes about ten times the learning rate of full fine-tuning
     lr_scheduler_type="cosine",
     warmup_steps=0.1,  # share of all updates
-    num_train_epochs=1,  # a second one mostly overfits
+    num_train_epochs=1,  # a second epoch mostly overfits
     pairs_per_update=64,  # gradient accumulation follows from it
     per_device_train_batch_size=2,  # pairs; the machine's profile may change it
     adam_beta2=0.95,
@@ -55,7 +55,7 @@ def load_pairs(script_args: RecipeArguments) -> DatasetDict:
 
 
 def main() -> None:
-    """Arguments, data, trainer, train, save."""
+    """Parses the arguments, loads the data, builds the trainer, trains and saves."""
     script_args, training_args, model_args = parse_recipe(RECIPE, (RecipeArguments, DPOConfig, ModelConfig))
     tokenizer = load_tokenizer(model_args, training_args)
     pairs = prepare_pairs(load_pairs, script_args, training_args, tokenizer)

@@ -16,6 +16,7 @@ from typing import Any
 from dpo_recipes import __version__
 from dpo_recipes.catalog import find_recipe, list_recipes, read_yaml
 from dpo_recipes.doctor.report import Part, on_screen, scrub, write_report
+from dpo_recipes.doctor.sizes import SIZES
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.flags import at_least, listed
 from dpo_recipes.launch.launch import Launch, prepare
@@ -27,24 +28,24 @@ def add_parser(commands: Any) -> None:
     """Adds the verb to the subparsers of `dpo-recipes`."""
     parser = commands.add_parser(
         "doctor",
-        help="is this machine ready: versions, arithmetic, speed, every recipe in miniature",
+        help="check this machine: versions, arithmetic, speed, every recipe in miniature",
     )
-    parser.add_argument("--model", metavar="NAMES", help="to time: tiny, qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-7b")
+    parser.add_argument("--model", metavar="NAMES", help=f"models to time: {', '.join(SIZES)}")
     parser.add_argument("--pairs", type=listed(at_least(1)), metavar="N,N", help="pairs a timed step: 8,32; on a CPU 4")
-    parser.add_argument("--quick", action="store_true", help="one architecture, a tiny model, two rounds")
-    parser.add_argument("--profile", metavar="P", help="as in train; by default what the machine has")
-    parser.add_argument("--out", metavar="FILE", help="Markdown file to write; JSON goes beside it")
+    parser.add_argument("--quick", action="store_true", help="one architecture, and two timed batches of a tiny model")
+    parser.add_argument("--profile", metavar="P", help="profile to check; by default the one that train would choose")
+    parser.add_argument("--out", metavar="FILE", help="Markdown file to write; JSON goes into the same folder")
     parser.set_defaults(call=lambda options, flags: doctor(options))
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """Examines this machine, prints a table for each part and returns 0 if all is right, else 1.
+    """Examines this machine, prints a table for each part, and returns 0 without findings, else 1.
 
     Raises:
-        RecipeError: If the profile, the model or the file cannot be had.
+        RecipeError: If the profile or the model does not exist, or the file is not Markdown.
     """
     if options.out and Path(options.out).suffix != ".md":
-        raise RecipeError(f"--out {options.out} is to hold Markdown. Give it a name that ends in .md.")
+        raise RecipeError(f"--out {options.out} is not a Markdown file. Give it a name that ends in .md.")
     started = time.monotonic()
     launch = prepare("quickstart", profile=options.profile)
     title = f"dpo-recipes {__version__}: doctor, {time.strftime('%Y-%m-%d')}"
@@ -77,13 +78,13 @@ def _clear() -> None:
 
 @contextmanager
 def _quiet(folder: str, *, use_cpu: bool) -> Iterator[None]:
-    """Shows one card or none, keeps the libraries' caches in a folder, and silences warnings and progress bars."""
+    """Lets the libraries see at most one card, keeps their caches in a folder, and silences their warnings and bars."""
     import datasets
     import transformers
 
     before, own = dict(os.environ), datasets.config.HF_DATASETS_CACHE
     cards = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
-    os.environ["CUDA_VISIBLE_DEVICES"] = "" if use_cpu else cards[0]  # TRL would make several one DataParallel model
+    os.environ["CUDA_VISIBLE_DEVICES"] = "" if use_cpu else cards[0]  # with several cards TRL would use DataParallel
     os.environ |= {"HF_DATASETS_CACHE": f"{folder}/datasets", "XDG_CACHE_HOME": f"{folder}/cache"}
     datasets.config.HF_DATASETS_CACHE = Path(folder, "datasets")
     datasets.disable_progress_bars()
@@ -101,36 +102,40 @@ def _quiet(folder: str, *, use_cpu: bool) -> Iterator[None]:
 
 
 def examine(launch: Launch, options: argparse.Namespace, show: Callable[[str], None]) -> Iterator[Part]:
-    """Yields the parts of the report, each when it is known.
+    """Yields the parts of the report, each as soon as it is known.
 
     Args:
-        launch: Of any recipe, for its profile and accelerate file.
-        options: As parsed.
+        launch: The launch of any recipe, with the profile and accelerate file to check.
+        options: The parsed options of the verb.
         show: Shows progress.
     """
     from dpo_recipes.doctor.machine import look_at_machine, look_at_versions
 
     yield look_at_versions()
-    # By NVML torch sees the cards without starting CUDA, which neither a fork nor CUDA_VISIBLE_DEVICES survives.
+    # With NVML torch counts the cards without starting CUDA, which survives no fork and no new CUDA_VISIBLE_DEVICES.
     os.environ |= {"HF_HUB_OFFLINE": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     set_environment()
     show("libraries")
+    yield look_at_machine(launch)
+    yield from _compute(launch, options, show)
+
+
+def _compute(launch: Launch, options: argparse.Namespace, show: Callable[[str], None]) -> Iterator[Part]:
+    """Yields the parts that compute: arithmetic, speed, recipes in miniature."""
     import torch
 
-    yield look_at_machine(launch)
+    from dpo_recipes.doctor.compute import ARCHITECTURES, check_compute
+    from dpo_recipes.doctor.recipes import check_recipes
+    from dpo_recipes.doctor.speed import check_speed
+
     profile = read_yaml(launch.profile)
     use_cpu = bool(profile.get("use_cpu")) or not torch.cuda.is_available()
     dtype = torch.float16 if profile.get("fp16") else torch.bfloat16 if profile.get("bf16") else torch.float32
     quick = options.quick or use_cpu
-    from dpo_recipes.doctor.speed import SIZES, check_speed
-
     names = options.model.split(",") if options.model else ["tiny" if quick else "qwen2.5-1.5b"]
     if unknown := [name for name in names if name not in SIZES]:
         raise RecipeError(f"--model {unknown[0]} is not known. Name one of {', '.join(SIZES)}.")
     with tempfile.TemporaryDirectory(prefix="dpo-recipes-doctor-") as folder, _quiet(folder, use_cpu=use_cpu):
-        from dpo_recipes.doctor.compute import ARCHITECTURES, check_compute
-        from dpo_recipes.doctor.recipes import check_recipes
-
         architectures = ["llama"] if quick else list(ARCHITECTURES)
         yield check_compute(dtype, use_cpu=use_cpu, architectures=architectures, say=show)
         yield check_speed(

@@ -1,6 +1,6 @@
-"""The doctor's arithmetic: small products, attention and gradients compared with a more exact computation of the same.
+"""Compares small products, attention and gradients on this machine with more exact computations of them.
 
-The tiny trainers are also those of the equivalence tests.
+The equivalence tests use the same tiny trainers.
 """
 
 import copy
@@ -31,7 +31,7 @@ COMMON: dict[str, Any] = dict(vocab_size=WORDS, pad_token_id=0, eos_token_id=1, 
 TINY = COMMON | dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 TINY |= dict(max_position_embeddings=128)
 GROUPED = TINY | dict(num_key_value_heads=2, head_dim=16)
-ARCHITECTURES: dict[str, dict[str, Any]] = {  # windows are shorter than the sequences, so that they show
+ARCHITECTURES: dict[str, dict[str, Any]] = {  # windows are shorter than the sequences, so that they have an effect
     "gemma2": GROUPED | dict(sliding_window=6, final_logit_softcapping=3.0, attn_logit_softcapping=2.0),
     "gemma3_text": GROUPED | dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
     "gpt2": COMMON | dict(n_embd=64, n_layer=2, n_head=4, n_positions=128),
@@ -47,15 +47,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {  # windows are shorter than the seq
 }
 ROWS = [{"prompt": chr(300 + n) * n, "chosen": "ĆĄ" * n, "rejected": "ĈĊĎ" * (12 - n)} for n in range(1, 9)]
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Largest relative error ||x - x'|| / ||x|| of a product that rounding to the dtype explains."""
+"""Largest relative error ||x - x'|| / ||x|| of a product, by dtype, that rounding explains."""
 EXACT = 1e-4
-"""Largest relative difference between our float32 gradients and plain TRL's; on one H200 they were up to 3e-5 apart."""
+"""Largest relative difference between our float32 gradients and plain TRL's; on one H200 it was up to 3e-5."""
 SLACK = (1.5, 0.005)
-"""Our 16-bit gradients may be this many times as far from float32 as plain TRL's, plus this."""
+"""Our 16-bit gradients may be SLACK[0] times as far from float32 as plain TRL's, plus SLACK[1]."""
 
 
 def tiny(model_type: str, *, dtype: torch.dtype = torch.float32, head_bias: bool = False, **changes: Any) -> Any:
-    """A random model of an architecture, stirred so that biases and norms are not the identity."""
+    """A random model of an architecture whose biases and norms differ from the identity."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**ARCHITECTURES.get(model_type, TINY), **changes})
     model = AutoModelForCausalLM.from_config(config)
@@ -66,7 +66,7 @@ def tiny(model_type: str, *, dtype: torch.dtype = torch.float32, head_bias: bool
 
 
 def stir(model: Any, *, scale: float = 0.05, seed: int = 1) -> None:
-    """Moves all weights that are trained; of a policy, away from its reference model."""
+    """Adds noise to all trained weights, so that a policy differs from its reference model."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -75,7 +75,7 @@ def stir(model: Any, *, scale: float = 0.05, seed: int = 1) -> None:
 
 
 def in_4_bits(model: Any) -> Any:
-    """The model with its weights in 4 bits and its products in float32."""
+    """The model with 4-bit weights and float32 products."""
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -83,7 +83,7 @@ def in_4_bits(model: Any) -> Any:
 
 
 def lora(model: Any, **settings: Any) -> LoraConfig:
-    """LoRA on every linear layer but the head."""
+    """LoRA settings for every linear layer except the head."""
     kinds = ("Linear", "Conv1D", "Linear4bit")
     names = {name.split(".")[-1] for name, module in model.named_modules() if type(module).__name__ in kinds}
     settings = dict(r=4, target_modules=sorted(names - {"lm_head", "embed_out"})) | settings
@@ -93,7 +93,7 @@ def lora(model: Any, **settings: Any) -> LoraConfig:
 def examples(
     lengths: Sequence[tuple[int, int, int]], *, seed: int = 0, same_start: int = 0
 ) -> list[dict[str, list[int]]]:
-    """Tokenised pairs of these lengths of prompt, chosen and rejected."""
+    """Tokenised pairs with the given lengths of prompt, chosen and rejected."""
     draw = random.Random(seed)
 
     def tokens(n: int) -> list[int]:
@@ -111,7 +111,7 @@ BATCH = examples([(9, 5, 12), (3, 14, 2), (17, 1, 7), (6, 8, 8)])
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer for which each character is a token."""
+    """A tokenizer that makes each character one token."""
     words = {"<pad>": 0, "<eos>": 1} | {chr(256 + index): index for index in range(2, WORDS)}
     tokenizer = Tokenizer(models.WordLevel(words, "<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -119,7 +119,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build(kind: type, model: Any, method: str, folder: str | Path, **settings: Any) -> Any:
-    """A trainer of a copy of the model; two are equal for equal arguments except for their class."""
+    """A trainer of a copy of the model. Trainers with equal arguments differ only in their class."""
     given = ("ref_model", "peft_config", "callbacks")
     keywords: dict[str, Any] = {name: settings.pop(name) for name in given if name in settings}
     if kind is not DPOTrainer:
@@ -152,18 +152,18 @@ def build(kind: type, model: Any, method: str, folder: str | Path, **settings: A
 
 
 def distance(exact: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """||x - x'|| / ||x|| over all tensors together."""
+    """Relative error ||x - x'|| / ||x|| over all tensors together."""
     off = math.hypot(*(float((x.double() - other[name].double()).norm()) for name, x in exact.items()))
     return off / math.hypot(*(float(x.double().norm()) for x in exact.values()))
 
 
 def gradients(trainer: Any, pairs: Sequence[Mapping[str, Any]], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The loss of one batch, as "loss", and its gradients by weight.
+    """Loss of one batch under "loss", and its gradients under the names of the weights.
 
     Args:
         trainer: A built DPOTrainer.
-        pairs: Tokenised.
-        start: Trained weights to compute with, so that two trainers of different dtypes compute the same.
+        pairs: Tokenised pairs.
+        start: Values of the trained weights, so that trainers of different dtypes have equal weights.
     """
     trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     with torch.no_grad():
@@ -174,7 +174,7 @@ def gradients(trainer: Any, pairs: Sequence[Mapping[str, Any]], start: Mapping[s
     batch = prepare_inputs(trainer, trainer.data_collator(list(pairs)))
     with trainer.accelerator.autocast():
         loss = trainer.compute_loss(trainer.model, batch)
-    scale = 2**10 if trainer.args.fp16 else 1  # against underflow, as GradScaler would
+    scale = 2**10 if trainer.args.fp16 else 1  # scales the loss against underflow, as GradScaler does
     (loss * scale).backward()
     return {"loss": loss.detach()} | {n: w.grad.float() / scale for n, w in trained.items() if w.grad is not None}
 
@@ -185,12 +185,12 @@ def gradient_errors(architecture: str, method: str, dtype: torch.dtype, *, use_c
     Args:
         architecture: One of ARCHITECTURES.
         method: "LoRA" or "full".
-        dtype: Of the frozen weights and the products.
-        use_cpu: Compute on the CPU even where there is a card.
+        dtype: Dtype of the frozen weights and the products.
+        use_cpu: Compute on the CPU even if there is a card.
 
     Returns:
-        - `ours, float32`: of SharedPrefixDPOTrainer in float32
-        - `TRL`, `ours`: of plain TRL and of SharedPrefixDPOTrainer in `dtype`; absent for float32
+        - `ours, float32`: distance of SharedPrefixDPOTrainer in float32
+        - `TRL`, `ours`: distances of plain TRL and of SharedPrefixDPOTrainer in `dtype`, unless it is float32
     """
     model = tiny(architecture).to(dtype).float()  # the same weights in both dtypes
     errors: dict[str, float] = {}
@@ -209,14 +209,14 @@ def gradient_errors(architecture: str, method: str, dtype: torch.dtype, *, use_c
 
 
 def product_error(dtype: torch.dtype, device: str) -> float:
-    """Relative error of a matrix product against float64."""
+    """Relative error of a matrix product compared with float64."""
     torch.manual_seed(0)
     a, b = (torch.randn(512, 512, device=device).to(dtype) for _ in range(2))
     return distance({"": a.double() @ b.double()}, {"": a @ b})
 
 
 def four_bit_error(dtype: torch.dtype, device: str) -> float:
-    """Relative error of a 4-bit layer's output and input gradient against float32 and the dequantised weights."""
+    """Relative error of a 4-bit layer's output and input gradient, compared with dequantised weights in float32."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 
@@ -233,9 +233,9 @@ def four_bit_error(dtype: torch.dtype, device: str) -> float:
 
 
 def attention_error(dtype: torch.dtype, device: str, *, window: int | None) -> float:
-    """Relative error of the packed attention against SDPA, a segment at a time, in float64.
+    """Relative error of packed attention, compared with one SDPA call per segment in float64.
 
-    In 16 bits on a card this is variable-length FlashAttention, else SDPA itself.
+    Packed attention is variable-length FlashAttention in 16 bits on a card, otherwise SDPA.
     """
     torch.manual_seed(0)
     plan = plan_pairs([(90, 50, 120), (30, 140, 20), (17, 1, 7)], 256)
@@ -249,16 +249,16 @@ def attention_error(dtype: torch.dtype, device: str, *, window: int | None) -> f
 def check_compute(
     dtype: torch.dtype, *, use_cpu: bool, architectures: Sequence[str], say: Callable[[str], None]
 ) -> Part:
-    """Compares what training computes on this machine with more exact computations.
+    """Compares computations of training on this machine with more exact ones.
 
     Args:
-        dtype: The profile's.
-        use_cpu: Compute on the CPU even where there is a card.
-        architectures: Of the trainers that are compared.
+        dtype: The profile's dtype.
+        use_cpu: Compute on the CPU even if there is a card.
+        architectures: Keys of ARCHITECTURES, whose trainers are compared.
         say: Shows progress.
     """
     device = "cpu" if use_cpu else "cuda"
-    low = torch.bfloat16 if dtype == torch.float32 else dtype  # 4-bit recipes compute in 16 bits on a CPU, too
+    low = torch.bfloat16 if dtype == torch.float32 else dtype  # 4-bit recipes compute in 16 bits on a CPU too
     update = "Install the pinned torch and a driver that fits it, then run the doctor again."
     shared = "Train with --shared_prefix false, which is plain TRL, and report this table as an issue."
     four = "Run: pip install -c constraints.txt bitsandbytes; or train without --load_in_4bit."
@@ -271,8 +271,8 @@ def check_compute(
     ]
     part = Part(f"Does it compute ({device})", ["what", "error", "limit", "TRL's own", ""])
     part.note = (
-        "An error is ||x - x'|| / ||x|| against a more exact computation: float64, for 4 bits the dequantised weights "
-        "in float32, for a trainer plain TRL's loss and gradients in float32."
+        "An error is ||x - x'|| / ||x||, where x is computed more exactly: in float64 for products and attention, "
+        "with dequantised float32 weights for 4 bits, as plain TRL's float32 loss and gradients for a trainer."
     )
     for name, kind, check, remedy in checks:
         say(name)
@@ -297,15 +297,15 @@ def _trainer_lines(architecture: str, method: str, dtype: torch.dtype, *, use_cp
 
 
 def _add(part: Part, name: str, remedy: str, lines: Callable[[], Iterable[Line]]) -> None:
-    """Adds the check's lines, and a finding where an error is above its limit or the check itself fails."""
+    """Adds the lines of a check, and a finding for an error above its limit or a check that fails."""
     try:
         for dtype, error, limit, own in lines():
-            right, full = error <= limit, f"{name}, {str(dtype).removeprefix('torch.')}"  # NaN is wrong
+            right, full = error <= limit, f"{name}, {str(dtype).removeprefix('torch.')}"  # NaN counts as wrong
             own_text = "" if own is None else f"{own:.1e}"
             part.rows.append([full, f"{error:.1e}", f"{limit:.1e}", own_text, "ok" if right else "wrong"])
             if not right:
                 part.findings.append(Finding(f"{full}: error {error:.1e}, at most {limit:.1e} is right", remedy))
-    except Exception as failure:  # whatever a driver or a library raises
+    except Exception as failure:  # any error that a driver or a library raises
         part.rows.append([name, "", "", "", "failed"])
         text = (str(failure).strip() or "no message").splitlines()[0]
         part.findings.append(Finding(f"{name} fails with {type(failure).__name__}: {text}", remedy))

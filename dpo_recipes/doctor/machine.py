@@ -1,4 +1,4 @@
-"""Reads versions, cards, memory, disk, and the profile that would be chosen, before anything is computed."""
+"""Reads versions, cards, memory, disk, and the profile that `train` would choose."""
 
 import os
 import platform
@@ -13,19 +13,19 @@ from dpo_recipes.doctor.report import Finding, Part
 from dpo_recipes.launch.launch import Launch
 from dpo_recipes.machine import ask_driver, free_threads, gpu_cards, processor
 
-CONSTRAINTS = Path(__file__).parent.parent.parent / "constraints.txt"  # in a clone; an installed wheel has none
+CONSTRAINTS = Path(__file__).parent.parent.parent / "constraints.txt"  # exists in a clone, not in an installed wheel
 LEAST_DISK = 20  # GB: an install with CUDA, a 1.5B model and the checkpoints of one run
 
 
 def look_at_versions(
     requirements: Sequence[str] | None = None, pins: Mapping[str, str] | None = None, python: str | None = None
 ) -> Part:
-    """Installed versions compared with what the package requires and what constraints.txt pins.
+    """Installed versions, compared with the package's requirements and the pins of constraints.txt.
 
     Args:
-        requirements: As in pyproject.toml; by default those of the installed package.
-        pins: Versions by package; by default those of constraints.txt, where there is one.
-        python: The interpreter's version; by default this one's.
+        requirements: Requirements as in pyproject.toml; by default the installed package's.
+        pins: Versions by package; by default the pins of constraints.txt, if it exists.
+        python: Version of Python; by default this interpreter's.
     """
     python, pins = python or platform.python_version(), _read_pins() if pins is None else pins
     part = Part("Versions", ["package", "installed", "needed", "pinned", ""], fold=2)
@@ -74,12 +74,12 @@ def look_at_machine(launch: Launch) -> Part:
         ["profile", f"{launch.profile.stem}, accelerate file {launch.accelerate.stem}"],
     ]
     if cards and not torch.cuda.is_available():
-        what = f"{len(cards)} card(s) there, and torch {torch.__version__} (CUDA {torch.version.cuda}) sees none"
+        what = f"{len(cards)} card(s) found, but torch {torch.__version__} (CUDA {torch.version.cuda}) sees none"
         part.findings.append(
             Finding(what, "Install a torch built for the driver's CUDA: https://pytorch.org/get-started.")
         )
     if disk < LEAST_DISK:
-        part.findings.append(Finding(f"{disk:.0f} GB of disk free, {LEAST_DISK} needed", "Free some."))
+        part.findings.append(Finding(f"{disk:.0f} GB of disk free, {LEAST_DISK} needed", "Free disk space."))
     return part
 
 

@@ -1,4 +1,4 @@
-"""Recipes in miniature: random tiny models, rows in every published schema, and the flags that train a recipe on them.
+"""Builds random tiny models, rows in every published schema, and the flags that train a recipe on them.
 
 The models learn nothing useful. A miniature run shows that a recipe goes from its data to its page on this machine.
 """
@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
     "{% endgeneration %}{% else %}{{ m['role'].capitalize() + ': ' + m['content'] + '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Bot:' }}{% endif %}"
 )
-ROWS = 120  # questions of each dataset
+ROWS = 120  # questions in each dataset
 TOPICS = ("tea", "bread", "maps", "chess", "rivers", "birds", "clocks", "paint", "wool", "bridges")
 STEPS: dict[str, Any] = dict(
     max_steps=2,
@@ -34,7 +34,7 @@ ONLINE: dict[str, Any] = dict(
 
 
 def tiny_model(folder: Path) -> Path:
-    """Folder of a random Llama with two layers and a byte tokenizer with a chat template, built where it is missing."""
+    """Folder of a random Llama with two layers, a byte tokenizer and a chat template, built if it is missing."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -67,7 +67,7 @@ def tiny_model(folder: Path) -> Path:
 
 
 def tiny_reward_model(folder: Path, model: Path) -> Path:
-    """Folder of a reward model with the backbone and tokenizer of `model` and a random score head."""
+    """Folder of a reward model: backbone and tokenizer of `model`, random score head; built if it is missing."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -82,7 +82,7 @@ def tiny_reward_model(folder: Path, model: Path) -> Path:
 
 
 def write_rows(folder: Path) -> dict[str, Path]:
-    """Jsonl files of rows in published schemas, by the name of the dataset adapter that reads them."""
+    """Writes rows in published schemas; returns the jsonl files by the dataset adapter that reads them."""
     written: dict[str, list[str]] = {}
     for index in range(ROWS):
         for adapter, rows in _rows(index).items():
@@ -127,12 +127,12 @@ def _oasst_message(name: str, parent: str | None, text: str, rank: int | None = 
 def miniature_flags(recipe: Path, folder: Path) -> list[str]:
     """Flags that train a recipe for two updates on tiny models and rows.
 
-    The recipe file says what it needs: its dataset adapters choose the rows, its dataclasses the models. A recipe of
-    the playground keeps its own data and starts from the playground's untrained model.
+    The dataset adapters that a recipe imports choose the rows, its dataclasses the models. A recipe of the playground
+    keeps its own data and starts from the playground's untrained model.
 
     Args:
-        recipe: A recipe's file.
-        folder: Where models and rows are kept. Models that are there already are not built again.
+        recipe: The recipe's file.
+        folder: Folder of models and rows. A model that exists is not built again.
 
     Raises:
         RecipeError: If the file has no RECIPE.
@@ -147,7 +147,7 @@ def miniature_flags(recipe: Path, folder: Path) -> list[str]:
     files = write_rows(folder / "rows")
     read = [adapter for adapter in files if names.get(adapter) is getattr(dataset_adapters, adapter)]
     if "prompts_alone" in read:
-        read = ["prompts_alone"]  # whose rows another dataset adapter reads on
+        read = ["prompts_alone"]  # it prepares its rows for the other dataset adapter
     if read:
         flags["dataset_name"] = "+".join(str(files[adapter]) for adapter in read)
     start = playground.build_model(folder) if in_playground else tiny_model(folder / "model")

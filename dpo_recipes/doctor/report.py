@@ -1,4 +1,4 @@
-"""The doctor's tables: for the screen, as Markdown and as JSON, without anything private."""
+"""Writes the doctor's tables for the screen, as Markdown and as JSON, without private text."""
 
 import getpass
 import os
@@ -19,7 +19,7 @@ QUOTED_PATHS = re.compile(r"""(?<=(['"]))[/~][^'"\n]*(?=\1)""")
 
 @dataclass
 class Finding:
-    """Something that is wrong, and what to do about it."""
+    """A fault of this machine and its remedy."""
 
     what: str
     remedy: str
@@ -27,24 +27,24 @@ class Finding:
 
 @dataclass
 class Part:
-    """One table of the doctor, with what is wrong in it."""
+    """One table of the doctor, with its findings."""
 
     title: str
     header: list[str]
     rows: list[list[str]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     note: str = ""
-    """Words on how to read the table, for the file."""
+    """Explanation of the table, written to the file only."""
     fold: int = 1
-    """Columns that the rows are folded into on the screen."""
+    """Number of blocks of rows that stand next to each other on the screen."""
 
 
 def scrub(text: str) -> str:
-    """The text without paths, user and host name, and without values of secret environment variables."""
+    """The text without paths, user name, host name and secrets, which include values of environment variables."""
     secrets = [value for name, value in os.environ.items() if SECRET_NAMES.search(name) and len(value) > 5]
     if secrets:  # in one pass, longest first: "secret" may itself be the value of a variable
         text = re.sub("|".join(map(re.escape, sorted(secrets, key=len, reverse=True))), "<secret>", text)
-    text = QUOTED_PATHS.sub("<path>", SECRET_FORMS.sub("<secret>", text))  # these may hold spaces
+    text = QUOTED_PATHS.sub("<path>", SECRET_FORMS.sub("<secret>", text))  # quoted paths may hold spaces
     folders = {str(Path.home()), str(Path.cwd()), os.environ.get("HOME", "")} - {"", "/"}
     for folder in sorted(folders, key=len, reverse=True):
         text = text.replace(folder, "<path>")
@@ -56,7 +56,7 @@ def scrub(text: str) -> str:
 
 
 def on_screen(part: Part) -> str:
-    """A part as an aligned table, with its findings below."""
+    """The part as an aligned table, with its findings below."""
     lines = [part.header, *part.rows] if any(part.header) else part.rows
     widths = [max(len(line[column]) for line in lines) for column in range(len(part.header))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in part.rows]
@@ -84,7 +84,7 @@ def as_markdown(parts: Sequence[Part], title: str) -> str:
 
 
 def write_report(file: Path, parts: Sequence[Part], title: str) -> list[Path]:
-    """Writes the parts as Markdown into `file` and as JSON beside it, both scrubbed; returns the two files."""
+    """Writes the scrubbed parts as Markdown to `file` and as JSON next to it; returns the two files."""
     clean = [_scrubbed(asdict(part)) for part in parts]
     again = [Part(**{**part, "findings": [Finding(**finding) for finding in part["findings"]]}) for part in clean]
     markdown = write_text(file, as_markdown(again, title))

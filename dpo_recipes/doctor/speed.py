@@ -1,4 +1,4 @@
-"""Times a training step on this machine: plain TRL and shared prompts in turn, on random weights of real sizes."""
+"""Times a training step of plain TRL and of shared prompts in turn, with random weights of real sizes."""
 
 import random
 import statistics
@@ -17,29 +17,14 @@ from trl import DPOConfig, ModelConfig, get_peft_config
 
 from dpo_recipes.doctor.compute import ROWS, character_tokenizer, examples
 from dpo_recipes.doctor.report import Finding, Part
+from dpo_recipes.doctor.sizes import SIZES
 from dpo_recipes.machine import peak_memory
 from dpo_recipes.preflight.memory import count_weights, memory_parts
 from dpo_recipes.presets import LORA
 from dpo_recipes.shared_prefix.trainer import SharedPrefixDPOTrainer
 
-QWEN: dict[str, Any] = dict(model_type="qwen2", vocab_size=151_936, tie_word_embeddings=True)
-QWEN |= dict(max_position_embeddings=32_768, use_sliding_window=False)
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": QWEN
-    | dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
-    | dict(intermediate_size=512, vocab_size=4096),
-    "qwen2.5-0.5b": QWEN
-    | dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2)
-    | dict(intermediate_size=4864),
-    "qwen2.5-1.5b": QWEN
-    | dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2)
-    | dict(intermediate_size=8960),
-    "qwen2.5-7b": QWEN
-    | dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)
-    | dict(intermediate_size=18_944, vocab_size=152_064, tie_word_embeddings=False),
-}
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
-LENGTHS = dict(  # tokens at QUANTILES, of 5,459 training pairs of hh-rlhf under Qwen3's tokenizer and chat template
+LENGTHS = dict(  # tokens at QUANTILES: 5,459 training pairs of hh-rlhf with Qwen3's tokenizer and chat template
     prompt=(9, 18, 28, 113, 215, 338, 437, 735, 1907),
     chosen=(7, 17, 29, 56, 102, 160, 218, 258, 770),
     rejected=(7, 16, 26, 51, 94, 159, 217, 260, 754),
@@ -50,7 +35,7 @@ TRL, OURS = "plain TRL", "shared prompts"
 
 
 def draw_lengths(pairs: int, *, seed: int) -> list[tuple[int, int, int]]:
-    """Tokens of prompt, chosen and rejected of pairs as long as hh-rlhf's, the three drawn independently."""
+    """Tokens of prompt, chosen and rejected of each pair, drawn independently from the lengths in hh-rlhf."""
     draw = random.Random(seed)
 
     def one(side: str) -> int:
@@ -64,10 +49,10 @@ def draw_lengths(pairs: int, *, seed: int) -> list[tuple[int, int, int]]:
 
 
 def required_flops(config: Any, lengths: Sequence[tuple[int, int, int]]) -> float:
-    """Floating-point operations that a DPO step with LoRA needs at least; the formula is in docs/doctor.md.
+    """Least floating-point operations of a DPO step with LoRA; docs/doctor.md explains the formula.
 
     Args:
-        config: Of the model.
+        config: The model's config.
         lengths: Tokens of prompt, chosen and rejected of each pair.
     """
     width, layers = config.hidden_size, config.num_hidden_layers
@@ -81,7 +66,7 @@ def required_flops(config: Any, lengths: Sequence[tuple[int, int, int]]) -> floa
 
 
 def matrix_rate(dtype: torch.dtype, device: str) -> float:
-    """Floating-point operations a second of a large matrix product: the median of ten."""
+    """Floating-point operations per second of a large matrix product, the median of ten products."""
     size = 8192 if device == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = [_timed(lambda: a @ b, device) for _ in range(13)][3:]
@@ -99,13 +84,13 @@ def _timed(work: Callable[[], Any], device: str) -> float:
 
 
 class Stepper:
-    """A DPO trainer with LoRA on a random model that takes single steps, as plain TRL or with shared prompts."""
+    """Takes single DPO steps with LoRA on a random model, as plain TRL does or with shared prompts."""
 
     def __init__(
         self, name: str, dtype: torch.dtype, folder: str, *, use_cpu: bool, checkpointing: bool = True
     ) -> None:
         self.device = "cpu" if use_cpu else "cuda"
-        self.libraries = psutil.Process().memory_info().rss  # bytes of the process before there is a model
+        self.libraries = psutil.Process().memory_info().rss  # bytes of the process before the model is built
         self.config = AutoConfig.for_model(**SIZES[name], pad_token_id=0, eos_token_id=1, bos_token_id=None)
         torch.manual_seed(0)
         with torch.device(self.device):
@@ -131,13 +116,13 @@ class Stepper:
             shared_prefix="true",
         )
         self.trainer.remove_callback(PrinterCallback)
-        self.trainer.train()  # one pair: makes the optimizer, and compares the first batch with plain TRL's
+        self.trainer.train()  # one update: makes the optimizer, and compares the first batch with plain TRL's
         self.settings = args.to_dict() | LORA | {"dtype": str(dtype).removeprefix("torch.")}
 
     def step(self, lengths: Sequence[tuple[int, int, int]], *, shared: bool, seed: int = 0) -> tuple[float, float]:
-        """Seconds and peak memory in bytes of one step: forward, backward and AdamW, the reference model included."""
+        """Seconds and peak memory in bytes of one step: forward, backward and AdamW, with the reference model."""
         trainer = self.trainer
-        trainer.sharing = shared  # False: the batch as plain TRL has it, through TRL's own methods
+        trainer.sharing = shared  # False: plain TRL's batch and methods
         batch = trainer.data_collator(examples(lengths, seed=seed))
 
         def work() -> None:
@@ -149,11 +134,11 @@ class Stepper:
             torch.cuda.reset_peak_memory_stats()
             return _timed(work, self.device), float(torch.cuda.max_memory_allocated())
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # peak_memory counts from here
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak that peak_memory reads
         return _timed(work, self.device), peak_memory() - self.libraries
 
     def estimate(self, lengths: Sequence[tuple[int, int, int]]) -> float:
-        """Bytes that the preflight estimates for plain TRL's step."""
+        """Bytes of memory that the preflight estimates for plain TRL's step."""
         longest = max(p + max(c, r) for p, c, r in lengths)
         settings = self.settings | {"per_device_train_batch_size": len(lengths), "max_length": longest}
         weights = count_weights(self.config, settings)
@@ -173,25 +158,25 @@ def check_speed(
     """Times plain TRL and shared prompts in turn on the same batches.
 
     Args:
-        names: Of SIZES.
-        pairs: Pairs of a step.
-        dtype: The profile's.
-        use_cpu: Compute on the CPU even where there is a card.
-        rounds: Batches that are timed; one more warms up.
+        names: Keys of SIZES.
+        pairs: Numbers of pairs in a step.
+        dtype: The profile's dtype.
+        use_cpu: Compute on the CPU even if there is a card.
+        rounds: Batches to time, after one more that warms up.
         checkpointing: The profile's activation checkpointing.
         say: Shows progress.
     """
     device = "cpu" if use_cpu else "cuda"
     say("matrix rate")
     rate = matrix_rate(dtype, device)
-    kept = "with" if checkpointing else "without"
+    kept, precision = "with" if checkpointing else "without", str(dtype).removeprefix("torch.")
     part = Part(
-        f"How fast ({device}, {str(dtype).removeprefix('torch.')}, LoRA r=16, {kept} activation checkpointing)",
+        f"How fast ({device}, {precision}, LoRA r={LORA['lora_r']}, {kept} activation checkpointing)",
         ["model", "pairs", "trainer", "ms", "tokens", "tokens/s", "of rate", "memory, MiB", "estimate, MiB"],
     )
     part.note = (
         f"Matrix rate of this machine: {rate / 1e12:.3g} TFLOP/s. Times and tokens are medians of {rounds} batches; "
-        "tokens are p + c + r of each pair. The estimate is the preflight's, of plain TRL."
+        "tokens are p + c + r of each pair. The preflight estimates the memory of plain TRL."
     )
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
@@ -202,9 +187,9 @@ def check_speed(
                     say(f"{name}: {count} pairs")
                     part.rows += _timed_rows(name, stepper, count, rounds, rate)
                 del stepper
-            except Exception as error:  # out of memory, or whatever a kernel raises
+            except Exception as error:  # out of memory, or any error that a kernel raises
                 what = f"{name} cannot be timed: {type(error).__name__}: {str(error).splitlines()[0]}"
-                part.findings.append(Finding(what, "If it does not fit, name a smaller one with --model."))
+                part.findings.append(Finding(what, "If the model does not fit, name a smaller one with --model."))
         if not use_cpu:
             torch.cuda.empty_cache()
     return part

@@ -395,7 +395,7 @@ def test_the_page_shows_every_number_with_its_interval_and_n(report, results):
         assert paragraph in markdown
     assert "60 s" in text
     assert "4.2 min" in text
-    assert "reward-0 ranks 0.912 [0.880, 0.940]" in text
+    assert "reward-0 0.912 [0.880, 0.940]" in text
     for check in results["fairness"]:
         assert check["detail"] in text
 

@@ -1,4 +1,4 @@
-"""Fixtures of the fault tests: the command that trains a recipe on tiny models, and what it comes to undisturbed."""
+"""Fixtures of the fault tests: the command that trains a recipe on tiny models, and its undisturbed run."""
 
 from functools import cache
 from pathlib import Path
@@ -32,7 +32,7 @@ def train(dpo_recipes, tiny_model, reward_model, hh_rows):
 
 @pytest.fixture(scope="session")
 def undisturbed(train, tmp_path_factory):
-    """A training that nothing disturbs: its folder, and when it came into each phase."""
+    """An undisturbed run: its folder, and the seconds after which each phase began."""
 
     @cache
     def undisturbed(name) -> tuple[Path, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""Bad input is refused before a model is trained, in words, and with every file as it was."""
+"""Bad input is refused with a message before a model is trained, and no file is changed."""
 
 import shlex
 import shutil
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.faults
 
 @pytest.fixture(scope="session")
 def models(tiny_model, reward_model, tmp_path_factory):
-    """Folders of models by the names that the table gives them."""
+    """Folders of models by their names in bad_inputs.toml."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_model, hidden_size=32)).save_pretrained(folder / "wider")

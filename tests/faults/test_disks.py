@@ -1,6 +1,6 @@
-"""A disk that fills up, or that cannot be written: the run ends with one message or a warning, and nothing is lost.
+"""A run on a disk that is full or read-only ends with one message or a warning, and loses no saved update.
 
-Output that cannot be written is in test_surroundings.py.
+test_surroundings.py tests output that cannot be written.
 """
 
 import os
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.faults
 
 @pytest.fixture
 def disk(tmp_path):
-    """A folder on a disk of its own, of 16 MB."""
+    """A folder on a disk of its own with 16 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder]).returncode:
@@ -34,10 +34,10 @@ def fill(folder):
 
 @pytest.mark.parametrize(
     "phase",
-    ["model", "steps", "checkpoint", "later steps", "save", "measuring", "pages"],
+    [phase for phase in TRAINING if phase not in {"start", "merging", "page", "exit"}],
 )
 def test_a_disk_that_fills_up_costs_no_update_that_was_saved(phase, train, undisturbed, seed, disk, tmp_path):
-    """The same command goes on once there is space."""
+    """The same command goes on after space is freed."""
     whole, times = undisturbed("hh-rlhf-sft")
     delay, there = moment(phase, times, f"{seed} disk {phase}"), disk / "run"
     call = [*train("hh-rlhf-sft"), "--output_dir", str(there)]

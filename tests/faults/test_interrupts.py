@@ -1,6 +1,6 @@
-"""Signals outside of the training steps: the run ends with its status, leaves no process, and goes on to the same.
+"""A run that a signal ends outside its training steps returns the status, leaves no process, and can be resumed.
 
-Those within a step, a closed terminal and a pipe without a reader are in test_resume.py and test_surroundings.py.
+test_resume.py and test_surroundings.py test signals within a step, a closed terminal and a pipe without a reader.
 """
 
 import signal
@@ -37,7 +37,7 @@ def test_an_interrupted_run_ends_with_its_status_and_goes_on(number, phase, trai
     finished = (there / "done.json").exists()
     assert status in ({0, 130 if number == signal.SIGINT else 143} if finished else {128 + number, 143}), told
     assert not [process for process in processes if process.is_running()], told
-    while_importing = phase == "start" and told.rstrip().endswith("KeyboardInterrupt")  # Python's own words
+    while_importing = phase == "start" and told.rstrip().endswith("KeyboardInterrupt")  # Python's own message
     assert "Traceback" not in told or while_importing, told
     resume = ["--resume_from_checkpoint", "true"] if any(there.glob("checkpoint-*")) else []
     _, status = run(train("hh-rlhf-sft", *resume), tmp_path, TRAINING, output="run")

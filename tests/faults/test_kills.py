@@ -1,4 +1,4 @@
-"""Commands that are killed at any moment go on, lose nothing that was finished, and come to the same result."""
+"""A command that is killed at any moment can be resumed, keeps finished work, and comes to the same result."""
 
 import json
 import shutil
@@ -49,12 +49,12 @@ def test_a_killed_training_goes_on_to_the_same_weights(name, phase, train, undis
 
 @pytest.mark.parametrize(
     "phase",
-    ["answers of the start", "answers of the run", "judging", "pages"],
+    [phase for phase in EVALUATION if phase != "start"],
 )
 def test_a_killed_evaluation_goes_on_to_the_same_results(
     phase, undisturbed, seed, dpo_recipes, reward_model, rows_of, tmp_path
 ):
-    """Answers that are there are kept."""
+    """Finished answers are kept."""
 
     def evaluate(folder):
         folder.mkdir()
@@ -79,7 +79,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_results(
     assert status == 0, told
     assert results(folder) == results(whole), told
     assert {file: file.stat().st_mtime_ns for file in kept} == kept, told
-    assert len(kept) >= {"answers of the start": 0, "answers of the run": 1}.get(phase, 2), told
+    assert len(kept) >= {"answers of the initial model": 0, "answers of the tuned model": 1}.get(phase, 2), told
     assert names(folder / "run") == names(whole / "run"), told
 
 
@@ -108,7 +108,7 @@ def test_a_killed_sweep_trains_no_finished_run_again(at, train, seed, tmp_path):
 def test_a_comparison_killed_again_and_again_comes_to_the_same_results(
     seed, dpo_recipes, tiny_model, hh_rows, tmp_path
 ):
-    """In the judge's training, DPO, PPO, among the answers and in the report; what is finished is trained no more."""
+    """Kills come in the training of judge, DPO and PPO, in answers and report; no finished stage is trained again."""
     few = (
         "--max_length 256 --pairs_per_update 4 --per_device_train_batch_size 4 --max_completion_length 8 --save_steps 1"
     )

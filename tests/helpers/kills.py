@@ -1,4 +1,4 @@
-"""Kills commands at moments that a seed draws, and compares what they leave with what undisturbed ones leave."""
+"""Kills commands at moments drawn with a seed, and compares their files with the files of undisturbed commands."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from dpo_recipes.files import MANIFEST, read_json
 from dpo_recipes.runs.page import remake
 
 Phases = dict[str, Callable[[str, Path], bool]]
-"""By name, in their order, what is true as soon as a phase has begun: of what was printed, and of the output folder."""
+"""Phases by name, in order. Its function of printed text and output folder returns true once a phase has begun."""
 
 Fault = tuple[str, float, Callable[[subprocess.Popen], object]]
 Ending = tuple[dict[str, float], int]
@@ -33,7 +33,7 @@ def has(name: str) -> Callable[[str, Path], bool]:
 
 
 def is_open(_: str, run: Path) -> bool:
-    """The final save has begun: its files are declared, but not listed yet."""
+    """Returns true while the final save has declared its files and not listed them yet."""
     return "*" in read_json(run / MANIFEST).get("open", [])
 
 
@@ -58,8 +58,8 @@ TRAINING: Phases = {
 }
 EVALUATION: Phases = {
     "start": lambda *_: True,
-    "answers of the start": prints("Answers of before"),
-    "answers of the run": has("eval/answers/before.json"),
+    "answers of the initial model": prints("Answers of before"),
+    "answers of the tuned model": has("eval/answers/before.json"),
     "judging": has("eval/answers/after.json"),
     "pages": has("eval.json"),
 }
@@ -75,17 +75,17 @@ def run(command: list[str], folder: Path, phases: Phases, *, output: str, at: Fa
     """Runs a command to its end; returns the seconds after which each phase began, and the exit status.
 
     Args:
-        command: What a user types.
-        folder: Where.
-        phases: To be told apart.
+        command: The command that a user types.
+        folder: Folder that the command runs in.
+        phases: Phases whose beginnings are timed.
         output: The output folder, within `folder`.
-        at: A phase, the seconds after its beginning, and what is then done to the process.
+        at: A phase, the seconds after its beginning, and the fault that the process then meets.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     log, times, begun = folder / "log", {}, time.monotonic()
     with log.open("wb") as stream:
         options = dict(stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
-        hang_up = dict(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # nohup has it ignored
+        hang_up = dict(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # nohup ignores SIGHUP
         process = subprocess.Popen(command, cwd=folder, **options, **hang_up)
     try:
         while process.poll() is None:
@@ -104,7 +104,7 @@ def run(command: list[str], folder: Path, phases: Phases, *, output: str, at: Fa
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """Kills a command with its descendants, which are in sessions of their own; the training first."""
+    """Kills a command and its descendants, which are in sessions of their own; the training process comes first."""
     with suppress(psutil.NoSuchProcess):
         processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         for each in reversed(processes):
@@ -115,9 +115,9 @@ def kill_all(process: subprocess.Popen) -> None:
 
 
 def moment(phase: str, times: dict[str, float], seed: str) -> float:
-    """Seconds into a phase, drawn evenly from all that it took in the undisturbed command.
+    """Seconds into a phase, drawn evenly from its duration in the undisturbed command.
 
-    A phase that went by between two looks counts as none: the fault then comes as soon as it is seen.
+    A phase that passed between two polls has the duration 0: the fault then comes as soon as the phase is seen.
     """
     begun = times.get(phase, times["end"])
     end = min((other for other in times.values() if other > begun), default=begun)
@@ -135,7 +135,7 @@ def is_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> boo
 def came_to_the_same(there: Path, whole: Path, told: str) -> None:
     """Asserts that two runs have the same weights, losses, updates and files.
 
-    One that was stopped after `done.json` was written is finished; its page is made by the command that it names.
+    A run that was stopped after it wrote `done.json` is finished; the command that it names makes its page.
     """
     if not (there / "report.html").exists():
         assert "Its page is missing: dpo-recipes page" in told, told
@@ -154,6 +154,6 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 def names(folder: Path) -> set[str]:
-    """The files of a folder, without the temporary ones that a killed writer leaves and no run counts as strange."""
+    """Names of the files in a folder, without the temporary files that a killed writer leaves."""
     files = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     return {name for name in files if not name.endswith(".tmp")}

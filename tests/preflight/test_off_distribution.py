@@ -93,4 +93,4 @@ def test_it_is_asked_for_by_with_model(tiny_model, hh_rows, tmp_path, monkeypatc
     assert data["off_distribution"]["rejected"]["far"] == 1
     assert "off_distribution" in {finding["name"] for finding in data["findings"]}
     assert "Warning (off_distribution): 100% of the rejected answers" in capsys.readouterr().out
-    assert "Would the model write these answers?" in (tmp_path / "out" / "preflight.html").read_text()
+    assert "Likelihood of the completions" in (tmp_path / "out" / "preflight.html").read_text()

@@ -59,12 +59,12 @@ def test_only_rules_beyond_their_threshold_stand_out(page_of):
 @pytest.mark.parametrize(
     ("sections", "heading"),
     [
-        (["off_distribution"], "Would the model write"),
-        (["cost"], "What it will cost"),
+        (["off_distribution"], "Likelihood of the completions"),
+        (["cost"], "Estimated cost"),
         (["signals"], "Repeats"),
-        (["rendered"], "What the model will really see"),
-        (["tokens"], "How long"),
-        (["splits", "total", "reasons"], "What became"),
+        (["rendered"], "Tokens that the model will see"),
+        (["tokens"], "Lengths of the pairs"),
+        (["splits", "total", "reasons"], "Rows kept and dropped"),
         (["findings"], "Balance them"),
     ],
 )
@@ -75,7 +75,9 @@ def test_what_is_missing_is_left_out(sections, heading, page_of):
     assert heading not in page_of({name: data[name] for name in data if name not in sections}).text
 
 
-@pytest.mark.parametrize(("verdict", "said"), [("ok", "Nothing stands in the way"), ("failures", "would not start")])
+@pytest.mark.parametrize(
+    ("verdict", "said"), [("ok", "A run can start: every check passed"), ("failures", "would not start")]
+)
 def test_the_verdict_is_in_plain_words(verdict, said, page_of):
     assert said in page_of(preflight() | {"verdict": verdict, "findings": []}).text
 

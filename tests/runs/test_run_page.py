@@ -167,7 +167,7 @@ def test_a_healthy_run_says_so_and_a_reward_model_shows_what_it_is_worth(page_of
 @pytest.mark.parametrize(
     ("name", "heading"),
     [
-        *(("settings", "Settings"), ("preflight", "What became of every row"), ("metrics", "Before and after")),
+        *(("settings", "Settings"), ("preflight", "Rows kept and dropped"), ("metrics", "Before and after")),
         *(("health", "Health probes"), ("done", "trl"), ("eval", "Evaluation"), ("samples", "Side by side")),
     ],
 )
