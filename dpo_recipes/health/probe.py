@@ -13,7 +13,7 @@ from trl.data_utils import is_conversational
 
 from dpo_recipes.health.rules import REPEATED, Facts
 from dpo_recipes.models.generation import sample_tokens, stop_tokens
-from dpo_recipes.models.likelihood import answer_logps, reference_model
+from dpo_recipes.models.likelihood import fused_logps, reference_model
 from dpo_recipes.ppo.trainer import PPOTrainer
 from dpo_recipes.preflight.signals import find_signals
 
@@ -100,9 +100,9 @@ def probe(trainer: Trainer, prompts: Sequence[Any], *, max_new_tokens: int) -> d
     if isinstance(trainer, DPOTrainer) and (
         isinstance(policy, PeftModel) or (trainer.ref_model is not None and not trainer.args.sync_ref_model)
     ):
-        nats = answer_logps(policy, sampled).sum()
+        nats = fused_logps(policy, sampled).sum()
         with reference_model(trainer) as reference:
-            nats -= answer_logps(trainer.accelerator.unwrap_model(reference), sampled).sum()
+            nats -= fused_logps(trainer.accelerator.unwrap_model(reference), sampled).sum()
         found["probe/log_ratio"] = float(nats) / sum(map(len, answers))
     return found
 
