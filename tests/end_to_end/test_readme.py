@@ -337,7 +337,15 @@ def test_own_rows_train_as_described_and_leave_what_is_listed(tmp_path, tiny_mod
     assert "ended" in samples[0]["after"]
     page = (tmp_path / "outputs/mine/report.html").read_text()
     assert f"DPO of {tiny_model} on pairs.jsonl, finished 20" in page
-    for heading in ("summed", "KL to the reference", "Curves", "Side by side", "every row", "Settings", "health rules"):
+    for heading in (
+        "summed",
+        "KL to the reference",
+        "Curves",
+        "Side by side",
+        "Rows kept and dropped",
+        "Settings",
+        "health rules",
+    ):
         assert heading in page
     assert samples[0]["prompt"][-1]["content"] in page
     card = (tmp_path / "outputs/mine/README.md").read_text()
