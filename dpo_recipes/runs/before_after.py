@@ -1,6 +1,5 @@
 """Measures a finished run: the tuned model against the reference model, or a reward model on the held-out pairs."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -196,8 +195,8 @@ def _measure_answers(trainer: Trainer, questions: Questions, outcome: Outcome, *
     for temperature in questions.temperatures:
         outcome.answers += _answer(trainer, drawn[:asked], temperature, questions)
     kl = outcome.metrics["kl"] = sampled_kl(trainer, drawn[:KL_PROMPTS], max_new_tokens=questions.max_new_tokens)
-    error = math.nan if kl["standard_error"] is None else kl["standard_error"]  # a single prompt has none
-    outcome.rows.append([LABELS["kl"], "-", f"{kl['nats']:.2f} ± {error:.2f}"])
+    error = "" if kl["standard_error"] is None else f" ± {kl['standard_error']:.2f}"  # a single prompt has none
+    outcome.rows.append([LABELS["kl"], "-", f"{kl['nats']:.2f}{error}"])
     if online:
         _add_reward_scores(trainer, outcome.answers)
         outcome.note = (
