@@ -39,8 +39,11 @@ def test_an_interrupted_run_ends_with_its_status_and_goes_on(number, phase, trai
     assert not [process for process in processes if process.is_running()], told
     while_importing = phase == "start" and told.rstrip().endswith("KeyboardInterrupt")  # Python's own message
     assert "Traceback" not in told or while_importing, told
+    there_now, regular = ({path.name for path in place.glob("checkpoint-*")} for place in (there, whole))
+    saved = there_now - regular
+    assert len(saved) <= 1, told  # the interrupt's own, at the end of its step
     resume = ["--resume_from_checkpoint", "true"] if any(there.glob("checkpoint-*")) else []
     _, status = run(train("hh-rlhf-sft", *resume), tmp_path, TRAINING, output="run")
     told += (tmp_path / "log").read_text()
     assert status == 0, told
-    came_to_the_same(there, whole, told)
+    came_to_the_same(there, whole, told, saved=saved)

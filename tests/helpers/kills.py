@@ -6,7 +6,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -132,10 +132,16 @@ def is_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> boo
     return bool(one) and one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def came_to_the_same(there: Path, whole: Path, told: str) -> None:
+def came_to_the_same(there: Path, whole: Path, told: str, *, saved: Collection[str] = ()) -> None:
     """Asserts that two runs have the same weights, losses, updates and files.
 
     A run that was stopped after it wrote `done.json` is finished; the command that it names makes its page.
+
+    Args:
+        there: Folder of the run that was stopped.
+        whole: Folder of the undisturbed run.
+        told: Text of a failure.
+        saved: Names of checkpoints that only the stopped run has, because an interrupt saved them.
     """
     if not (there / "report.html").exists():
         assert "Its page is missing: dpo-recipes page" in told, told
@@ -143,7 +149,18 @@ def came_to_the_same(there: Path, whole: Path, told: str) -> None:
     assert is_same(weights(there), weights(whole)), told
     assert losses(there) == losses(whole), told
     assert read_json(there / "done.json")["updates"] == read_json(whole / "done.json")["updates"], told
-    assert names(there) == names(whole), told
+    assert names(there) == names_with(whole, saved), told
+
+
+def names_with(whole: Path, saved: Collection[str]) -> set[str]:
+    """The files of a run as `names` gives them, with further checkpoints; the newest ones of all stay."""
+    kept = [folder.name for folder in whole.glob("checkpoint-*")]
+    newest = sorted({*kept, *saved}, key=lambda name: int(name.rpartition("-")[2]))[-len(kept) :]
+    parts = [name.partition("/") for name in names(whole)]
+    within = {rest for top, _, rest in parts if top in kept}
+    return {top + slash + rest for top, slash, rest in parts if top not in kept} | {
+        f"{checkpoint}/{rest}" for checkpoint in newest for rest in within
+    }
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
