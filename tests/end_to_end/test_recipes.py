@@ -4,10 +4,8 @@ import ast
 import difflib
 import json
 import math
-import os
 import re
 import runpy
-import subprocess
 import sys
 from functools import partial
 from itertools import pairwise
@@ -19,6 +17,7 @@ import yaml
 from commands import RECIPES, REPOSITORY, run_command, run_train
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
+from small_disk import small_disk
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -558,24 +557,14 @@ def test_rows_of_another_schema_end_with_status_2(tmp_path, tiny_model):
     assert "Traceback" not in result.stderr
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A folder on a disk of 300 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder]).returncode:
-        pytest.skip("a disk this small can be mounted by root alone")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
-def test_a_full_disk_ends_with_one_message(small_disk, tmp_path, tiny_model, hh_rows):
-    result = run_train(
-        *("hh-rlhf-full", "--profile", "cpu", "--dataset_name", hh_rows),
-        *("--model_name_or_path", tiny_model, "--max_steps", "2", "--save_steps", "1", "--pairs_per_update", "4"),
-        *("--eval_pairs", "2", "--output_dir", small_disk / "run"),
-        cwd=tmp_path,
-    )
+def test_a_full_disk_ends_with_one_message(tmp_path, tiny_model, hh_rows):
+    with small_disk(tmp_path / "disk", size="300k") as disk:
+        result = run_train(
+            *("hh-rlhf-full", "--profile", "cpu", "--dataset_name", hh_rows),
+            *("--model_name_or_path", tiny_model, "--max_steps", "2", "--save_steps", "1", "--pairs_per_update", "4"),
+            *("--eval_pairs", "2", "--output_dir", disk / "run"),
+            cwd=tmp_path,
+        )
     assert result.returncode == 1
     assert "A disk is full" in result.stderr
     assert "Traceback" not in result.stderr

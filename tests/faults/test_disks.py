@@ -3,13 +3,13 @@
 test_surroundings.py tests output that cannot be written.
 """
 
-import os
 import subprocess
 from contextlib import suppress
 
 import pytest
 from commands import run_forked
 from kills import TRAINING, came_to_the_same, moment, run
+from small_disk import small_disk
 
 pytestmark = pytest.mark.faults
 
@@ -17,12 +17,8 @@ pytestmark = pytest.mark.faults
 @pytest.fixture
 def disk(tmp_path):
     """A folder on a disk of its own with 16 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder]).returncode:
-        pytest.skip("a disk of its own can be mounted by root alone")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with small_disk(tmp_path / "disk", size="16m") as folder:
+        yield folder
 
 
 def fill(folder):
