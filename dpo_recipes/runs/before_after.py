@@ -39,7 +39,7 @@ REWARD_SCORE = "reward-model score"
 
 @dataclass
 class Questions:
-    """How both models are asked: the arguments of `finish_run` with the same names."""
+    """Prompts, sampling and scores of both models' answers. `finish_run` explains each field under its name."""
 
     score: Score | None
     prompts: Sequence[Text] | None
