@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 from dpo_recipes.compare.plan import ALGORITHMS, ONLINE, Recipe, Stage
@@ -95,7 +94,7 @@ def _check_judge(judge: Stage, compared: Sequence[Stage], *, prompts: str | None
     if _prompts_of(judge) != prompts:
         raise RuntimeError(f"{judge.folder} learned from other prompts than the judge's part.")
     optimised = {digest for stage in compared for digest in _done(stage).get("reward_model_hashes", [])}
-    if weights_hash(SimpleNamespace(name_or_path=str(judge.folder))) in optimised:
+    if weights_hash(str(judge.folder)) in optimised:
         raise RuntimeError(f"{judge.folder} is the reward model that was optimised: it cannot judge.")
 
 

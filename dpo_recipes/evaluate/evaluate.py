@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -115,7 +114,7 @@ def evaluate(
     if referee and referee.scorer is None:
         _confirm(expected_cost(endpoint, asked, max_new_tokens=max_new_tokens), yes=yes)
     models = {"before": subject.start, "after": subject.model}
-    hashes = {side: _weights(model) for side, model in models.items()}
+    hashes = {side: weights_hash(model) for side, model in models.items()}
     sampling = Sampling(temperature, max_new_tokens)
     found = answer_all(
         _entries(models, hashes, seed),
@@ -246,10 +245,6 @@ def _confirm(cost: str, *, yes: bool) -> None:
         raise RecipeError("Nothing was asked. To spend that, give --yes; fewer --prompts cost less.")
 
 
-def _weights(model: str) -> str | None:
-    return weights_hash(SimpleNamespace(name_or_path=model))
-
-
 def _entries(models: Mapping[str, str], hashes: Mapping[str, str | None], seed: int) -> list[Entry]:
     """Both models. The reference model's hash counts for both, because its log-probs are kept with all answers."""
     reference = hashes["before"] or models["before"]
@@ -278,6 +273,6 @@ def _warnings(
     if hashes["before"] and hashes["before"] == hashes["after"]:
         said.append("The tuned model and the reference model have the same weights.")
     raised = read_json(Path(subject.model) / DONE_FILE).get("reward_model_hashes") or []
-    if judge and Path(judge).is_dir() and _weights(judge) in raised:
+    if judge and Path(judge).is_dir() and weights_hash(judge) in raised:
         said.append("The judge is the reward model that this run optimised: its praise says little.")
     return said

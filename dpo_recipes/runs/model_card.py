@@ -49,9 +49,9 @@ def data_hash(dataset: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def weights_hash(config: Any) -> str | None:
-    """Hash of the weights in the folder that a model was loaded from; None for a model of the Hub."""
-    files = sorted(Path(config.name_or_path).glob("*.safetensors")) if config.name_or_path else []
+def weights_hash(name: str | None) -> str | None:
+    """Hash of the weights in a model's folder; None for a model of the Hub, or for one that was made in memory."""
+    files = sorted(Path(name).glob("*.safetensors")) if name else []
     if not files:
         return None
     digest = hashlib.sha256()

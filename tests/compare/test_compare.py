@@ -450,7 +450,7 @@ def test_a_judge_that_saw_the_learners_prompts_is_no_judge(tmp_path, folder):
     runs = [finished(tmp_path, "dpo-0.1-0"), finished(tmp_path, "judge", prompts="j")]
     assert budget.check_match(runs, **MATCH)[-1]["held"]
     (tmp_path / "judge" / "model.safetensors").write_bytes(b"weights")
-    raised = record.weights_hash(SimpleNamespace(name_or_path=str(tmp_path / "judge")))
+    raised = record.weights_hash(str(tmp_path / "judge"))
     ppo = finished(tmp_path, "ppo-0.1-0")
     for hashes, alike in (["other"], False), ([raised], True):
         (ppo.folder / "done.json").write_text(json.dumps({"start_hash": "s", "reward_model_hashes": hashes}))
