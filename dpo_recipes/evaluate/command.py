@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_recipes.catalog import as_recipe, find_settings
-from dpo_recipes.flags import add_sampling, at_least, given, listed
+from dpo_recipes.flags import add_sampling, at_least, given
 from dpo_recipes.machine import default_profile, gpu_cards, set_environment
 
 
@@ -32,8 +32,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--yes", action="store_true", help="spend what an endpoint costs without asking")
     prompts = "prompts of the held-out pairs to answer: 200"
     parser.add_argument("--prompts", type=at_least(2), default=200, help=prompts)
-    parser.add_argument("--tasks", type=listed(str), metavar="A,B", help="tasks of lm-evaluation-harness, on both")
-    parser.add_argument("--tasks_path", metavar="DIR", help="task files of your own, in its format")
     parser.add_argument("--output_dir", metavar="DIR", help="a recipe's run; of a model, where the results go")
     parser.add_argument("--profile", metavar="P", help="as in train")
     add_sampling(parser, 1.0)

@@ -19,7 +19,6 @@ from trl import RewardConfig
 
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluate.answers import Entry, Sampling, answer_all, draw_prompts
-from dpo_recipes.evaluate.general import find_tasks, general_tasks
 from dpo_recipes.evaluate.judges import open_judge
 from dpo_recipes.evaluate.pairwise import Judged, expected_cost
 from dpo_recipes.evaluate.report import write_report
@@ -75,8 +74,6 @@ def evaluate(
     seed: int = 0,
     judge: str | None = None,
     yes: bool = False,
-    tasks: Sequence[str] = (),
-    tasks_path: str | None = None,
     endpoint: Mapping[str, Any],
 ) -> Path:
     """Evaluates a model against its reference model, and returns the path of eval.json.
@@ -97,16 +94,11 @@ def evaluate(
         seed: Of the sampling.
         judge: As `open_judge` reads it.
         yes: Whether to spend what an endpoint costs without asking.
-        tasks: Tasks of lm-evaluation-harness, run on both models.
-        tasks_path: A folder with the user's own task files.
         endpoint: Fields of `Endpoint` except the URL.
 
     Raises:
         RecipeError: If the call or the data is wrong.
     """
-    if tasks_path and not tasks:
-        raise RecipeError("--tasks_path is a folder of task files: name the tasks with --tasks.")
-    manager = find_tasks(tasks, tasks_path) if tasks else None
     subject = _open_subject(name, recipe, profile=profile, flags=flags, base=base, output_dir=output_dir)
     kept = _prepare_folder(subject.folder)
     asked = draw_prompts(subject.pairs, start=subject.start, most=prompts)
@@ -128,7 +120,6 @@ def evaluate(
     texts = [[answer["text"] for answer in found[side]["answers"]] for side in SIDES]
     judged = referee.compare(asked, *texts) if referee else None
     answers = answer_pairs(found, asked, judged)
-    at: dict[str, Any] = {"models": models, "hashes": hashes, "folder": kept / "tasks"}
     results = {
         **_about(subject),
         "judge": referee.name if referee else None,
@@ -139,7 +130,6 @@ def evaluate(
         **judging(found, subject.pairs, referee, judged),
         **preference(found, subject.beta),
         **measures(found, judged, greedy=temperature == 0),
-        "tasks": general_tasks(tasks, manager, **at, trust_remote_code=subject.trust_remote_code) if tasks else None,
         "samples": answers[:SHOWN],  # the prompts were drawn by seed
     }
     return write_report(subject.folder, results, answers)

@@ -24,8 +24,6 @@ def write_report(folder: Path, results: Mapping[str, Any], answers: Sequence[Map
     write_jsonl(folder / "eval.jsonl", answers)
     page = write_run_page(folder)
     shown, words = table(("", *SIDES), _rows(results)), results["verdict"]["words"]
-    if results["tasks"]:
-        words += f"\n\nGeneral tasks: {results['tasks']['words']}"
     if (folder / "README.md").exists() and (folder / DONE_FILE).exists():
         _put_into_card(folder / "README.md", results, words, shown)
     warnings = [f"WARNING: {warning}" for warning in results["warnings"]]
@@ -59,10 +57,4 @@ def _rows(results: Mapping[str, Any]) -> list[list[Any]]:
         found["calibration error"] = {"after": f"{fit['expected_calibration_error']:.3f}"}
     found["perplexity on chosen"] = results["perplexity"]
     found |= {MEASURES[key][0]: sides for key, sides in results["measures"].items()}
-    for row in results["tasks"]["rows"] if results["tasks"] else ():
-        found[row["name"]] = {side: _with_error(**row[side]) for side in SIDES}
     return [[label, *(sides.get(side, "-") for side in SIDES)] for label, sides in found.items()]
-
-
-def _with_error(mean: float, standard_error: float | None) -> str:
-    return f"{mean:.3f}" if standard_error is None else f"{mean:.3f} (s.e. {standard_error:.3f})"

@@ -5,14 +5,11 @@ import io
 import json
 import math
 import shutil
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import REPOSITORY
 from judge_server import Server
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -21,7 +18,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from dpo_recipes.cli import main
 from dpo_recipes.estimates import Estimate, wilson
-from dpo_recipes.evaluate import general
 from dpo_recipes.evaluate.results import verdict
 from dpo_recipes.models.pair_ids import encode_pairs
 from dpo_recipes.preflight.tokens import render
@@ -357,7 +353,6 @@ def test_an_interval_that_touches_a_line_is_not_above_it():
         (["--judge", "no/such-model"], "Cannot load the reward model"),
         (["--unknown_flag", "1"], "unknown_flag"),
         (["--judge_model", "m"], "is for an endpoint"),
-        (["--tasks_path", "folder"], "name the tasks with --tasks"),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_answers(call, run, flags, message, capsys, monkeypatch):
@@ -366,76 +361,3 @@ def test_what_is_wrong_is_said_before_a_model_answers(call, run, flags, message,
     said = capsys.readouterr()
     assert message in said.err
     assert "Answers of" not in said.out
-
-
-def test_tasks_need_their_extra_and_their_names(call, run, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    assert call(run, "--tasks", "hellaswag") == 2
-    assert "pip install 'dpo-recipes[lm-eval]'" in capsys.readouterr().err
-
-
-@torch.no_grad()
-def right_endings(model, tokenizer, questions):
-    """For each question whether the right ending is the likeliest, a choice at a time."""
-    right = []
-    for row in questions:
-        logps = []
-        for choice in row["choices"]:
-            prompt, whole = (tokenizer(text)["input_ids"] for text in (row["question"], f"{row['question']} {choice}"))
-            found = model(torch.tensor([whole])).logits[0, :-1].log_softmax(-1)
-            logps.append(found.gather(1, torch.tensor(whole)[1:, None])[len(prompt) - 1 :].sum().item())
-        right.append(float(np.argmax(logps) == row["answer"]))
-    return np.array(right)
-
-
-@pytest.mark.skipif(not find_spec("lm_eval"), reason="lm-evaluation-harness is not installed")
-@pytest.mark.filterwarnings("ignore")  # those of lm-evaluation-harness and of what it imports
-def test_general_tasks_before_and_after(call, run, tiny_model, capsys):
-    shutil.copytree(REPOSITORY / "tests/fixtures/tasks", "tasks")
-    flags = ("--prompts", "2", "--output_dir", "out", "--tasks_path", "tasks", "--tasks")
-    assert call(run, *flags, "beginnings") == 2
-    assert "has no task beginnings" in capsys.readouterr().err
-    assert call(run, *flags, "endings") == 0
-    results = json.loads(Path("out/eval.json").read_text())["tasks"]
-    assert results["words"] in capsys.readouterr().out
-    assert "Evaluation: general tasks" in Path("out/report.html").read_text()
-    questions = [json.loads(line) for line in Path("tasks/endings.jsonl").read_text().splitlines()]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
-    before = right_endings(model, tokenizer, questions)
-    model.load_adapter(str(run))
-    after = right_endings(model, tokenizer, questions)
-    assert before.mean() != after.mean()
-    [row] = results["rows"]
-    assert (row["name"], row["n"], row["better"]) == ("endings, acc", len(questions), "higher")
-    for found, values in ((row["before"], before), (row["after"], after), (row["difference"], after - before)):
-        expected = {"mean": values.mean(), "standard_error": values.std(ddof=1) / len(values) ** 0.5}
-        assert found == pytest.approx(expected)
-
-
-def harness_results(mean, error, values, *, higher=True):
-    """What lm-evaluation-harness returns for a task of one metric."""
-    return {
-        "results": {"t": {"alias": "t", "m,none": mean, "m_stderr,none": error}},
-        "samples": {"t": [{"filter": "none", "m": value} for value in values]},
-        "higher_is_better": {"t": {"m": higher}},
-    }
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "standard_error", "degraded"),
-    [
-        ((0.75, 0.1, [1, 1, 1, 0] * 25), (0.72, 0.1, [1, 1, 1, 0] * 22 + [1, 1, 0, 0] * 3), 0.0171, False),
-        ((0.75, 0.1, [1, 1, 1, 0] * 25), (0.70, 0.1, [1, 1, 1, 0] * 20 + [1, 1, 0, 0] * 5), 0.0219, True),
-        ((0.75, 0.03, []), (0.65, 0.04, []), 0.05, True),  # a group has no questions of its own: 2 standard errors
-        ((0.75, 0.03, []), (0.66, 0.04, []), 0.05, False),
-        ((9.0, 0.1, [(2.0, 1)] * 9), (10.0, 0.1, [(2.3, 1)] * 9), 0.1414, False),  # higher is better
-        ((9.0, "N/A", []), (10.0, "N/A", []), None, None),
-    ],
-)
-def test_worse_is_what_is_worse_by_more_than_chance_explains(before, after, standard_error, degraded):
-    [row] = general._rows(harness_results(*before), harness_results(*after))
-    assert row["difference"]["standard_error"] == pytest.approx(standard_error, abs=1e-4)
-    assert row["degraded"] == degraded
-    assert ("worse at t, m," in general._words([row])) == bool(degraded)
-    [lower] = general._rows(harness_results(*before, higher=False), harness_results(*after, higher=False))
-    assert lower["degraded"] == (None if degraded is None else after[0] > before[0])
