@@ -80,12 +80,11 @@ def ask_all(
         RecipeError: If the endpoint refuses the key, the model or the address, or answers nothing at all.
     """
     rows = [row for row, (one, other) in enumerate(zip(first, second, strict=True)) if one.strip() != other.strip()]
-    questions = [
-        QUESTION.format(conversation=_as_text(prompts[row]), first=one, second=other)
+    bodies = [
+        request_body(endpoint, QUESTION.format(conversation=_as_text(prompts[row]), first=one[row], second=other[row]))
         for row in rows
-        for one, other in ((second[row], first[row]), (first[row], second[row]))
+        for one, other in ((second, first), (first, second))
     ]
-    bodies = [request_body(endpoint, question) for question in questions]
     keys = [hashlib.sha256(f"{endpoint.url} {body}".encode()).hexdigest() for body in bodies]
     replies = {entry.pop("key"): entry for entry in read_jsonl(cache)}
     missing = {key: body for key, body in zip(keys, bodies, strict=True) if key not in replies}
