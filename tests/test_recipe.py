@@ -2,6 +2,7 @@ import errno
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pytest

@@ -112,7 +112,7 @@ def test_pairs_of_sharegpt_are_taken_unchanged():
 @pytest.mark.parametrize("column", ["question", "instruction", "query"])
 def test_rows_without_a_prompt_are_refused_with_the_likely_column(column):
     rows = Dataset.from_list([{column: "Name a tree.", "system": "s", "chosen": "An oak.", "rejected": "A stone."}])
-    with pytest.raises(RecipeError, match=f"--columns prompt={column} or"):
+    with pytest.raises(RecipeError, match=f"--columns prompt={column};"):
         recognise(rows)(rows)
 
 
