@@ -25,7 +25,7 @@ from dpo_recipes.models.checkpoints import WEIGHTS_ALONE, checkpoints_of, incomp
 from dpo_recipes.models.open import check_weights, full_model
 from dpo_recipes.secrecy import hide, hide_flags, secrets_of, take_secrets
 from dpo_recipes.settings import check_settings, effective_settings, settings_differences
-from dpo_recipes.terminal import outlive_the_terminal, runnable, say
+from dpo_recipes.terminal import outlive_the_terminal, runnable, say, this_python
 from dpo_recipes.tracking import check_hub, check_trackers
 
 FLAG = 2  # the place of a setting that a flag gave
@@ -157,9 +157,8 @@ def _parse(
         parsed: tuple[Any, ...] = parser.parse_args_and_config(argv[1:])[: len(dataclass_types)]
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:
         hint = " Use the profile cpu without a GPU, turing on a card without bfloat16." if "bf16" in str(error) else ""
-        told = hide(f"{error}{hint}", _SECRETS)
-        listed = f" `{os.path.relpath(sys.executable)} {argv[0]} --help` lists the settings."
-        raise RecipeError(told + (listed if Path(argv[0]).is_file() else "")) from error
+        listed = f". `{this_python()} {argv[0]} --help` lists the settings." if Path(argv[0]).is_file() else ""
+        raise RecipeError(hide(f"{error}{hint}", _SECRETS) + listed) from error
     if not loads_by_name and (unused := {*flags, *recipe} & {entry.name for entry in fields(_LoadedByName)}):
         raise RecipeError(f"{unused.pop()} has no effect here: this recipe makes its own model. Leave it out.")
     return parsed, given

@@ -16,9 +16,14 @@ def shown(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def this_python() -> str:
+    """The path of this Python, from the current folder where that is shorter."""
+    return min(sys.executable, os.path.relpath(sys.executable), key=len)
+
+
 def runnable(text: str) -> str:
     """The text as `shown` has it, with the command `dpo-recipes VERB` as the user's shell finds it."""
-    ours = "dpo-recipes" if shutil.which("dpo-recipes") else f"{os.path.relpath(sys.executable)} -m dpo_recipes"
+    ours = "dpo-recipes" if shutil.which("dpo-recipes") else f"{this_python()} -m dpo_recipes"
     return re.sub(r"(?<![\w./-])dpo-recipes(?= [a-z])", ours, shown(text))
 
 

@@ -536,14 +536,14 @@ def test_a_wrong_call_ends_with_status_2_and_no_traceback(flags, message, tmp_pa
 
 @pytest.mark.slow
 def test_the_hint_after_a_mistyped_flag_is_a_command_that_lists_the_settings(tmp_path):
-    refused = run_train("hh-rlhf-lora", "--profile", "cpu", "--betta", "0.3", cwd=tmp_path)
+    refused = run_train("hh-rlhf-lora", "--profile", "cpu", "--nonsense", "1", cwd=tmp_path)
     assert refused.returncode == 2
     [hint] = re.findall(r"`(.*)` lists the settings", refused.stderr)
     listed = run_command(*shlex.split(hint), cwd=tmp_path)
     assert listed.returncode == 0, listed.stderr
     assert "--pairs_per_update" in listed.stdout
-    refused = run_forked("inspect", "rows.jsonl", "--model_name_or_path", "m", "--betta", "0.3", cwd=tmp_path)
-    assert "--betta" in refused.stderr
+    refused = run_forked("inspect", "rows.jsonl", "--model_name_or_path", "m", "--nonsense", "1", cwd=tmp_path)
+    assert "--nonsense" in refused.stderr
     assert "--help" not in refused.stderr, "there is no file whose settings could be listed"
 
 
