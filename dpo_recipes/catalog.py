@@ -3,6 +3,7 @@
 import ast
 import difflib
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,13 @@ def copy_recipe(name: str, destination: str | None = None) -> str:
         raise RecipeError(f"Got {copy} as the copy's name, which must end in .py, or be a folder that exists.")
     if copy.exists():
         raise RecipeError(
-            f"{copy} exists already, and it may hold your changes. Name another file: copy {name} FILE.py."
+            f"{copy} exists already, and it may hold your changes. Name another: dpo-recipes copy {name} FILE.py."
         )
     try:
         shutil.copyfile(recipe, copy)
     except OSError as error:
         raise RecipeError(f"Cannot write {copy}: {error.strerror}.") from error
-    return f"{copy} is yours to change. Train it with: dpo-recipes train {copy}"
+    return f"{copy} is yours to change. Train it with: dpo-recipes train {shlex.quote(str(copy))}"
 
 
 def recipe_folders() -> list[Path]:

@@ -17,7 +17,7 @@ from dpo_recipes.launch import command as launch
 from dpo_recipes.models import command as models
 from dpo_recipes.sample import command as sample
 from dpo_recipes.secrecy import hide, secrets_of
-from dpo_recipes.terminal import outlive_the_terminal, shown
+from dpo_recipes.terminal import outlive_the_terminal, runnable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.call(options, flags) or 0
     except RecipeError as error:
-        sys.stderr.write(f"dpo-recipes: {shown(hide(str(error), secrets))}\n")
+        sys.stderr.write(f"dpo-recipes: {runnable(hide(str(error), secrets))}\n")
         return 2
     except KeyboardInterrupt:
         return 130
@@ -53,7 +53,3 @@ def build_parser() -> ArgumentParser:
     for room in (catalog, launch, evaluate, compare, sample, models, doctor):
         room.add_parser(commands)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

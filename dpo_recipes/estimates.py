@@ -74,10 +74,8 @@ def estimate(statistic: Statistic, seeds: Sequence[Sequence[Array]], *, resample
 
     low = high = float(np.mean(values))
     if n > 1 and any(np.ptp(array) > 0 for arrays in seeds for array in arrays):
-        drawn = bootstrap(
-            (np.arange(n),), of_rows, vectorized=False, method="percentile", n_resamples=resamples, rng=0
-        ).confidence_interval
-        low, high = float(drawn.low), float(drawn.high)
+        arguments: dict[str, Any] = dict(vectorized=False, method="percentile", n_resamples=resamples, rng=0)
+        low, high = map(float, bootstrap((np.arange(n),), of_rows, **arguments).confidence_interval)
     seeds_low, seeds_high = t_interval(values) or (None, None)
     return {
         **{"mean": float(np.mean(values)), "low": low, "high": high, "n": n},

@@ -45,9 +45,7 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise RecipeError(
-            f"Cannot write into {folder}: {error.strerror}. Name another place for the results."
-        ) from error
+        raise RecipeError(f"Cannot write into {folder}: {error.strerror}. Name another place for it.") from error
 
 
 def fingerprint(file: Path | IO[bytes]) -> str:

@@ -36,7 +36,11 @@ _SPLIT_WORDS = {"train": ("train", "training"), "test": ("test",), "validation":
 _MIXED = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")  # columns that a mixture keeps
 _TEST_SHARE = 0.05  # of the prompts, where the dataset has no test split of its own
 _STREAMED = 5000  # rows of each split
-_WAY_OUT = "name a local file or folder (--dataset_name pairs.jsonl), or try `make train`, which needs no dataset"
+_WAY_OUT = "name a local file or folder (--dataset_name pairs.jsonl), or try the quickstart, which needs no dataset"
+_PAIRS = """\
+{"prompt": "Name a river.", "chosen": "The Elbe.", "rejected": "I would rather not."}
+{"prompt": "Name a tree.", "chosen": "The beech.", "rejected": "Trees are plants."}
+{"prompt": "Name a bird.", "chosen": "The wren.", "rejected": "A bird is an animal."}"""
 _UNREADABLE = (OSError, ValueError, EOFError, LookupError, StopIteration, DatasetsError)  # pyarrow's are ValueErrors
 _READS_CACHE = {"_memory_mapped_record_batch_reader_from_file", "from_directory"}  # functions of datasets
 
@@ -244,7 +248,10 @@ def _load(name: str, config: str | None, *, streaming: bool) -> Mapping[str, Any
             raise RecipeError(f"{name} is one file and has no configuration {config}. Leave out --dataset_config.")
         return {"train": _load_files([path], streaming=streaming)}
     if _suffix(path) in _BUILDERS or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise RecipeError(f"There is no file or folder {name} (looked in {Path.cwd()}). Check the path, or {_WAY_OUT}.")
+        raise RecipeError(
+            f"There is no file or folder {name} (looked in {Path.cwd()}). Name yours with --dataset_name. The recipe "
+            f"preference-lora reads pairs of your own from a file of one pair a line:\n{_PAIRS}"
+        )
     return _load_from_hub(name, config, streaming=streaming)
 
 

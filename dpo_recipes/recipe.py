@@ -16,7 +16,7 @@ from transformers.hf_argparser import HfArg
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import ModelConfig, RewardConfig, ScriptArguments, TrlParser
 
-from dpo_recipes.catalog import read_yaml
+from dpo_recipes.catalog import list_recipes, read_yaml
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.files import check_writable, read_json
 from dpo_recipes.flags import grouped
@@ -25,7 +25,7 @@ from dpo_recipes.models.checkpoints import WEIGHTS_ALONE, checkpoints_of, incomp
 from dpo_recipes.models.open import check_weights, full_model
 from dpo_recipes.secrecy import hide, hide_flags, secrets_of, take_secrets
 from dpo_recipes.settings import check_settings, effective_settings, settings_differences
-from dpo_recipes.terminal import outlive_the_terminal, say, shown
+from dpo_recipes.terminal import outlive_the_terminal, runnable, say, this_python
 from dpo_recipes.tracking import check_hub, check_trackers
 
 FLAG = 2  # the place of a setting that a flag gave
@@ -54,16 +54,12 @@ class RecipeArguments(ScriptArguments):
     )
     overwrite: bool = HfArg(default=False, help="Replace the run that the output folder holds.")
     dry_run: bool = HfArg(default=False, help="Print settings, the account of the pairs and the needs; start nothing.")
-    threshold: list[str] | None = field(
-        default=None, metadata={"help": "Where the preflight warns or refuses: without_eos=0.1 longer=0.8."}
-    )
+    threshold: list[str] | None = field(default=None, metadata={"help": "Where the preflight warns: longer=0.8."})
     shared_prefix: str = HfArg(
         default="auto", metadata={"choices": ["auto", "true", "false"]}, help="Encode prompts once: auto where tested."
     )
     health: str = HfArg(
-        default="warn",
-        metadata={"choices": ["warn", "stop", "off"]},
-        help="Say what goes wrong, or stop if fatal.",
+        default="warn", metadata={"choices": ["warn", "stop", "off"]}, help="Say what goes wrong, or stop if fatal."
     )
     settings: dict[str, Any] = field(init=False, default_factory=dict)
     """All settings in force, set by `parse_recipe`; not a flag."""
@@ -161,8 +157,8 @@ def _parse(
         parsed: tuple[Any, ...] = parser.parse_args_and_config(argv[1:])[: len(dataclass_types)]
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:
         hint = " Use the profile cpu without a GPU, turing on a card without bfloat16." if "bf16" in str(error) else ""
-        told = hide(f"{error}{hint}", _SECRETS)
-        raise RecipeError(f"{told} `python {argv[0]} --help` lists the settings.") from error
+        listed = f". `{this_python()} {argv[0]} --help` lists the settings." if Path(argv[0]).is_file() else ""
+        raise RecipeError(hide(f"{error}{hint}", _SECRETS) + listed) from error
     if not loads_by_name and (unused := {*flags, *recipe} & {entry.name for entry in fields(_LoadedByName)}):
         raise RecipeError(f"{unused.pop()} has no effect here: this recipe makes its own model. Leave it out.")
     return parsed, given
@@ -344,9 +340,8 @@ def check_start(settings: Mapping[str, Any], training_args: TrainingArguments) -
     """
     if name := settings.get("model_name_or_path"):
         is_reward_model = isinstance(training_args, RewardConfig)
-        options: dict[str, Any] = dict(
-            revision=settings.get("model_revision") or "main", trust_remote_code=training_args.trust_remote_code
-        )
+        revision = settings.get("model_revision") or "main"
+        options: dict[str, Any] = dict(revision=revision, trust_remote_code=training_args.trust_remote_code)
         check_weights(replace(full_model(name, **options), is_reward_model=is_reward_model), **options)
 
 
@@ -362,9 +357,8 @@ def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) ->
             reward model (which RewardConfig accepts).
     """
     name = str(model_args.model_name_or_path)
-    options: dict[str, Any] = dict(
-        revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
-    )
+    code = training_args.trust_remote_code
+    options: dict[str, Any] = dict(revision=model_args.model_revision, trust_remote_code=code)
     _check_kind(name, is_reward_model=isinstance(training_args, RewardConfig), **options)
     try:
         load = AutoTokenizer.from_pretrained
@@ -385,10 +379,9 @@ def _check_kind(name: str, *, is_reward_model: bool, **options: Any) -> None:
     if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
         raise RecipeError(f"{name} holds no config.json; a full model is needed. Name its folder.")
     if not folder.exists() and (folder.is_absolute() or folder.parts[0] in (".", "..", "outputs")):
-        raise RecipeError(
-            f"There is no model in {name}. If a recipe makes it, train that one first: make train "
-            f"RECIPE={folder.name.replace('_', '-')}."
-        )
+        recipe = folder.name.replace("_", "-")
+        remedy = f"Train it first: dpo-recipes train {recipe}" if recipe in list_recipes() else "Check the path"
+        raise RecipeError(f"There is no model in {name}. {remedy}.")
     try:
         artifact = full_model(name, reward_model=None if is_reward_model else False, **options)
     except RecipeError as error:
@@ -411,7 +404,7 @@ def _unreachable(name: str, error: BaseException) -> str:
         return f"Cannot load {name}: {said} Its files are damaged or of another library: save the model again."
     return (
         f"Cannot load {name}: {said} Without the Hub, give a local folder with --model_name_or_path, or run the "
-        "quickstart, which needs no network: make train."
+        "quickstart, which needs no network: dpo-recipes train quickstart."
     )
 
 
@@ -503,5 +496,5 @@ def is_disk_full(error: Exception) -> bool:
 def _leave(status: int, message: str) -> NoReturn:
     """Ends the process; the main process alone shows the message, without secrets."""
     if int(os.environ.get("RANK", "0")) == 0:
-        sys.stderr.write(f"{shown(hide(message, _SECRETS))}\n")
+        sys.stderr.write(f"{runnable(hide(message, _SECRETS))}\n")
     raise SystemExit(status)

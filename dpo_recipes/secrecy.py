@@ -16,9 +16,7 @@ NAMES = re.compile(
 
 def hide(text: str, secrets: Iterable[str]) -> str:
     """The text with stars in place of each secret, also where the secret is quoted for a URL or in JSON."""
-    forms = {
-        form for secret in secrets if secret for form in (secret, quote(secret, safe=""), json.dumps(secret)[1:-1])
-    }
+    forms = {form for one in secrets if one for form in (one, quote(one, safe=""), json.dumps(one)[1:-1])}
     for form in sorted(forms, key=len, reverse=True):
         text = text.replace(form, HIDDEN)
     return text

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 from contextlib import suppress
 from typing import Any
@@ -15,10 +16,21 @@ def shown(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def this_python() -> str:
+    """The path of this Python, from the current folder where that is shorter."""
+    return min(sys.executable, os.path.relpath(sys.executable), key=len)
+
+
+def runnable(text: str) -> str:
+    """The text as `shown` has it, with the command `dpo-recipes VERB` as the user's shell finds it."""
+    ours = "dpo-recipes" if shutil.which("dpo-recipes") else f"{this_python()} -m dpo_recipes"
+    return re.sub(r"(?<![\w./-])dpo-recipes(?= [a-z])", ours, shown(text))
+
+
 def say(text: str) -> None:
-    """Writes to standard output at once, from the main process only; control characters are spelt out."""
+    """Writes to standard output at once, from the main process only, as `runnable` has it."""
     if int(os.environ.get("RANK", "0")) == 0:
-        sys.stdout.write(f"{shown(text)}\n")
+        sys.stdout.write(f"{runnable(text)}\n")
         sys.stdout.flush()
 
 

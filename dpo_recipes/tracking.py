@@ -7,10 +7,7 @@ from typing import Any
 
 from huggingface_hub import constants, get_token, is_offline_mode
 from transformers import Trainer, TrainingArguments
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.manifest import claim

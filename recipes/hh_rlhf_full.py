@@ -5,7 +5,7 @@ its gradients and AdamW, 2 to 4 for the reference model: 30 GB, the rest activat
 
     make train RECIPE=hh-rlhf-full
     make train RECIPE=hh-rlhf-full ARGS="--accelerate zero3 --model_name_or_path Qwen/Qwen2.5-7B-Instruct"
-    make train RECIPE=hh-rlhf-full PROFILE=cpu ARGS="--model_name_or_path PATH_OF_A_SMALL_MODEL --max_steps 100"
+    make train RECIPE=hh-rlhf-full PROFILE=cpu ARGS="--model_name_or_path SMALL --max_length 256 --max_steps 100"
 
 Make it yours: `dpo-recipes copy hh-rlhf-full`, then change RECIPE, and `load_pairs` for data of your own.
 """

@@ -5,7 +5,7 @@ activations; it has not been measured on such a card). The first run downloads t
 
     make train RECIPE=hh-rlhf-lora
     make train RECIPE=hh-rlhf-lora ARGS="--beta 0.3 --dataset_name Anthropic/hh-rlhf:20000 --output_dir outputs/beta03"
-    make train RECIPE=hh-rlhf-lora PROFILE=cpu ARGS="--model_name_or_path PATH_OF_A_SMALL_MODEL --max_steps 100"
+    make train RECIPE=hh-rlhf-lora PROFILE=cpu ARGS="--model_name_or_path SMALL --max_length 256 --max_steps 100"
 
 Make it yours: `dpo-recipes copy hh-rlhf-lora`, then change RECIPE, and `load_pairs` for data of your own.
 """

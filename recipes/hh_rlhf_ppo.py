@@ -1,4 +1,4 @@
-"""PPO with a LoRA adapter against a reward model of Anthropic's helpful and harmless dialogues (hh-rlhf).
+r"""PPO with a LoRA adapter against a reward model of Anthropic's helpful and harmless dialogues (hh-rlhf).
 
 Needs: a GPU with 80 GB for Qwen2.5-1.5B (an estimate: 3 GB each of frozen bfloat16 weights for policy, critic and
 reward model, 15 GB of keys and values while 512 answers are sampled, the rest activations; it has not been measured).
@@ -6,7 +6,8 @@ A missing reward model is trained first.
 
     make train RECIPE=hh-rlhf-ppo
     make train RECIPE=hh-rlhf-ppo ARGS="--reward_model_name_or_path NAME_OF_A_REWARD_MODEL --output_dir outputs/ppo"
-    make train RECIPE=hh-rlhf-ppo PROFILE=cpu ARGS="--model_name_or_path SMALL --reward_model_name_or_path ITS_JUDGE"
+    make train RECIPE=hh-rlhf-ppo PROFILE=cpu ARGS="--model_name_or_path SMALL --max_steps 8 \
+      --reward_model_name_or_path ITS_JUDGE --max_prompt_length 128 --max_completion_length 128"
 
 Make it yours: `dpo-recipes copy hh-rlhf-ppo`, then change RECIPE, and `load_pairs` for data of your own.
 """

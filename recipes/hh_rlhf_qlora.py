@@ -5,7 +5,7 @@ has not been measured on such a card). The first run downloads the model and 161
 
     make train RECIPE=hh-rlhf-qlora
     make train RECIPE=hh-rlhf-qlora ARGS="--dataset_name Anthropic/hh-rlhf:20000 --output_dir outputs/sample"
-    make train RECIPE=hh-rlhf-qlora PROFILE=cpu ARGS="--model_name_or_path PATH_OF_A_SMALL_MODEL --max_steps 100"
+    make train RECIPE=hh-rlhf-qlora PROFILE=cpu ARGS="--model_name_or_path SMALL --max_length 256 --max_steps 100"
 
 Make it yours: `dpo-recipes copy hh-rlhf-qlora`, then change RECIPE, and `load_pairs` for data of your own.
 """

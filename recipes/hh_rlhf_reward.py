@@ -6,7 +6,7 @@ the LoRA adapter is merged into it.
 
     make train RECIPE=hh-rlhf-reward
     make train RECIPE=hh-rlhf-reward ARGS="--load_in_4bit true --dtype bfloat16 --output_dir outputs/four_bit_reward"
-    make train RECIPE=hh-rlhf-reward PROFILE=cpu ARGS="--model_name_or_path PATH_OF_A_SMALL_MODEL --max_steps 100"
+    make train RECIPE=hh-rlhf-reward PROFILE=cpu ARGS="--model_name_or_path SMALL --max_length 256 --max_steps 100"
 
 Make it yours: `dpo-recipes copy hh-rlhf-reward`, then change RECIPE, and `load_pairs` for data of your own.
 """

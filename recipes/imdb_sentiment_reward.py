@@ -6,7 +6,7 @@ score; the LoRA adapter is merged into it.
 
     make train RECIPE=imdb-sentiment-reward
     make train RECIPE=imdb-sentiment-reward ARGS="--num_train_epochs 3 --output_dir outputs/as_in_the_paper"
-    make train RECIPE=imdb-sentiment-reward PROFILE=cpu ARGS="--model_name_or_path SMALL_MODEL --max_steps 100"
+    make train RECIPE=imdb-sentiment-reward PROFILE=cpu ARGS="--model_name_or_path SMALL --max_steps 100"
 
 Make it yours: `dpo-recipes copy imdb-sentiment-reward`, then change RECIPE, and `load_pairs` for data of your own.
 """

@@ -6,7 +6,7 @@ and ranks them by a classifier. The other imdb_sentiment recipes learn from thes
 
     make train RECIPE=imdb-sentiment-sft
     make train RECIPE=imdb-sentiment-sft ARGS="--dataset_name stanfordnlp/imdb:5000 --output_dir outputs/small"
-    make train RECIPE=imdb-sentiment-sft PROFILE=cpu ARGS="--model_name_or_path PATH_OF_A_SMALL_MODEL --max_steps 100"
+    make train RECIPE=imdb-sentiment-sft PROFILE=cpu ARGS="--model_name_or_path SMALL --max_length 256 --max_steps 100"
 
 Make it yours: `dpo-recipes copy imdb-sentiment-sft`, then change RECIPE, and `load_pairs` for texts of your own.
 """

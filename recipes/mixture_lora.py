@@ -6,7 +6,7 @@ and draws samples of them.
 
     make train RECIPE=mixture-lora
     make train RECIPE=mixture-lora ARGS="--dataset_name mine.jsonl+Anthropic/hh-rlhf:5000 --output_dir outputs/mine"
-    make train RECIPE=mixture-lora PROFILE=cpu ARGS="--model_name_or_path PATH_OF_A_SMALL_MODEL --max_steps 100"
+    make train RECIPE=mixture-lora PROFILE=cpu ARGS="--model_name_or_path SMALL --max_length 256 --max_steps 100"
 
 Make it yours: `dpo-recipes copy mixture-lora`, then change RECIPE, and `load_pairs` for data of your own.
 """

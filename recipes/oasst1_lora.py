@@ -6,7 +6,7 @@ of which pairs are made: the data account counts them.
 
     make train RECIPE=oasst1-lora
     make train RECIPE=oasst1-lora ARGS="--dataset_name OpenAssistant/oasst2 --output_dir outputs/oasst2"
-    make train RECIPE=oasst1-lora PROFILE=cpu ARGS="--model_name_or_path PATH_OF_A_SMALL_MODEL --max_steps 100"
+    make train RECIPE=oasst1-lora PROFILE=cpu ARGS="--model_name_or_path SMALL --max_length 256 --max_steps 100"
 
 Make it yours: `dpo-recipes copy oasst1-lora`, then change RECIPE, and `load_pairs` for data of your own.
 """

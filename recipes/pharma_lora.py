@@ -9,7 +9,7 @@ activations; it has not been measured on such a card). The first run downloads t
 
     make train RECIPE=pharma-lora
     make train RECIPE=pharma-lora ARGS="--beta 0.3 --output_dir outputs/beta03"
-    make train RECIPE=pharma-lora PROFILE=cpu ARGS="--model_name_or_path PATH_OF_A_SMALL_MODEL --max_steps 100"
+    make train RECIPE=pharma-lora PROFILE=cpu ARGS="--model_name_or_path SMALL --max_length 256 --max_steps 100"
 
 Make it yours: `dpo-recipes copy pharma-lora`, then change RECIPE, and `dataset_name` for pairs of your own.
 """

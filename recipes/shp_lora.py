@@ -6,7 +6,7 @@ score ratio and the limit for each post drop some of them: the data account coun
 
     make train RECIPE=shp-lora
     make train RECIPE=shp-lora ARGS="--dataset_config askculinary --output_dir outputs/askculinary"
-    make train RECIPE=shp-lora PROFILE=cpu ARGS="--model_name_or_path PATH_OF_A_SMALL_MODEL --max_steps 100"
+    make train RECIPE=shp-lora PROFILE=cpu ARGS="--model_name_or_path SMALL --max_length 256 --max_steps 100"
 
 Make it yours: `dpo-recipes copy shp-lora`, then change RECIPE, and `load_pairs` for data of your own.
 """

@@ -5,7 +5,7 @@ has not been measured on such a card). The first run downloads the model and 61,
 
     make train RECIPE=ultrafeedback-qlora
     make train RECIPE=ultrafeedback-qlora ARGS="--dataset_name trl-lib/ultrafeedback_binarized --output_dir outputs/trl"
-    make train RECIPE=ultrafeedback-qlora PROFILE=cpu ARGS="--model_name_or_path PATH_OF_A_SMALL_MODEL --max_steps 100"
+    make train RECIPE=ultrafeedback-qlora PROFILE=cpu ARGS="--model_name_or_path SMALL --max_length 256 --max_steps 100"
 
 Make it yours: `dpo-recipes copy ultrafeedback-qlora`, then change RECIPE, and `load_pairs` for data of your own.
 """

@@ -14,6 +14,9 @@ import pytest
 
 from dpo_recipes.doctor import miniature
 
+# As after `source .venv/bin/activate`: messages then name the command by its name alone.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
 for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # of a `make test` that runs these tests, not of the makes in them
     os.environ.pop(name, None)
 

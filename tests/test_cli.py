@@ -40,7 +40,7 @@ def test_version(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_the_module_runs_as_the_command_does() -> None:
-    command = [sys.executable, "-m", "dpo_recipes.cli", "--version"]
+    command = [sys.executable, "-m", "dpo_recipes", "--version"]
     assert subprocess.run(command, capture_output=True, text=True).stdout.split() == ["dpo-recipes", __version__]
 
 
@@ -72,6 +72,9 @@ def test_copy_puts_the_recipe_here_and_says_what_to_run(capsys: pytest.CaptureFi
     assert main(["copy", "hh-rlhf-lora"]) == 0
     assert Path("hh_rlhf_lora.py").read_text() == (REPOSITORY / "recipes" / "hh_rlhf_lora.py").read_text()
     assert "dpo-recipes train hh_rlhf_lora.py" in capsys.readouterr().out
+    Path("my recipes").mkdir()
+    assert main(["copy", "hh-rlhf-lora", "my recipes"]) == 0
+    assert "dpo-recipes train 'my recipes/hh_rlhf_lora.py'" in capsys.readouterr().out
 
 
 def test_copy_refuses_to_replace_a_file(capsys: pytest.CaptureFixture) -> None:

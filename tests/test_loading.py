@@ -269,7 +269,7 @@ def test_columns_that_make_no_sense_are_refused(tmp_path, columns):
 def test_the_hub_offline_is_one_clear_error():
     message = refusal("Anthropic/hh-rlhf", dataset_config="default")
     assert message.startswith("Cannot load Anthropic/hh-rlhf (configuration default) from the hub")
-    assert "make train" in message
+    assert "try the quickstart" in message
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@ import errno
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -93,13 +94,14 @@ def test_a_value_that_cannot_work_is_refused_before_a_model_is_loaded(parse, fla
 
 def test_a_command_line_that_is_given_is_read_and_the_process_keeps_its_own(parse, monkeypatch):
     parse()  # in an empty folder, from the command line of the process
+    Path("mine.py").touch()
     words = ["dpo-recipes", "evaluate", "--beta", "0.7"]
     monkeypatch.setattr(sys, "argv", [*words])
     on_cpu = dict(use_cpu=True, bf16=False, activation_checkpointing=False, report_to="none")
     recipe = dict(model_name_or_path="some/model", **on_cpu, beta=0.1)
     _, args, _ = parse_recipe(recipe, TYPES, argv=["mine.py", "--config", "profile.yaml", "--output_dir", "mine"])
     assert (args.beta, args.output_dir, args.seed) == (0.1, "mine", 42)
-    with pytest.raises(RecipeError, match=r"betta.*`python mine.py --help`"):
+    with pytest.raises(RecipeError, match=r"betta.*`\S*python\S* mine.py --help`"):
         parse_recipe(recipe, TYPES, argv=["mine.py", "--betta", "1"])
     assert sys.argv == words
 
@@ -412,7 +414,7 @@ def test_resuming_without_a_checkpoint_starts_at_step_0(parse, capsys):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("outputs/quickstart_sft", "make train RECIPE=quickstart-sft"),
+        ("outputs/quickstart_sft", "dpo-recipes train quickstart-sft"),
         ("some/model", "--model_name_or_path, or run the quickstart"),
         (".", "holds no config.json"),
     ],

@@ -1,5 +1,8 @@
 """Control characters of data are shown and not obeyed, on a terminal, on pages and in the model card."""
 
+import shlex
+import subprocess
+
 import pytest
 import yaml
 
@@ -45,6 +48,22 @@ def test_line_breaks_tabs_and_other_writing_stay(capsys):
         capsys.readouterr().out
         == "a\tb\n\N{HEBREW LETTER ALEF}\N{FAMILY}\N{ZERO WIDTH JOINER}\N{RIGHT-TO-LEFT MARK}é\n"
     )
+
+
+def test_commands_are_shown_as_the_shell_finds_them(capsys, monkeypatch, tmp_path):
+    text = "dpo-recipes 1.0: repeat it with dpo-recipes page outputs/x"
+    (tmp_path / "dpo-recipes").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    say(text)
+    assert capsys.readouterr().out == f"{text}\n"
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.chdir(tmp_path)
+    say(text)
+    words = shlex.split(capsys.readouterr().out)
+    assert words[:5] == text.split()[:5]
+    assert words[-2:] == ["page", "outputs/x"]
+    version = subprocess.run([*words[5:-2], "--version"], capture_output=True, text=True, check=True)
+    assert version.stdout.startswith("dpo-recipes ")
 
 
 def test_a_command_that_is_wrong_is_not_obeyed_either(capsys):

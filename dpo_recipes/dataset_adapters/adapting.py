@@ -169,9 +169,11 @@ def require_columns(dataset: Dataset, columns: Sequence[str], *, name: str) -> N
         likely = {"prompt": next((column for column in _PROMPT_NAMES if column in dataset.column_names), "...")}
         ours = ",".join(f"{column}={likely.get(column, '...')}" for column in missing)
         needed = " and ".join(filter(None, [", ".join(columns[:-1]), columns[-1]]))
+        reads_one = name.startswith(("hh_rlhf", "shp", "oasst", "ultrafeedback"))
+        other = "take the recipe preference-lora" if reads_one else "write a dataset adapter"
         raise RecipeError(
-            f"{name} needs the columns {needed}, got {dataset.column_names}. Name yours with --columns {ours} "
-            'or write a dataset adapter: recipes/README.md, "Your own data".'
+            f"{name} needs the columns {needed}, got {dataset.column_names}. Name yours with --columns {ours}; if they "
+            f'hold another layout, {other}: recipes/README.md, "Your own data".'
         )
 
 

@@ -111,7 +111,7 @@ def _rows(index: int) -> dict[str, list[dict[str, Any]]]:
             {"source": "evol_instruct", "prompt": question}
             | {"chosen": turns[0], "chosen-rating": 4.5, "rejected": turns[1], "rejected-rating": 2.0}
         ],
-        "preference_jsonl": [{"prompt": question, "chosen": good, "rejected": bad}],
+        **{key: [{"prompt": question, "chosen": good, "rejected": bad}] for key in ("preference_jsonl", "recognise")},
         "plain_text": [{"prompt": film, "chosen": f" and {topic} alone, is a joy.", "rejected": " drags to its end."}],
         "prompts_alone": [{"text": f"{film} is a joy from its beginning to its end.", "label": 1}],
     }

@@ -194,7 +194,7 @@ def _check_related(model: str, tokenizer: PreTrainedTokenizerBase, start: str, *
     if artifact.adapter and not changes_layers(artifact.adapter):
         raise RecipeError(
             f"{model} is an adapter of the kind {artifact.adapter['peft_type']}, which adds to the prompt: its "
-            "log-probs are not compared. See its answers: dpo-recipes try, or sample."
+            f"log-probs are not compared. See its answers: dpo-recipes try {model}."
         )
     check_weights(artifact, **options)
     if artifact.adapter or not (Path(model) / "tokenizer.json").exists():

@@ -64,7 +64,7 @@ def read_reward_config(
         if Path(name).is_dir():
             raise
         raise RecipeError(
-            f"{error} Train one (make train RECIPE=hh-rlhf-reward), or name a folder or a Hub name with "
+            f"{error} Train one (dpo-recipes train hh-rlhf-reward), or name a folder or a Hub name with "
             "--reward_model_name_or_path."
         ) from error
 
@@ -105,7 +105,7 @@ def _check_head(name: str, config: Any, labels: Container[int]) -> None:
     if others:
         raise RecipeError(
             f"{name} is a {others[0]}, which has no score head: a random one would be put on. Name a reward model, or "
-            "train one: make train RECIPE=hh-rlhf-reward."
+            "train one: dpo-recipes train hh-rlhf-reward."
         )
     if config.num_labels not in labels:
         raise RecipeError(

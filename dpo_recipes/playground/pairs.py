@@ -78,8 +78,7 @@ def load_pairs(
     if dataset_name != "playground":
         raise RecipeError(
             f"This recipe makes its own pairs and reads no dataset, got dataset_name {dataset_name!r}. For your own "
-            "pairs take a recipe that reads them: `dpo-recipes copy hh-rlhf-lora my_recipe.py`, with hh_rlhf or "
-            "preference_jsonl as its dataset adapter."
+            "pairs take a recipe that reads them: dpo-recipes train preference-lora --dataset_name FILE."
         )
     sizes = {"train": train_pairs, "test": test_pairs}
     return DatasetDict({split: Dataset.from_list(list(write_pairs(split, n, seed))) for split, n in sizes.items()})

@@ -67,7 +67,7 @@ def _phrase(reason: str) -> str:
 
 def reader_lines(ledger: Ledger) -> list[str]:
     """The dataset adapters that read the rows, and the columns whose text reaches no token."""
-    advice = "other layouts: --columns, recipes/README.md"
+    advice = 'other layouts: recipes/README.md, "Your own data"'
     lines = [f"Read by {', '.join(ledger.read_by)} ({advice})."] if ledger.read_by else []
     shares = [f"{column} ({found['rows'] / found['of']:.0%} of rows)" for column, found in ledger.unread.items()]
     more = f" and {len(shares) - _SHOWN_COLUMNS} more" if len(shares) > _SHOWN_COLUMNS else ""
@@ -95,7 +95,8 @@ def refuse_empty(pairs: DatasetDict, ledger: Ledger, lines: list[str]) -> None:
             continue
         dropped = ledger.accounts.get(split, SplitAccount()).dropped
         reason = max(dropped, key=lambda name: dropped[name].count, default="no_rows")
-        remedy = CHECKS["dropped"]["remedies"].get(reason, 'See recipes/README.md, "Your own data".')
+        fits = f"They do not fit {' or '.join(ledger.read_by)}. The recipe preference-lora takes the layouts of "
+        remedy = CHECKS["dropped"]["remedies"].get(reason, fits + 'recipes/README.md, "Your own data".')
         raise RecipeError("\n".join([f"No usable pair is left to {purpose}. {remedy}", *lines]))
 
 

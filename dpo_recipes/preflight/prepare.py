@@ -156,12 +156,13 @@ def measure_pairs(
     account.refuse_empty(pairs, ledger, lines)
     data = {"dataset": script_args.dataset_name, "max_length": None, limit: longest, "model": tokenizer.name_or_path}
     data |= {"chat_template": tokenizer.chat_template is not None, **account.account_data(ledger, pairs)}
-    if unit == "pair":
-        _check_model(tokenizer, training_args, script_args.settings, data["tokens"])
-        data["rendered"] = rendered_pairs(pairs["train"], tokenizer, split="train")
-    elif unit == "prompt":
+    if unit == "prompt":
         _check_prompts(pairs, script_args, training_args, tokenizer)
         data["reward_model"] = script_args.reward_model_name_or_path
+    else:
+        _check_model(tokenizer, training_args, script_args.settings, data["tokens"])
+    if unit == "pair":
+        data["rendered"] = rendered_pairs(pairs["train"], tokenizer, split="train")
     lines += account.token_lines(data["tokens"], unit=unit)
     findings = account.account_findings(ledger, data, thresholds)
     return Measured(pairs, lines, data | {"thresholds": thresholds} | judged(findings), findings)
@@ -254,7 +255,7 @@ def _check_model(tokenizer: Any, training_args: Any, settings: dict[str, Any], t
         config = load_config(name, settings, trust_remote_code=training_args.trust_remote_code)
     except (OSError, ValueError):
         return
-    used = [tokenizer.pad_token_id, tokenizer.eos_token_id, *(split["largest_id"] for split in tokens.values())]
+    used = [tokenizer.pad_token_id, tokenizer.eos_token_id, *(split.get("largest_id") for split in tokens.values())]
     largest, rows = max(token for token in used if token is not None), config.get_text_config().vocab_size
     if largest >= rows:
         raise RecipeError(
@@ -262,8 +263,8 @@ def _check_model(tokenizer: Any, training_args: Any, settings: dict[str, Any], t
             "Remove the tokens that were added to the tokenizer (a pad token among them), or resize the model's "
             "embedding and save it again: model.resize_token_embeddings(len(tokenizer))."
         )
-    context, longest = context_length(config), max(split["longest_pair"] for split in tokens.values())
-    if (wanted := training_args.max_length or longest) > context:
+    longest = max(split.get("longest_pair", split["prompt"]["max"]) for split in tokens.values())
+    if (wanted := training_args.max_length or longest) > (context := context_length(config)):
         raise RecipeError(
             f"max_length is {wanted} tokens, and {name} has {context} positions. Set --max_length {context} or less."
         )
@@ -283,10 +284,11 @@ def _check_prompts(prompts: DatasetDict, script_args: Any, training_args: Any, t
     tokens = [count for rows in prompts.values() for count in rows["prompt_tokens"][:]]
     if over := sum(count + longest > context for count in tokens):
         flag = "max_length" if script_args.max_pair_length else "max_prompt_length"
+        room = min(longest, context // 2)  # of an answer
         raise RecipeError(
             f"{over:,} of {len(tokens):,} prompts leave no room for an answer of max_completion_length={longest} "
-            f"tokens in the {context} of {name}. Lower --max_completion_length, or have their oldest turns go: "
-            f"--{flag} {max(1, context - longest)}."
+            f"tokens in the {context} of {name}. Let answers end earlier and the oldest turns of prompts go: "
+            f"--max_completion_length {room} --{flag} {context - room}."
         )
     if judge := script_args.reward_model_name_or_path:
         revision = script_args.settings.get("model_revision") or "main"  # TRL takes it for both models

@@ -141,7 +141,7 @@ def _chance_warning(accuracy: Estimate) -> list[str]:
     if accuracy.high < 0.5:
         what = "ranks the held-out pairs worse than a coin would: chosen and rejected may be exchanged in the data"
     return [
-        f"The reward model {what} (accuracy {accuracy}). Optimise nothing with it: look at the pairs (make inspect), "
+        f"The reward model {what} (accuracy {accuracy}). Optimise nothing with it: look at its pairs (preflight.json), "
         "give it more of them, or raise the learning rate."
     ]
 

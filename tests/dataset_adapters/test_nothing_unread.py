@@ -112,7 +112,7 @@ def test_pairs_of_sharegpt_are_taken_unchanged():
 @pytest.mark.parametrize("column", ["question", "instruction", "query"])
 def test_rows_without_a_prompt_are_refused_with_the_likely_column(column):
     rows = Dataset.from_list([{column: "Name a tree.", "system": "s", "chosen": "An oak.", "rejected": "A stone."}])
-    with pytest.raises(RecipeError, match=f"--columns prompt={column} or"):
+    with pytest.raises(RecipeError, match=f"--columns prompt={column};"):
         recognise(rows)(rows)
 
 
@@ -123,7 +123,7 @@ def test_columns_of_text_that_no_token_shows_are_named_once_with_their_share():
     with Ledger() as ledger:
         preference_jsonl(rename_columns(Dataset.from_list([{**ROW, "question": "Q?"}]), prompt="question"))
     said = "\n".join(reader_lines(ledger))
-    assert said.startswith("Read by preference_jsonl (other layouts: --columns,")
+    assert said.startswith("Read by preference_jsonl (other layouts: recipes/README.md,")
     assert said.endswith("Columns in no token: unused_prompt (100% of rows).")
 
 

@@ -5,19 +5,43 @@ import json
 import re
 import runpy
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 import trl
-from commands import RECIPES, REPOSITORY, run_command
-from manual import DOCS, README, RECIPES_README, blocks, check_command, check_flags, commands, shown_output
+from commands import RECIPES, REPOSITORY, run_command, run_forked
+from lora_runs import save_lora_run
+from manual import (
+    DOCS,
+    NOT_RUN,
+    NOTEBOOKS,
+    README,
+    RECIPES_README,
+    as_run,
+    blocks,
+    check_command,
+    check_flags,
+    check_message,
+    commands,
+    commands_in_messages,
+    docstring_commands,
+    inline_commands,
+    messages,
+    shown_output,
+    text_of,
+    why_not_run,
+    words_of,
+)
 from trl import DPOConfig, ModelConfig, RLOOConfig
 
 from dpo_recipes.catalog import recipe_setting
 from dpo_recipes.dataset_adapters import DROP_REASONS
 from dpo_recipes.dataset_adapters.ledger import Ledger
+from dpo_recipes.doctor import miniature
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.preflight.findings import CHECKS
 from dpo_recipes.recipe import OnlineArguments, RecipeArguments
@@ -39,12 +63,21 @@ ELSEWHERE = [  # other people's messages that the table of common errors quotes
 ]
 
 
-def docstring_commands(recipe: Path) -> list[str]:
-    return re.findall(r"^    (make .*)$", ast.get_docstring(ast.parse(recipe.read_text())) or "", re.MULTILINE)
-
-
-COMMANDS = [(document.relative_to(REPOSITORY), line) for document in DOCUMENTS for line in commands(document)]
-IN_RECIPES = [(path.name, line) for path in sorted(RECIPES.glob("[!_]*.py")) for line in docstring_commands(path)]
+PLACES = [*DOCUMENTS, RECIPES / "data/pharma/README.md", *NOTEBOOKS]
+COMMANDS = [(document.relative_to(REPOSITORY), line) for document in PLACES for line in commands(document)]
+INLINE = [
+    (document.relative_to(REPOSITORY), line)
+    for document in PLACES
+    if document.name != "CHANGELOG.md"  # its commands are those of their time
+    for line in inline_commands(text_of(document))
+]
+IN_RECIPES = [
+    (path.name, line)
+    for path in sorted(RECIPES.glob("[!_]*.py"))
+    for line in [*docstring_commands(path), *inline_commands(ast.get_docstring(ast.parse(path.read_text())))]
+]
+PRINTED = {command: place for place, command in reversed([*COMMANDS, *INLINE, *IN_RECIPES])}
+RUN = [command for command in PRINTED if not why_not_run(command)]
 
 
 def section(document: Path, heading: str) -> str:
@@ -69,6 +102,8 @@ def rows_of(text: str) -> list[list[str]]:
 def test_there_are_commands():
     documented = [command for _, command in COMMANDS]
     assert len(documented) > 12
+    assert len(INLINE) > 12
+    assert {path.suffix for path in PLACES} == {".md", ".ipynb"}
     for expected in ("make train", "make train RECIPE=hh-rlhf-lora", ".venv/bin/dpo-recipes copy hh-rlhf-lora mine.py"):
         assert expected in commands(README)
     assert any("PROFILE=" in command and "ARGS=" in command for command in documented)
@@ -79,9 +114,84 @@ def test_each_recipe_gives_three_commands():
         assert len(docstring_commands(recipe)) == 3, recipe.name
 
 
-@pytest.mark.parametrize(("document", "command"), [*COMMANDS, *IN_RECIPES], ids=str)
-def test_documented_command_could_run(document, command):
+@pytest.mark.parametrize("command", PRINTED)
+def test_documented_command_could_run(command):
     check_command(command)
+
+
+def test_every_reason_for_not_running_a_command_is_that_of_one():
+    lines = [command.partition("#")[0].strip() for command in PRINTED]
+    assert [pattern for pattern in NOT_RUN if not any(re.search(pattern, line) for line in lines)] == []
+
+
+def test_commands_in_messages_are_whole():
+    """Each verb is there, and has its arguments. Nobody can know the folders that a message will name."""
+    files = [file for file in (REPOSITORY / "dpo_recipes").rglob("*") if file.suffix in {".py", ".toml", ".jinja"}]
+    texts = [text for file in files for text in (messages(file) if file.suffix == ".py" else [file.read_text()])]
+    found = {command for text in texts for command in commands_in_messages(text)}
+    assert len(found) > 15
+    assert "dpo-recipes train preference-lora --dataset_name FILE" in found
+    for command in sorted(found):
+        check_message(command)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, tiny_model, reward_model):
+    """A folder with the runs, models and files that documented commands name, and what replaces the Hub's names."""
+    root = tmp_path_factory.mktemp("workplace")
+    stand_ins = {"model": tiny_model, "model_reward": reward_model}
+    for name, start in (("small", tiny_model), ("small_reward", reward_model)):
+        stand_ins[name] = Path(shutil.copytree(start, root / name))
+        config = json.loads((root / name / "config.json").read_text())
+        (root / name / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+    for name, file in miniature.write_rows(root / "rows").items():
+        # A folder, since a part of a dataset is a subfolder; five times the rows, for a rollout of hundreds of prompts.
+        (root / name / "askculinary").mkdir(parents=True)
+        more = [re.sub(r"(Question|Film) (\d+)", rf"\1 {part}\2", file.read_text()) for part in range(1, 6)]
+        (root / name / "askculinary" / "train.jsonl").write_text("".join(more))
+        stand_ins[name] = root / name
+    here = root / "here"
+    for stage, model in (("hh_rlhf_sft", tiny_model), ("imdb_sentiment_sft", tiny_model)):
+        for name, start in ((stage, model), (stage.replace("_sft", "_reward"), reward_model)):
+            shutil.copytree(start, here / "outputs" / name)
+            (here / "outputs" / name / "done.json").write_text('{"finished": "2026-11-28"}')
+    pairs = [json.loads(line) for line in (root / "rows" / "preference_jsonl.jsonl").read_text().splitlines()]
+    rows = [{**pair, "question": pair["prompt"], "good": pair["chosen"], "bad": pair["rejected"]} for pair in pairs]
+    asked = [{"question_id": 1, "category": "writing", "turns": ["Why?"], "instruction": "Why?"}]
+    for name, lines in (("pairs", pairs), ("mine", pairs), ("rows", rows), ("question", asked)):
+        (here / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (here / "alpaca_eval.json").write_text(json.dumps(asked))
+    cells = [[*rows[0]], *([row[name] for name in rows[0]] for row in rows)]
+    (here / "rows.csv").write_text("".join(f"{','.join(line)}\n" for line in cells))
+    (here / "template.jinja").write_text(miniature.CHAT_TEMPLATE)
+    shutil.copy(RECIPES / "preference_lora.py", here / "mine.py")
+    return here, stand_ins
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", RUN)
+def test_documented_command_runs(command, workplace, tmp_path, tiny_model):
+    """As it is printed; of `train` the dry run. Local data and tiny models stand in for the Hub's: see STAND_INS."""
+    here, stand_ins = workplace
+    words = as_run(command, stand_ins)
+    shutil.copytree(here, tmp_path, dirs_exist_ok=True)
+    if words[1] not in ("train", "inspect"):
+        for run in ("hh_rlhf_lora", "mine"):
+            save_lora_run(tmp_path / "outputs" / run, tiny_model)
+        merged = run_forked("merge", "outputs/hh_rlhf_lora", cwd=tmp_path)
+        assert merged.returncode == 0, merged.stderr
+    else:
+        shutil.copytree(tiny_model, tmp_path / "outputs" / "hh_rlhf_lora_merged")
+    for made in {"copy": ["mine.py"], "sample": ["pairs.jsonl"]}.get(words[1], []):
+        (tmp_path / made).unlink()
+    if words[0] == ".venv/bin/dpo-recipes":
+        result = run_forked(*words[1:], cwd=tmp_path)
+    else:
+        result = run_command(sys.executable, *words[1:], cwd=REPOSITORY)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "would not start" not in result.stdout
+    if words[1] == "train":
+        assert "Nothing was started (dry_run)" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -95,6 +205,9 @@ def test_documented_command_could_run(document, command):
         ('make compare ARGS="--ppo.betta 1"', "--ppo.betta"),
         (".venv/bin/dpo-recipes tune hh-rlhf-lora", "how to check"),
         (".venv/bin/dpo-recipes merge outputs/x --into y", "2"),
+        ("dpo-recipes try", "2"),
+        ("dpo-recipes train nope", "There is no recipe nope"),
+        ("hf auth login", "how to check"),
         ('make train RECIPE=hh-rlhf-lora ARGS="--sweep betta=0.1,0.2"', "--betta"),
         (
             ".venv/bin/accelerate launch --config_file recipes/no.yaml recipes/hh_rlhf_lora.py --config x.yaml",
@@ -105,6 +218,16 @@ def test_documented_command_could_run(document, command):
 def test_a_wrong_command_would_be_noticed(wrong, reason):
     with pytest.raises((AssertionError, RecipeError, ValueError, SystemExit, pytest.fail.Exception), match=reason):
         check_command(wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["dpo-recipes try", "dpo-recipes inspect", "dpo-recipes merge X --into Y", "make train"]
+)
+def test_a_wrong_command_in_a_message_would_be_noticed(wrong):
+    [found] = commands_in_messages(f"It failed: {wrong}. Then go on.")
+    assert found == wrong
+    with pytest.raises((AssertionError, SystemExit)):
+        check_message(found)
 
 
 def test_flags_named_in_the_tables_are_known():
@@ -188,18 +311,6 @@ def test_settings_given_as_the_recipes_values_are_theirs():
         expected = special.get(setting) or [lora[name] for name in re.findall(r"`(\w+)`", setting) if name in lora]
         for wanted, given in zip(expected, value.split(", "), strict=True):
             assert str(wanted) == given or float(wanted) == float(given), setting
-
-
-def messages(file: Path) -> list[str]:
-    """Texts in a source file, with `...` for each value that an f-string or a logging call inserts."""
-    texts = []
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.JoinedStr):
-            parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
-            texts.append(re.sub(r"(\.\.\.)+", "...", "".join(map(str, parts))))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            texts.append(re.sub(r"%[sd]", "...", node.value))
-    return texts
 
 
 def quoted_messages() -> list[str]:
@@ -309,17 +420,25 @@ def test_the_dataset_adapter_of_the_example_keeps_and_counts_its_rows(tmp_path):
     assert pairs["train"][0]["chosen"][0]["role"] == "assistant"
 
 
+def test_the_first_command_for_own_data_trains_on_the_rows_above_it(tmp_path, tiny_model):
+    """As it is printed, but for the model, which it would download."""
+    own = section(RECIPES_README, "Your own data")
+    first = words_of(re.search(r"^```sh\n(.*)$", own, re.MULTILINE)[1])
+    assert first[1:3] == ["train", "preference-lora"]
+    (tmp_path / "pairs.jsonl").write_text(blocks(RECIPES_README, "jsonl")[0])
+    model = ["--model_name_or_path", tiny_model]
+    result = run_forked(*first[1:], *model, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"^  chosen and rejected say the same +-1 ", result.stdout, re.MULTILINE)
+    assert (tmp_path / "outputs/preference_lora/adapter_model.safetensors").is_file()
+
+
 @pytest.mark.slow
 def test_own_rows_train_as_described_and_leave_what_is_listed(tmp_path, tiny_model, dpo_recipes):
-    """Runs the two commands of "Your own data" on the rows shown there; between them two words of the recipe change."""
+    """Runs the two commands of "Your own data" that copy a recipe, on the rows shown there."""
     [block] = [block for block in blocks(RECIPES_README, "sh") if " copy " in block]
     copy, train = (shlex.split(line)[1:] for line in block.splitlines())
     assert run_command(dpo_recipes, *copy, cwd=tmp_path).returncode == 0
-    recipe = tmp_path / "mine.py"
-    text = recipe.read_text()
-    changed = text.replace("import hh_rlhf\n", "import preference_jsonl\n").replace("hh_rlhf(", "preference_jsonl(")
-    assert changed.count("preference_jsonl") == 2
-    recipe.write_text(changed)
     (tmp_path / "pairs.jsonl").write_text(blocks(RECIPES_README, "jsonl")[0])
     small = ["--pairs_per_update", "1", "--per_device_train_batch_size", "1", "--max_steps", "1", "--save_steps", "1"]
     small += ["--profile", "cpu", "--model_name_or_path", tiny_model]

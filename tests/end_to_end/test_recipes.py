@@ -6,6 +6,7 @@ import json
 import math
 import re
 import runpy
+import shlex
 import sys
 from functools import partial
 from itertools import pairwise
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from commands import RECIPES, REPOSITORY, run_command, run_train
+from commands import RECIPES, REPOSITORY, run_command, run_forked, run_train
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from small_disk import small_disk
@@ -40,7 +41,7 @@ HH_RLHF = ["hh_rlhf_full", "hh_rlhf_lora", "hh_rlhf_qlora", "hh_rlhf_sft"]
 REWARD = ["hh_rlhf_reward", "imdb_sentiment_reward", "quickstart_reward"]
 ONLINE = ["hh_rlhf_ppo", "hh_rlhf_rloo", "imdb_sentiment_ppo", "quickstart_ppo", "quickstart_rloo"]
 SIBLINGS = {"hh": "hh_rlhf_lora", "imdb": "imdb_sentiment_lora", "quickstart": "quickstart"}  # DPO, by the first word
-ON_DATASETS = [*HH_RLHF, "mixture_lora", "oasst1_lora", "shp_lora", "ultrafeedback_qlora"]
+ON_DATASETS = [*HH_RLHF, "mixture_lora", "oasst1_lora", "preference_lora", "shp_lora", "ultrafeedback_qlora"]
 
 
 def test_there_are_recipes_and_profiles():
@@ -533,6 +534,19 @@ def test_a_wrong_call_ends_with_status_2_and_no_traceback(flags, message, tmp_pa
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
+def test_the_hint_after_a_mistyped_flag_is_a_command_that_lists_the_settings(tmp_path):
+    refused = run_train("hh-rlhf-lora", "--profile", "cpu", "--nonsense", "1", cwd=tmp_path)
+    assert refused.returncode == 2
+    [hint] = re.findall(r"`(.*)` lists the settings", refused.stderr)
+    listed = run_command(*shlex.split(hint), cwd=tmp_path)
+    assert listed.returncode == 0, listed.stderr
+    assert "--pairs_per_update" in listed.stdout
+    refused = run_forked("inspect", "rows.jsonl", "--model_name_or_path", "m", "--nonsense", "1", cwd=tmp_path)
+    assert "--nonsense" in refused.stderr
+    assert "--help" not in refused.stderr, "there is no file whose settings could be listed"
+
+
 def test_columns_are_renamed_from_the_command_line(tmp_path, tiny_model, rows_of):
     text = Path(rows_of["hh"]).read_text().replace('"chosen"', '"good"').replace('"rejected"', '"bad"')
     (tmp_path / "rows.jsonl").write_text(text)
@@ -546,15 +560,64 @@ def test_columns_are_renamed_from_the_command_line(tmp_path, tiny_model, rows_of
 
 
 def test_rows_of_another_schema_end_with_status_2(tmp_path, tiny_model):
-    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 3)
-    result = run_train(
-        *("hh-rlhf-lora", "--profile", "cpu", "--dataset_name", "rows.jsonl"),
-        *("--model_name_or_path", tiny_model),
-        cwd=tmp_path,
-    )
-    assert result.returncode == 2
-    assert "hh_rlhf needs the columns" in result.stderr
-    assert "Traceback" not in result.stderr
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "good": "b", "bad": "c"}\n' * 3)
+    command = ["hh-rlhf-lora", "--profile", "cpu", "--dataset_name", "rows.jsonl", "--model_name_or_path", tiny_model]
+    for columns, message in (
+        ([], "hh_rlhf needs the columns"),
+        (["--columns", "chosen=good,rejected=bad"], "No usable"),
+    ):
+        result = run_train(*command, *columns, cwd=tmp_path)
+        assert result.returncode == 2
+        assert message in result.stderr
+        assert "recipe preference-lora" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("adapter", ["hh", "oasst1", "preference", "shp", "ultrafeedback"])
+def test_preference_lora_reads_every_layout_by_its_columns(adapter, rows_of, tmp_path):
+    load_pairs = runpy.run_path(str(RECIPES / "preference_lora.py"))["load_pairs"]
+    pairs = load_pairs(RecipeArguments(dataset_name=str(rows_of[adapter])))
+    assert sum(map(len, pairs.values())) == 120
+    assert {turn["role"] for turn in pairs["train"][0]["prompt"]} == {"user"}
+
+
+def test_a_missing_file_of_pairs_shows_rows_that_train(tmp_path, tiny_model):
+    command = ["preference-lora", "--profile", "cpu", "--model_name_or_path", tiny_model, "--dry_run", "true"]
+    missing = run_train(*command, cwd=tmp_path)
+    assert missing.returncode == 2
+    assert "There is no file or folder pairs.jsonl" in missing.stderr
+    assert "--dataset_name" in missing.stderr
+    rows = [line for line in missing.stderr.splitlines() if line.startswith("{")]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
+    there = run_train(*command, cwd=tmp_path)
+    assert there.returncode == 0, there.stderr
+    assert re.search(r"^pairs +2 +1$", there.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["hh_rlhf_lora", "hh_rlhf_ppo", "hh_rlhf_reward", "imdb_sentiment_sft"])
+def test_more_tokens_than_the_model_has_positions_are_refused_with_numbers_that_work(
+    name, tmp_path, tiny_model, reward_model
+):
+    """Alike by inspect, by the dry run and by the run itself, before anything is loaded."""
+    flags = miniature_flags(RECIPES / f"{name}.py", tmp_path / "miniature")
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    model = Path(given["--model_name_or_path"])
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 120}))
+    for limit in ("--max_prompt_length", "--max_completion_length"):
+        given.pop(limit, None)
+    flags = [word for pair in given.items() for word in pair]
+    command = [name.replace("_", "-"), "--profile", "cpu", *flags]
+    refused = [run_train(*command, cwd=tmp_path), run_train(*command, "--dry_run", "true", cwd=tmp_path)]
+    if name in ("hh_rlhf_lora", "hh_rlhf_reward"):
+        refused.append(run_forked("inspect", *command, cwd=tmp_path))
+    assert [result.returncode for result in refused] == [2] * len(refused)
+    assert len({result.stderr.splitlines()[-1] for result in refused}) == 1
+    assert not any("Loading weights" in result.stderr for result in refused)
+    advised = re.findall(r"--max_\w+ \d+", refused[0].stderr)
+    assert advised
+    result = run_train(*command, *" ".join(advised).split(), "--dry_run", "true", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_a_full_disk_ends_with_one_message(tmp_path, tiny_model, hh_rows):

@@ -312,7 +312,7 @@ def test_fewer_evaluation_prompts_can_be_drawn_but_not_more():
 
 @pytest.mark.parametrize("name", ["Anthropic/hh-rlhf", None])
 def test_another_dataset_is_refused_with_the_way_out(name):
-    with pytest.raises(RecipeError, match=rf"got dataset_name {name!r}.*dpo-recipes copy hh-rlhf-lora.*hh_rlhf"):
+    with pytest.raises(RecipeError, match=rf"got dataset_name {name!r}.*dpo-recipes train preference-lora"):
         load_pairs(name)
 
 

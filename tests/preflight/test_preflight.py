@@ -298,7 +298,7 @@ def refusal(*args, **kwargs):
 
 def test_no_usable_training_pair_is_refused_with_the_account(tokenizer, tmp_path):
     message = refusal([pair("u:" + "x" * 99)], [pair("u:y")], tokenizer=tokenizer, tmp_path=tmp_path, max_length=50)
-    assert message.startswith("No usable pair is left to train on. Raise --max_length.")
+    assert message.startswith("No usable pair is left to train on. Raise --max_length, at most to the model's context")
     assert "last user turn + completion over max_length" in message
     same = pair("u:x", "a:y", "a:y")
     assert "Your own data" in refusal([same], [pair("u:y")], tokenizer=tokenizer, tmp_path=tmp_path)

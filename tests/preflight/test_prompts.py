@@ -120,7 +120,7 @@ def test_for_a_comparison_the_prompts_are_those_of_the_pairs_that_dpo_keeps(prep
         (
             {"max_completion_length": 2016},
             r"1 of 3 prompts leave no room for an answer of max_completion_length=2016 tokens in the 2048 of .* "
-            "--max_prompt_length 32",
+            "--max_completion_length 1024 --max_prompt_length 1024",
         ),
         ({"generation_batch_size": 8}, r"A rollout is .* = 4 prompts, and there are 2 to train on"),
         ({"max_prompt_length": 5}, r"No usable .* left to train on. Raise --max_prompt_length"),
