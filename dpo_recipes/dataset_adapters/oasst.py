@@ -23,8 +23,7 @@ from dpo_recipes.dataset_adapters.ledger import current_ledger
 
 _COLUMNS = ["message_id", "parent_id", "text", "role", "lang", "rank", "deleted", "synthetic", "review_result"]
 _ROLES = {"prompter": "user", "assistant": "assistant"}
-_TEXTS = dict.fromkeys(("id", ROW), Value("string"))
-_FEATURES = Features({**PAIR_FEATURES, "preference_strength": Value("float64"), **_TEXTS})
+_FEATURES = Features({**PAIR_FEATURES, "preference_strength": Value("float64"), "id": Value("string")})
 
 
 def oasst1(dataset: Dataset, *, languages: Collection[str] | None = ("en",)) -> Dataset:
@@ -64,8 +63,9 @@ def oasst1(dataset: Dataset, *, languages: Collection[str] | None = ("en",)) -> 
             dropped[str(drop)].append(messages[row][ROW])
     counts = {"came": len(messages), "in_pairs": reasons.count(None), "pairs_made": len(pairs), "kept": len(kept)}
     current_ledger().record("oasst1", str(dataset.split or "train"), dropped=dropped, new=True, **counts)
+    features = Features({**_FEATURES, **dict.fromkeys({ROW}.intersection(dataset.column_names), Value("string"))})
     return Dataset.from_dict(
-        {column: [pair.get(column) for pair in kept] for column in _FEATURES}, features=_FEATURES, split=dataset.split
+        {column: [pair.get(column) for pair in kept] for column in features}, features=features, split=dataset.split
     )
 
 

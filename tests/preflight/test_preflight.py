@@ -393,7 +393,8 @@ def test_held_out_pairs_too_few_to_measure_an_accuracy_are_a_warning_with_its_in
     if held_out == 12:
         low, high = binomtest(6, 12).proportion_ci(method="wilson")
         assert found[0].text == (
-            f"Number of held-out pairs: 12. An accuracy of 0.50 on them will have the 95 % interval [{low:.2f}, {high:.2f}]."
+            "Number of held-out pairs: 12. An accuracy of 0.50 on them will have the 95 % interval "
+            f"[{low:.2f}, {high:.2f}]."
         )
         assert "--held_out" in found[0].remedy
 
