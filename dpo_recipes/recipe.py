@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import ModelConfig, RewardConfig, ScriptArguments, TrlParser
 
 from dpo_recipes.catalog import list_recipes, read_yaml
+from dpo_recipes.dataset_adapters.ledger import HELD_OUT
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.files import check_writable, read_json
 from dpo_recipes.flags import grouped
@@ -47,6 +48,7 @@ class RecipeArguments(ScriptArguments):
 
     pairs_per_update: int = HfArg(default=64, help="Pairs per optimizer step; gradient accumulation follows from it.")
     eval_pairs: int = HfArg(default=512, help="Held-out pairs to evaluate on, drawn by seed where there are more.")
+    held_out: float = HfArg(default=HELD_OUT, help="Share of the prompts to hold out of data without a test split.")
     columns: str | None = HfArg(default=None, help="Your columns: prompt=instruction,chosen=good,rejected=bad.")
     control_tokens_as_text: bool = HfArg(default=False, help="Break up control tokens in messages into plain text.")
     part: str | None = HfArg(

@@ -1,5 +1,6 @@
 """Rows come from files, folders and the hub, or an error says what to do; no prompt is on both sides of a split."""
 
+import csv
 import errno
 import gzip
 import json
@@ -17,10 +18,11 @@ from hypothesis import strategies as st
 from trl import ScriptArguments
 
 from dpo_recipes import loading
-from dpo_recipes.dataset_adapters import hh_rlhf
+from dpo_recipes.dataset_adapters import hh_rlhf, preference_jsonl
+from dpo_recipes.dataset_adapters.adapting import ROW
 from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.loading import load_rows, split_pairs
+from dpo_recipes.loading import load_rows, mix_pairs, split_pairs
 from dpo_recipes.recipe import RecipeArguments
 
 DATA = os.environ.get("DPO_RECIPES_DATA")
@@ -254,7 +256,7 @@ def test_columns_are_renamed_in_every_split(tmp_path):
     for split in ("train", "test"):
         write(tmp_path / f"{split}.jsonl", [{"question": "q", "text": split}])
     splits = load_rows(RecipeArguments(dataset_name=str(tmp_path), columns="prompt=question, chosen=text"))
-    assert {split: part[:] for split, part in splits.items()} == {
+    assert {split: part.remove_columns(ROW)[:] for split, part in splits.items()} == {
         split: {"prompt": ["q"], "chosen": [split]} for split in ("train", "test")
     }
 
@@ -362,7 +364,7 @@ def test_training_pairs_whose_prompt_is_a_test_prompt_are_dropped_and_counted():
     assert prompts_of(split["train"]) == ["b", "c"]
     assert prompts_of(split["test"]) == ["a", "d"]
     assert ledger.accounts["train"].dropped["prompt_in_test"].count == 2
-    assert ledger.accounts["train"].dropped["prompt_in_test"].first == [0, 2]
+    assert ledger.accounts["train"].dropped["prompt_in_test"].first == ["row 1", "row 3"]
     assert ledger.total().rows == ledger.total().kept + 2
 
 
@@ -407,3 +409,257 @@ def test_a_damaged_saved_dataset_is_not_blamed_on_the_cache(tmp_path):
     [file] = (tmp_path / "saved").glob("*.arrow")
     file.write_bytes(b"cut")
     assert "saved, a saved dataset: " in refusal(tmp_path / "saved")
+
+
+# Names of rows
+
+
+def load(name, **others):
+    return load_rows(RecipeArguments(dataset_name=str(name), **others))
+
+
+def pair_rows(count, *, bad=()):
+    """Rows of pairs; those whose number is in `bad` say the same twice."""
+    same = {"chosen": "Yes.", "rejected": "Yes."}
+    return [
+        {"prompt": f"Is {n} odd?", "chosen": "Yes.", "rejected": "No."} | (same if n in bad else {})
+        for n in range(count)
+    ]
+
+
+def named(pairs):
+    """The number in each pair's prompt, with the name of its row."""
+    return {
+        int(prompt[-1]["content"].split()[1]): name for prompt, name in zip(pairs["prompt"], pairs[ROW], strict=True)
+    }
+
+
+def test_a_blank_line_of_a_jsonl_file_is_counted(tmp_path):
+    lines = [json.dumps(row) for row in pair_rows(4)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join([lines[0], "", "  ", *lines[1:], ""]))
+    pairs = preference_jsonl(load(tmp_path / "pairs.jsonl")["train"])
+    assert named(pairs) == {n: f"{tmp_path}/pairs.jsonl, line {line}" for n, line in enumerate((1, 4, 5, 6))}
+
+
+def test_rows_of_a_csv_file_are_numbered_as_in_a_spreadsheet(tmp_path):
+    (tmp_path / "pairs.csv").write_text(
+        'prompt,chosen,rejected\n"Is 0 odd?\nI wonder.",Yes.,No.\n\nIs 1 odd?,Yes.,No.\nIs 2 odd?,Yes.,No.\n'
+    )
+    with Ledger():
+        rows = load(tmp_path / "pairs.csv")["train"]
+    assert [name.rpartition(", ")[2] for name in rows[ROW]] == ["row 2", "row 4", "row 5"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "json", "saved"])
+def test_rows_without_lines_are_numbered_from_1(tmp_path, kind):
+    path, rows = tmp_path / f"pairs.{kind}", Dataset.from_list(pair_rows(3))
+    if kind == "json":
+        path.write_text(json.dumps(pair_rows(3), indent=1))
+    else:
+        rows.to_parquet(path) if kind == "parquet" else rows.save_to_disk(path)
+    found = load(path)["train"][ROW][:]
+    assert found == [f"{path}, {'train ' if kind == 'saved' else ''}row {n}" for n in (1, 2, 3)]
+
+
+def test_each_file_of_a_folder_has_its_own_lines(tmp_path):
+    write(tmp_path / "train-0.jsonl", pair_rows(2))
+    write(tmp_path / "train-1.jsonl.gz", pair_rows(2))
+    write(tmp_path / "test.jsonl", pair_rows(1))
+    found = load(tmp_path)
+    assert found["train"][ROW][:] == [
+        f"{tmp_path}/{file}, line {line}" for file in ("train-0.jsonl", "train-1.jsonl.gz") for line in (1, 2)
+    ]
+    assert found["test"][ROW][:] == [f"{tmp_path}/test.jsonl, line 1"]
+
+
+def test_a_pair_keeps_the_line_of_its_row_through_samples_shuffles_splits_and_filters(tmp_path):
+    file = write(tmp_path / "pairs.jsonl", pair_rows(300, bad=range(0, 300, 7)))
+    with Ledger() as ledger:
+        rows = load(f"{file}:200")["train"].shuffle(seed=3)
+        pairs = split_pairs({"train": preference_jsonl(rows.filter(lambda row: "5" not in row["prompt"]))})
+    for part in pairs.values():
+        assert named(part)
+        assert all(name == f"{file}, line {n + 1}" for n, name in named(part).items())
+    [dropped] = ledger.accounts["train"].dropped.values()
+    assert all((int(name.rpartition("line ")[2]) - 1) % 7 == 0 for name in dropped.first)
+
+
+def test_a_mixture_names_the_rows_of_both_files(tmp_path):
+    files = [write(tmp_path / name, pair_rows(9, bad=[bad])) for name, bad in (("a.jsonl", 4), ("b.jsonl", 6))]
+    with Ledger() as ledger:
+        pairs = mix_pairs(RecipeArguments(dataset_name="+".join(map(str, files))), {})
+    assert {name.rpartition(",")[0] for part in pairs.values() for name in part[ROW]} == {*map(str, files)}
+    assert ledger.accounts["train"].dropped["identical_completions"].first == [
+        f"{files[0]}, line 5",
+        f"{files[1]}, line 7",
+    ]
+
+
+def test_a_column_that_was_named_before_is_kept(tmp_path):
+    file = write(tmp_path / "pairs.jsonl", pair_rows(3))
+    load(file).save_to_disk(tmp_path / "saved")
+    assert load(tmp_path / "saved")["train"][ROW][:] == [f"{file}, line {n}" for n in (1, 2, 3)]
+
+
+def test_of_a_stream_the_lines_are_those_of_the_file(tmp_path):
+    file = write(tmp_path / "pairs.jsonl", pair_rows(5))
+    assert load(f"{file}:2", dataset_streaming=True)["train"][ROW][:] == [f"{file}, line 1", f"{file}, line 2"]
+
+
+# Tables of text
+
+
+CSV_ROWS = [
+    {"prompt": "Which; one, or\tthe | other?", "chosen": "This; and, that | those.", "rejected": 'Say "no"; no, no.'},
+    {"prompt": "Größe, ~né?\nTell me.", "chosen": "42", "rejected": "None"},
+    {"prompt": "And; then; what?", "chosen": "NA", "rejected": "a; b; c; d"},
+]
+
+
+def write_csv(path, rows, *, header=("prompt", "chosen", "rejected"), encoding="utf-8", **how):
+    with path.open("w", encoding=encoding, newline="") as file:
+        csv.writer(file, **how).writerows([header, *(row.values() for row in rows)])
+    return path
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_separators_and_encodings_of_a_csv_file_are_recognised(tmp_path, separator, encoding, quoting):
+    how = {"delimiter": separator, "encoding": encoding, "quoting": quoting}
+    rows = load(write_csv(tmp_path / "pairs.csv", CSV_ROWS, **how))["train"]
+    assert rows.remove_columns(ROW).to_list() == CSV_ROWS
+
+
+def test_a_large_csv_file_is_recognised_by_its_beginning(tmp_path):
+    texts = [row | {"prompt": f"{n}. {row['prompt']} {'; '.join('abc' * 20)}"} for n in range(400) for row in CSV_ROWS]
+    texts.append(dict.fromkeys(("prompt", "chosen", "rejected"), "long " * 40_000))
+    rows = load(write_csv(tmp_path / "pairs.csv", texts))["train"]
+    assert rows.remove_columns(ROW).to_list() == texts
+    assert rows[ROW][-1] == f"{tmp_path}/pairs.csv, row 1202"
+
+
+@pytest.mark.parametrize(("encoding", "said"), [("cp1252", "as cp1252"), ("utf-16-le", "as utf-16-le")])
+def test_a_csv_file_in_another_encoding_is_refused_with_the_line_and_the_remedy(tmp_path, encoding, said):
+    file = write_csv(tmp_path / "pairs.csv", CSV_ROWS, encoding=encoding)
+    message = refusal(file)
+    assert f"{file}, line {3 if encoding == 'cp1252' else 1}, is not UTF-8; {said} it reads" in message
+    assert ("Größe" if encoding == "cp1252" else "prompt,chosen") in message
+    assert f"iconv -f {encoding} -t utf-8 {file}" in message
+
+
+def test_csv_files_that_differ_in_separator_are_refused(tmp_path):
+    write_csv(tmp_path / "a.csv", CSV_ROWS)
+    write_csv(tmp_path / "b.csv", CSV_ROWS, delimiter=";")
+    assert "['a.csv', 'b.csv'] differ in encoding or separator" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_columns_may_differ_in_case_and_blanks(tmp_path, kind):
+    header = ("Prompt", " chosen ", "REJECTED")
+    rows = [dict(zip(header, row.values(), strict=True)) for row in CSV_ROWS]
+    path = tmp_path / f"pairs.{kind}"
+    if kind == "csv":
+        write_csv(path, CSV_ROWS, header=header)
+    elif kind == "jsonl":
+        write(path, rows)
+    else:
+        Dataset.from_list(rows).to_parquet(path)
+    found = load(path)["train"]
+    assert found.remove_columns(ROW).to_list() == CSV_ROWS
+    assert load(path, columns="prompt=prompt,chosen=Rejected")["train"]["chosen"][:] == [
+        row["rejected"] for row in CSV_ROWS
+    ]
+
+
+def test_columns_that_differ_in_case_from_one_that_is_there_stay(tmp_path):
+    file = write(tmp_path / "a.jsonl", [{"prompt": "a", "Prompt": "b", "chosen": "c", "rejected": "d"}])
+    assert load(file)["train"].column_names == ["prompt", "Prompt", "chosen", "rejected", ROW]
+
+
+def test_a_column_that_is_misspelt_is_named_in_the_error(tmp_path):
+    file = write(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": "c", "rejcted": "d"}])
+    with pytest.raises(
+        RecipeError, match=r"got \['prompt', 'chosen', 'rejcted'\]. Name yours with --columns rejected=rejcted"
+    ):
+        preference_jsonl(load(file)["train"])
+
+
+# The held-out share
+
+
+def test_a_larger_share_holds_out_the_prompts_of_a_smaller_one_too():
+    pairs = pairs_of([f"question {number}" for number in range(2000)])
+    parts = [set(prompts_of(split_pairs({"train": pairs}, share)["test"])) for share in (None, 0.05, 0.2, 0.999)]
+    assert parts[0] == parts[1] < parts[2] < parts[3]
+    assert 340 <= len(parts[2]) <= 460
+    assert 1900 <= len(parts[3]) < 2000
+
+
+def test_the_setting_reaches_a_recipe_that_splits_with_one_argument():
+    pairs = pairs_of([f"question {number}" for number in range(400)])
+    with Ledger(0.3):
+        assert 90 <= len(split_pairs({"train": pairs})["test"]) <= 150
+
+
+def test_the_setting_reaches_the_parts_of_a_mixture(tmp_path):
+    files = [
+        write(tmp_path / f"{name}.jsonl", [row | {"prompt": f"{name} {row['prompt']}"} for row in pair_rows(200)])
+        for name in "ab"
+    ]
+    with Ledger(0.3):
+        pairs = mix_pairs(RecipeArguments(dataset_name="+".join(map(str, files)), held_out=0.3), {})
+    assert all(40 <= pairs["test"]["source"][:].count(str(file)) <= 80 for file in files)
+
+
+# Data named for evaluation
+
+
+def held_out(name):
+    args = RecipeArguments(dataset_name=str(name), held_out=1.0)
+    with Ledger(1.0) as ledger:
+        pairs = split_pairs({split: preference_jsonl(rows) for split, rows in load_rows(args).items()})
+    return pairs, ledger
+
+
+def test_every_row_of_a_mixture_named_for_evaluation_is_held_out(tmp_path):
+    files = [write(tmp_path / f"{name}.jsonl", pair_rows(5)) for name in "ab"]
+    with Ledger(1.0):
+        pairs = mix_pairs(RecipeArguments(dataset_name="+".join(map(str, files)), held_out=1.0), {})
+    assert (len(pairs["train"]), len(pairs["test"])) == (0, 10)
+
+
+def test_every_row_of_a_file_named_for_evaluation_is_held_out(tmp_path):
+    pairs, ledger = held_out(write(tmp_path / "pairs.jsonl", pair_rows(40, bad=[3])))
+    assert (len(pairs["train"]), len(pairs["test"])) == (0, 39)
+    assert list(ledger.accounts) == ["test"]
+    assert (ledger.accounts["test"].rows, ledger.accounts["test"].kept) == (40, 39)
+    assert ledger.accounts["test"].dropped["identical_completions"].first == [f"{tmp_path}/pairs.jsonl, line 4"]
+
+
+@pytest.mark.parametrize("kind", ["files", "saved"])
+def test_a_folder_with_test_alone_is_for_evaluation_only(tmp_path, kind):
+    if kind == "files":
+        write(tmp_path / "test.jsonl", pair_rows(5))
+    else:
+        DatasetDict(test=Dataset.from_list(pair_rows(5))).save_to_disk(tmp_path)
+    assert len(held_out(tmp_path)[0]["test"]) == 5
+    message = refusal(tmp_path)
+    assert "has no split train, only ['test']" in message
+    assert f"dpo-recipes evaluate RUN --dataset_name {tmp_path}" in message
+
+
+def test_of_data_with_splits_the_test_split_is_for_evaluation(tmp_path):
+    write(tmp_path / "train.jsonl", pair_rows(9))
+    write(tmp_path / "dev.jsonl", pair_rows(4))
+    assert len(held_out(tmp_path)[0]["test"]) == 4
+    write(tmp_path / "test.jsonl", pair_rows(3))
+    assert len(held_out(tmp_path)[0]["test"]) == 3
+    args = RecipeArguments(dataset_name=str(tmp_path), held_out=1.0, dataset_test_split="validation")
+    assert len(load_rows(args)["train"]) == 4
+
+
+def test_a_sample_of_a_file_named_for_evaluation_is_counted_as_test(tmp_path):
+    pairs, ledger = held_out(f"{write(tmp_path / 'pairs.jsonl', pair_rows(40))}:10")
+    assert len(pairs["test"]) == 10
+    assert (ledger.accounts["test"].rows, ledger.accounts["test"].not_sampled) == (40, 30)

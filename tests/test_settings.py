@@ -61,6 +61,7 @@ def test_a_number_that_is_none_infinite_or_negative_is_refused_by_name(parse, ki
         *(("dpo", flags) for flags in ("--lora_r 0", "--lora_alpha 0", "--lora_dropout 1.5", "--adam_beta2 1")),
         *(("dpo", f"--loss_type sigmoid sft --loss_weights {weights}") for weights in ("nan 1", "inf 1", "-1 1")),
         *(("dpo", f"--loss_type robust --label_smoothing {share}") for share in ("0.5", "0.9")),
+        *(("dpo", f"--held_out {share}") for share in ("0", "1", "-0.1", "nan")),
         *(("dpo", flags) for flags in ("--loss_type exo_pair", "--eval_pairs -5", "--save_total_limit -1")),
         *(("ppo", f"--{name} 0") for name in ("temperature", "top_p", "num_iterations", "num_generations", "epsilon")),
         *(("ppo", flags) for flags in ("--gamma 1.5", "--max_completion_length 0", "--missing_eos_penalty nan")),
@@ -172,6 +173,7 @@ def test_a_flag_without_effect_is_refused_with_the_reason(parse, kind, flags, re
         ("dpo", "--max_grad_norm inf --learning_rate 0 --num_train_epochs 0.5 --adam_beta1 0", {}),
         ("dpo", "--logging_steps 0.1 --save_steps 0.2 --save_total_limit 1 --seed 0", {}),
         ("dpo", "--dataloader_num_workers 2 --dataloader_prefetch_factor 4", {}),
+        ("dpo", "--held_out 0.2", {}),
         ("sft", "--packing true --packing_strategy wrapped", {}),
         ("reward", "--center_rewards_coefficient 0.01 --max_length 2048", {}),  # TRL's documentation
         ("rloo", "--num_generations 4 --temperature 0.7 --top_p 0.9 --top_k 50", {}),

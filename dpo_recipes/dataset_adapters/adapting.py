@@ -11,6 +11,7 @@ import re
 import tomllib
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -22,6 +23,8 @@ from dpo_recipes.errors import RecipeError
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+ROW = "_row"
+"""The column in which `load_rows` names each row by its file and line. Dataset adapters keep it; no trainer sees it."""
 
 
 class Message(TypedDict):
@@ -60,6 +63,7 @@ _OPTIONAL_FEATURES = {
     "id": Value("string"),
     "tools": Value("string"),  # JSON text; TRL passes tools and chat_template_kwargs to the chat template
     "chat_template_kwargs": Json(),
+    ROW: Value("string"),
 }
 _RICH_MESSAGES = List(Json())  # keeps whichever fields each message has
 _PLAIN_FIELDS = {"role", "content", "from", "value"}
@@ -164,15 +168,16 @@ def number(value: Any) -> float | None:
 
 def require_columns(dataset: Dataset, columns: Sequence[str], *, name: str) -> None:
     """Raises RecipeError, which says how to name the columns of one's own, unless the dataset has all columns."""
-    missing = [column for column in columns if column not in dataset.column_names]
-    if missing:
-        likely = {"prompt": next((column for column in _PROMPT_NAMES if column in dataset.column_names), "...")}
-        ours = ",".join(f"{column}={likely.get(column, '...')}" for column in missing)
+    names = [column for column in dataset.column_names if column != ROW]
+    if missing := [column for column in columns if column not in names]:
+        likely = {column: [*get_close_matches(column, names, n=1), "..."][0] for column in missing}
+        likely |= {"prompt": next((column for column in _PROMPT_NAMES if column in names), likely.get("prompt"))}
+        ours = ",".join(f"{column}={likely[column]}" for column in missing)
         needed = " and ".join(filter(None, [", ".join(columns[:-1]), columns[-1]]))
         reads_one = name.startswith(("hh_rlhf", "shp", "oasst", "ultrafeedback"))
         other = "take the recipe preference-lora" if reads_one else "write a dataset adapter"
         raise RecipeError(
-            f"{name} needs the columns {needed}, got {dataset.column_names}. Name yours with --columns {ours}; if they "
+            f"{name} needs the columns {needed}, got {names}. Name yours with --columns {ours}; if they "
             f'hold another layout, {other}: recipes/README.md, "Your own data".'
         )
 
@@ -180,18 +185,33 @@ def require_columns(dataset: Dataset, columns: Sequence[str], *, name: str) -> N
 def rename_columns(dataset: Dataset, **theirs: str) -> Dataset:
     """Returns the dataset with columns renamed: `rename_columns(rows, prompt="instruction", chosen="good")`.
 
-    A column that already has one of the new names, and is not renamed itself, is called `unused_` and its name.
+    A column may be named without regard to case and blanks around its name. A column that already has one of the new
+    names, and is not renamed itself, is called `unused_` and its name.
 
     Raises:
         RecipeError: If a column does not exist, or is named twice.
     """
-    names = dataset.column_names
+    names = [column for column in dataset.column_names if column != ROW]
+    alike = {plain_name(name): name for name in reversed(names)}
+    theirs = {ours: name if name in names else alike.get(plain_name(name), name) for ours, name in theirs.items()}
     if not set(theirs.values()) <= set(names) or len(set(theirs.values())) < len(theirs):
         wanted = ",".join(f"{ours}={column}" for ours, column in theirs.items())
         raise RecipeError(f"Got --columns {wanted}, which needs a column of its own for each; the dataset has {names}.")
     shadowed = [name for name in names if name in theirs and name not in theirs.values()]
     dataset = dataset.rename_columns({name: f"unused_{name}" for name in shadowed})
     return dataset.rename_columns({column: ours for ours, column in theirs.items() if column != ours})
+
+
+def plain_name(column: str) -> str:
+    """Returns the name of a column in lower case, without blanks around it."""
+    return column.strip().lower()
+
+
+def row_names(dataset: Dataset) -> list[str]:
+    """Returns the file and line of each row, as `load_rows` noted them; else the number of the row, from 1."""
+    if ROW in dataset.column_names:
+        return list(dataset[ROW][:])
+    return [f"row {number}" for number in range(1, len(dataset) + 1)]
 
 
 def keep_pairs(marked: Dataset, *, name: str, split: str, new: bool = False) -> Dataset:
@@ -213,10 +233,11 @@ def keep_rows(dataset: Dataset, reasons: Sequence[str | None], *, stage: str, sp
         split: Name of the split.
         new: True if the rows come from the dataset and not from an earlier stage.
     """
-    kept: list[int] = []
-    dropped: dict[str, list[int]] = {}
-    for row, reason in enumerate(reasons):
-        (kept if reason is None else dropped.setdefault(reason, [])).append(row)
+    dropped: dict[str, list[str]] = {}
+    for name, reason in zip(row_names(dataset), reasons, strict=True):
+        if reason is not None:
+            dropped.setdefault(reason, []).append(name)
+    kept = [row for row, reason in enumerate(reasons) if reason is None]
     current_ledger().record(stage, split, came=len(dataset), kept=len(kept), dropped=dropped, new=new)
     counts = {reason: len(rows) for reason, rows in dropped.items()}
     logger.info("%s kept %d of %d in the %s split, dropped %s", stage, len(kept), len(dataset), split, counts)
@@ -332,7 +353,8 @@ def _mark_row(row: Row, *, read_pair: Callable[[Row], Pair], extra: list[str]) -
         optional = {column: _optional_cell(column, given.get(column)) for column in extra}
         return {**pair, **optional, "drop_reason": None}
     except Drop as drop:
-        return {"prompt": [], "chosen": [], "rejected": [], "chat_template_kwargs": {}, "drop_reason": str(drop)}
+        empty: Row = {"prompt": [], "chosen": [], "rejected": [], "chat_template_kwargs": {}}
+        return {**empty, ROW: row.get(ROW), "drop_reason": str(drop)}
 
 
 def _optional_cell(column: str, value: Any) -> Any:
@@ -353,10 +375,12 @@ def _optional_cell(column: str, value: Any) -> Any:
 
 
 def _refuse_missing_margins(pairs: Dataset) -> None:
-    if "margin" in pairs.column_names and (missing := sum(margin is None for margin in pairs["margin"])):
+    if "margin" not in pairs.column_names:
+        return
+    if missing := [name for name, margin in zip(row_names(pairs), pairs["margin"], strict=True) if margin is None]:
         raise RecipeError(
-            f"The column margin holds no number in {missing:,} of {len(pairs):,} pairs, and RewardTrainer takes it "
-            "into its loss. Fill these cells, or leave margin out of --columns."
+            f"The column margin holds no number in {len(missing):,} of {len(pairs):,} pairs ({missing[0]}), and "
+            "RewardTrainer takes it into its loss. Fill these cells, or leave margin out of --columns."
         )
 
 

@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
+HELD_OUT = 0.05
+"""Share of the prompts that are held out where the data has no test split; 1 holds out all, as `evaluate` does."""
+
 
 @dataclass
 class Dropped:
@@ -16,7 +19,7 @@ class Dropped:
 
     count: int
     counted_by: str  # the stage that dropped them
-    first: list[int]  # up to three row numbers, from 0, in the dataset that this stage was given
+    first: list[str]  # up to three rows, as `row_names` names them
 
 
 @dataclass
@@ -45,14 +48,19 @@ class SplitAccount:
             self.drop(reason, dropped)
 
     def drop(self, reason: str, more: Dropped) -> None:
-        """Adds to the rows dropped for a reason; the row numbers are of the first stage that met the reason."""
-        self.dropped.setdefault(reason, replace(more, count=0)).count += more.count
+        """Adds to the rows dropped for a reason."""
+        held = self.dropped.setdefault(reason, replace(more, count=0, first=[]))
+        held.count, held.first = held.count + more.count, [*held.first, *more.first][:3]
 
 
 class Ledger:
-    """The accounts of all splits, filled by the functions that handle rows inside `with Ledger() as ledger:`."""
+    """The accounts of all splits, filled by the functions that handle rows inside `with Ledger() as ledger:`.
 
-    def __init__(self) -> None:
+    `held_out` is the setting of that name, which `split_pairs` reads here: the share of the prompts to hold out.
+    """
+
+    def __init__(self, held_out: float = HELD_OUT) -> None:
+        self.held_out = held_out
         self.accounts: dict[str, SplitAccount] = {}
         self.read_by: list[str] = []  # dataset adapters
         self.unread: dict[str, dict[str, int]] = {}  # by column: `rows` with text that nobody reads, `of` all
@@ -73,7 +81,7 @@ class Ledger:
         *,
         came: int,
         kept: int,
-        dropped: Mapping[str, Sequence[int]] | None = None,
+        dropped: Mapping[str, Sequence[str]] | None = None,
         new: bool = False,
         **counts: int,
     ) -> None:
@@ -84,7 +92,7 @@ class Ledger:
             split: Name of the split.
             came: Rows that came in.
             kept: Rows that went on.
-            dropped: Row numbers by reason.
+            dropped: Names of rows, by reason.
             new: True for rows that no stage has seen before. Otherwise the rows are expected to be those that earlier
                 stages kept, and a difference is put down to what load_pairs did in between.
             **counts: `moved`, `not_sampled`, `in_pairs` or `pairs_made`, as a SplitAccount has them. Where pairs are

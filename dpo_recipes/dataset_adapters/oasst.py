@@ -8,6 +8,7 @@ from datasets import Dataset, Features, Value
 
 from dpo_recipes.dataset_adapters.adapting import (
     PAIR_FEATURES,
+    ROW,
     Drop,
     Message,
     Pair,
@@ -16,6 +17,7 @@ from dpo_recipes.dataset_adapters.adapting import (
     note_unread,
     number,
     require_columns,
+    row_names,
 )
 from dpo_recipes.dataset_adapters.ledger import current_ledger
 
@@ -40,27 +42,30 @@ def oasst1(dataset: Dataset, *, languages: Collection[str] | None = ("en",)) -> 
         RecipeError: If a column is missing.
     """
     if {"message_tree_id", "prompt"} <= set(dataset.column_names):
-        messages = [message for root in dataset["prompt"] if root for message in _with_replies(root)]
+        trees = zip(dataset["prompt"], row_names(dataset), strict=True)
+        messages = [message | {ROW: name} for root, name in trees if root for message in _with_replies(root)]
     else:
         require_columns(dataset, _COLUMNS, name="oasst1")
-        messages = dataset.select_columns(_COLUMNS).to_list()
-    note_unread(dataset, used={*_COLUMNS, "message_tree_id", "prompt", "tree_state"})
+        rows = zip(dataset.select_columns(_COLUMNS).to_list(), row_names(dataset), strict=True)
+        messages = [message | {ROW: name} for message, name in rows]
+    note_unread(dataset, used={*_COLUMNS, "message_tree_id", "prompt", "tree_state", ROW})
     reasons, pairs = _read_threads(messages, [_own_reason(message, languages=languages) for message in messages])
-    dropped: dict[str, list[int]] = defaultdict(list)
+    dropped: dict[str, list[str]] = defaultdict(list)
     for row, reason in enumerate(reasons):
         if reason is not None:
-            dropped[reason].append(row)
+            dropped[reason].append(messages[row][ROW])
     kept = []
     for row, pair in pairs:
         try:
             check_pair(pair)
             kept.append(pair)
         except Drop as drop:
-            dropped[str(drop)].append(row)
+            dropped[str(drop)].append(messages[row][ROW])
     counts = {"came": len(messages), "in_pairs": reasons.count(None), "pairs_made": len(pairs), "kept": len(kept)}
     current_ledger().record("oasst1", str(dataset.split or "train"), dropped=dropped, new=True, **counts)
+    features = Features({**_FEATURES, **dict.fromkeys({ROW}.intersection(dataset.column_names), Value("string"))})
     return Dataset.from_dict(
-        {column: [pair.get(column) for pair in kept] for column in _FEATURES}, features=_FEATURES, split=dataset.split
+        {column: [pair.get(column) for pair in kept] for column in features}, features=features, split=dataset.split
     )
 
 
@@ -119,7 +124,10 @@ def _ranked(replies: list[int], messages: list[Row]) -> list[tuple[int, int]]:
 
 
 def _pair(messages: list[Row]) -> Pair:
-    """Returns the pair of a thread whose last two messages are the better reply and the worse."""
+    """Returns the pair of a thread whose last two messages are the better reply and the worse.
+
+    The pair has the row of the better reply.
+    """
     turns: list[Message] = [{"role": _ROLES[message["role"]], "content": message["text"]} for message in messages]
     better, worse = messages[-2:]
     return {
@@ -128,4 +136,5 @@ def _pair(messages: list[Row]) -> Pair:
         "rejected": turns[-1:],
         "preference_strength": (number(worse["rank"]) or 0.0) - (number(better["rank"]) or 0.0),
         "id": f"{better['message_id']} {worse['message_id']}",
+        ROW: better[ROW],  # type: ignore[misc]
     }

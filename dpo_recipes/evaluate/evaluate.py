@@ -5,7 +5,7 @@ import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,8 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 from trl import RewardConfig
 
+from dpo_recipes.dataset_adapters.adapting import row_names
+from dpo_recipes.dataset_adapters.ledger import HELD_OUT, Ledger
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluate.answers import Entry, Sampling, answer_all, draw_prompts
 from dpo_recipes.evaluate.judges import open_judge
@@ -24,6 +26,8 @@ from dpo_recipes.evaluate.pairwise import Judged, expected_cost
 from dpo_recipes.evaluate.report import write_report
 from dpo_recipes.evaluate.results import SIDES, answer_pairs, judging, measures, preference
 from dpo_recipes.files import MANIFEST, check_writable, read_json
+from dpo_recipes.flags import grouped
+from dpo_recipes.loading import keep_part, prompt_hashes
 from dpo_recipes.machine import hardware
 from dpo_recipes.manifest import claim
 from dpo_recipes.models.open import (
@@ -35,13 +39,15 @@ from dpo_recipes.models.open import (
     run_settings,
 )
 from dpo_recipes.models.rewards import Text
+from dpo_recipes.preflight.findings import in_words
 from dpo_recipes.preflight.inspect import dataset_recipe, parse_namespace
 from dpo_recipes.preflight.prepare import measure_pairs
 from dpo_recipes.recipe import DONE_FILE, load_tokenizer
 from dpo_recipes.runs.model_card import LIBRARIES, weights_hash
 from dpo_recipes.terminal import say
 
-OF_DATA = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "columns", "max_length")
+OF_ROWS = ("columns", "max_length")  # settings of a run that suit other data as well
+OF_DATA = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", *OF_ROWS)
 SHOWN = 4  # prompts with both answers
 
 
@@ -58,6 +64,7 @@ class Subject:
     rule: Callable[[Text, str], float] | str | None  # the recipe's own judge
     folder: Path  # of the results
     trust_remote_code: bool  # whether code that comes with a model may run
+    doubts: list[str]  # about the held-out pairs
 
 
 def evaluate(
@@ -85,7 +92,8 @@ def evaluate(
         name: A recipe, or a model: a folder, a run's too, or a Hub name.
         recipe: The recipe's file; None for a model.
         profile: The machine's settings.
-        flags: As `dpo-recipes train` takes them; a model needs `--dataset_name`.
+        flags: As `dpo-recipes train` takes them; a model needs `--dataset_name`. Data that the run was not trained on
+            is held-out data: its test split, or else all of its rows.
         base: The reference model; by default the one that the recipe or the run names.
         output_dir: A recipe's run, as in `train`; for a model, the folder of the results.
         prompts: Number of prompts to answer, from the held-out pairs.
@@ -139,12 +147,13 @@ def _open_subject(
     name: str, recipe: Path | None, *, profile: Path, flags: Sequence[str], base: str | None, output_dir: str | None
 ) -> Subject:
     """Checks the model and reads its held-out pairs."""
-    named = {flag.partition("=")[0] for flag in flags}
+    named = dict(grouped(flags))
+    data = next(iter(named.get("dataset_name", [])), "")
     if recipe:
         namespace = runpy.run_path(str(recipe))
         model = output_dir or str(namespace["RECIPE"]["output_dir"])
-        folder, flags = Path(model), [*_data_flags(name, model), *flags]
-    elif "--dataset_name" in named:
+        folder, flags = Path(model), [*_data_flags(name, model, OF_ROWS if data else OF_DATA), *flags]
+    elif data:
         namespace, model = dataset_recipe(""), name
         own = Path(name) if run_settings(name) else Path("outputs/evaluate") / re.sub(r"\W+", "_", name.strip("/."))
         folder = Path(output_dir or own)
@@ -156,6 +165,13 @@ def _open_subject(
     flags = [*flags, "--model_name_or_path", base or find_start(model)]
     parsed = parse_namespace(namespace, recipe or Path(folder.name), profile=profile, flags=flags)
     script_args, training_args, model_args = parsed
+    trained_on = run_settings(model).get("dataset_name")
+    if is_apart := bool(data) and not _is_same(data, trained_on):
+        script_args.held_out = 1.0  # all of it
+        if Path(data).exists() and "eval_pairs" not in named:
+            script_args.eval_pairs = None
+    elif "held_out" not in named:
+        script_args.held_out = run_settings(model).get("held_out", script_args.held_out)
     if isinstance(training_args, RewardConfig):
         raise RecipeError(f"{name} makes a reward model, which its training measures: see metrics.json in {model}.")
     start, tokenizer = str(model_args.model_name_or_path), load_tokenizer(model_args, training_args)
@@ -168,19 +184,50 @@ def _open_subject(
         model=model,
         start=start,
         dataset=str(script_args.dataset_name),
-        beta=training_args.beta if "--beta" in named else run_settings(model).get("beta"),  # None: not known
+        beta=training_args.beta if "beta" in named else run_settings(model).get("beta"),  # None: not known
         pairs=measured.pairs["test"],
         rule=namespace.get("judge"),
         folder=folder,
         trust_remote_code=training_args.trust_remote_code,
+        doubts=_seen(namespace, script_args, model) if trained_on and (is_apart or "held_out" in named) else [],
     )
 
 
-def _data_flags(name: str, model: str) -> list[str]:
-    """Flags that name the data a recipe's run was trained on."""
+def _is_same(data: str, trained_on: str | None) -> bool:
+    """Returns True for two names of one dataset, samples of it among them."""
+    one, other = (Path(re.sub(r":\d+$", "", name or "")).expanduser().resolve() for name in (data, trained_on))
+    return bool(trained_on) and one == other
+
+
+def _seen(namespace: Mapping[str, Any], script_args: Any, model: str) -> list[str]:
+    """A warning about held-out pairs whose prompt the run was trained on, or that cannot be compared with its data."""
+    held = {"held_out": HELD_OUT} | run_settings(model)
+    of_run = replace(
+        script_args,
+        **{key: held[key] for key in (*OF_DATA, "part", "held_out") if hasattr(script_args, key) and key in held},
+    )
+    try:
+        with Ledger(of_run.held_out):
+            train = keep_part(namespace["load_pairs"](of_run)["train"], of_run.part)
+        with Ledger(script_args.held_out):
+            test = namespace["load_pairs"](script_args)["test"]
+    except RecipeError:
+        return [f"The run's training data, {of_run.dataset_name}, cannot be read: its prompts are not looked for here."]
+    known = set(prompt_hashes(train))
+    rows = [name for name, key in zip(row_names(test), prompt_hashes(test), strict=True) if key in known]
+    if not rows:
+        return []
+    first = f"{in_words(rows[:SHOWN])}{' and more' if len(rows) > SHOWN else ''}"
+    return [
+        f"The run was trained on the prompts of {len(rows)} of {len(test)} held-out pairs: {first}. Remove these rows."
+    ]
+
+
+def _data_flags(name: str, model: str, settings: Sequence[str]) -> list[str]:
+    """Flags that repeat these settings of a recipe's run."""
     if not (read_adapter(model) or (Path(model) / "config.json").exists()):
         raise RecipeError(f"There is no trained model in {model}. Train it first: dpo-recipes train {name}")
-    given = {key: value for key, value in run_settings(model).items() if key in OF_DATA and value is not None}
+    given = {key: value for key, value in run_settings(model).items() if key in settings and value is not None}
     return [word for key, value in given.items() for word in (f"--{key}", str(value))]
 
 
@@ -256,7 +303,7 @@ def _warnings(
     subject: Subject, judge: str | None, judged: Judged | None, hashes: Mapping[str, str | None]
 ) -> list[str]:
     """Reasons to trust the numbers less than their intervals suggest."""
-    said = []
+    said = [*subject.doubts]
     if judged and (unknown := int(np.isnan(judged.won).sum())):
         said.append(f"Of {len(judged.won)} prompts {unknown} have no verdict and are left out of the win rate.")
     judge = judge or (subject.rule if isinstance(subject.rule, str) else None)

@@ -11,6 +11,7 @@ from datasets import DatasetDict
 from dpo_recipes.dataset_adapters.adapting import DROP_CHOICES, DROP_REASONS
 from dpo_recipes.dataset_adapters.ledger import Ledger, SplitAccount
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.estimates import wilson
 from dpo_recipes.loading import digest
 from dpo_recipes.preflight.findings import CHECKS, Finding, judge
 from dpo_recipes.preflight.tokens import FAULTS, Unit, describe
@@ -91,7 +92,7 @@ def token_lines(tokens: Mapping[str, Mapping[str, Any]], *, unit: Unit) -> list[
 def refuse_empty(pairs: DatasetDict, ledger: Ledger, lines: list[str]) -> None:
     """Raises RecipeError if a split is empty: with the remedy for the most frequent reason, and the account."""
     for split, purpose in (("train", "train on"), ("test", "evaluate on")):
-        if len(pairs[split]):
+        if split not in pairs or len(pairs[split]):
             continue
         dropped = ledger.accounts.get(split, SplitAccount()).dropped
         reason = max(dropped, key=lambda name: dropped[name].count, default="no_rows")
@@ -126,11 +127,14 @@ def account_findings(ledger: Ledger, data: Mapping[str, Any], thresholds: Mappin
     faults = sum(drop.count for reason, drop in total.dropped.items() if reason not in DROP_CHOICES)
     found = judge("dropped", faults, total.rows, thresholds)
     counts = {name: sum(split.get(name, 0) for split in tokens) for name in FAULTS}
-    if "rendered" in data:
+    if "rendered" in data and "train" in data["tokens"]:
         # Only training pairs count: the test pairs that were kept are a sample of those that fit.
         train, at_risk = ledger.accounts["train"], data["tokens"]["train"]["completion_at_risk"]
         words = {"too_long": at_risk - train.shortened, "shortened": train.shortened}
         found += judge("completion_at_risk", at_risk, train.kept + words["too_long"], thresholds, **words)
+        held_out = ledger.accounts["test"].kept
+        share = wilson(held_out / 2, held_out)
+        found += judge("few_held_out", (share.high - share.low) / 2, 1, thresholds, pairs=held_out, share=share)
         has_header = all(pair["generation_prompt"] for pair in data["rendered"])
         counts["no_generation_prompt"] = 0 if has_header else total.kept
     fields: Counter[str] = sum((Counter(split.get("unrendered")) for split in tokens), Counter())

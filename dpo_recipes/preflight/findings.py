@@ -58,6 +58,18 @@ def judge(name: str, count: float, total: float, thresholds: Mapping[str, float]
     return []
 
 
+def in_words(rows: Sequence[str | Sequence[str]]) -> str:
+    """The names of rows, or of pairs of rows, for the screen: each file once, in front of its lines."""
+    said, file = [], ""
+    for row in rows:
+        names = [row] if isinstance(row, str) else row
+        for place, name in enumerate(names):
+            shown = name.removeprefix(f"{file}, ")
+            file = name.rpartition(", ")[0]
+            said.append(f"{' and ' if place else '; '}{shown}")
+    return "".join(said).removeprefix("; ")
+
+
 def judged(findings: Sequence[Finding]) -> dict[str, Any]:
     """The findings and the verdict (ok, warnings or failures) for preflight.json."""
     levels = {finding.level for finding in findings}

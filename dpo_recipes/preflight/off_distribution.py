@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
+from dpo_recipes.dataset_adapters.adapting import row_names
 from dpo_recipes.models.likelihood import fused_outputs
 from dpo_recipes.models.open import open_model
 from dpo_recipes.models.pair_ids import encode_pairs
@@ -69,7 +70,8 @@ def measure(
         for n, side in enumerate(SIDES[1:])
     }
     agrees = float((logps[0] > logps[1]).mean())
-    farthest = [rows[order[place]] for place in np.argsort(-surplus[1])[:5]]
+    names = row_names(train)
+    farthest = [names[rows[order[place]]] for place in np.argsort(-surplus[1])[:5]]
     return {"n": len(rows), "far_from": FAR, "agrees": agrees, "rows": farthest, **sides}
 
 

@@ -11,7 +11,8 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetDict, Value
 from trl import SFTConfig
 
-from dpo_recipes.dataset_adapters.ledger import Ledger
+from dpo_recipes.dataset_adapters.adapting import ROW, keep_rows
+from dpo_recipes.dataset_adapters.ledger import HELD_OUT, Ledger
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import write_json
 from dpo_recipes.loading import drop_prompts_in_test, keep_part, prompt_hashes
@@ -109,7 +110,9 @@ def _prepare(
             measured = error
     if isinstance(measured, RecipeError):
         raise measured
-    pairs = measured.pairs.remove_columns([name for name in measured.pairs["train"].column_names if name in MEASURES])
+    pairs = measured.pairs.remove_columns(
+        [name for name in measured.pairs["train"].column_names if name in (*MEASURES, ROW)]
+    )
     lines = [*measured.lines, *finding_lines(measured.findings)]
     if script_args.dry_run:
         say("\n".join([*lines, *plan_lines(script_args, training_args, tokenizer, pairs)]))
@@ -133,6 +136,7 @@ def measure_pairs(
     """The rows that a recipe can train on, with the account of all rows and tokens and the findings.
 
     The arguments are those of `prepare_pairs`. With `prompts_only` the rows are those that `prepare_prompts` returns.
+    With a `held_out` of 1 there is no train split: all rows are held out, as `evaluate` needs them.
 
     Raises:
         RecipeError: If the tokenizer has no chat template or EOS token, no row is left to train or to test on, or the
@@ -142,12 +146,13 @@ def measure_pairs(
     lenient = {"without_eos_failure": 1.0} if isinstance(training_args, SFTConfig) else {}
     thresholds = set_thresholds(script_args.threshold, **lenient)
     unit, limit, longest = _limit(script_args, training_args, prompts_only=prompts_only)
-    with Ledger() as ledger:
-        pairs = _load(load_pairs, script_args)
-        tokenizer = tokenizer_to_measure(tokenizer, pairs=pairs["train"])
+    with Ledger(script_args.held_out) as ledger:
+        pairs = _load(load_pairs, script_args, ledger)
+        tokenizer = tokenizer_to_measure(tokenizer, pairs=pairs["test"])
         for split, rows in pairs.items():
             pairs[split] = _fit_split(rows, tokenizer, script_args, ledger, split=split, unit=unit, longest=longest)
-        pairs = drop_prompts_in_test(pairs, stage="preflight")  # shortened prompts may have become equal
+        if "train" in pairs:
+            pairs = drop_prompts_in_test(pairs, stage="preflight")  # shortened prompts may have become equal
         pairs["test"] = _draw_eval_pairs(pairs["test"], script_args.eval_pairs, ledger)
     for split, rows in pairs.items():
         ledger.accounts[split].shortened = sum(tokens > 0 for tokens in rows["cut_tokens"][:])
@@ -162,7 +167,8 @@ def measure_pairs(
     else:
         _check_model(tokenizer, training_args, script_args.settings, data["tokens"])
     if unit == "pair":
-        data["rendered"] = rendered_pairs(pairs["train"], tokenizer, split="train")
+        split = next(iter(pairs))
+        data["rendered"] = rendered_pairs(pairs[split], tokenizer, split=split)
     lines += account.token_lines(data["tokens"], unit=unit)
     findings = account.account_findings(ledger, data, thresholds)
     return Measured(pairs, lines, data | {"thresholds": thresholds} | judged(findings), findings)
@@ -176,8 +182,8 @@ def _limit(script_args: Any, training_args: Any, *, prompts_only: bool) -> tuple
     return "prompt", limit, getattr(script_args, limit)
 
 
-def _load(load_pairs: LoadPairs, script_args: RecipeArguments) -> DatasetDict:
-    """The splits that the recipe loads; of the training pairs those of `--part`."""
+def _load(load_pairs: LoadPairs, script_args: RecipeArguments, ledger: Ledger) -> DatasetDict:
+    """The splits that the recipe loads; of the training pairs those of `--part`, and none if all are held out."""
     pairs = load_pairs(script_args)
     if set(pairs) != {"train", "test"}:
         raise RecipeError(f"load_pairs returned the splits {list(pairs)}, needs train and test: end it in split_pairs.")
@@ -187,6 +193,13 @@ def _load(load_pairs: LoadPairs, script_args: RecipeArguments) -> DatasetDict:
                 f"load_pairs returned the columns {rows.column_names}, needs prompt, chosen and rejected: pass the "
                 "rows through a dataset adapter."
             )
+    if script_args.held_out == 1:
+        return DatasetDict(test=pairs["test"])
+    if script_args.held_out != HELD_OUT and not ("test" in ledger.accounts and ledger.accounts["test"].moved):
+        raise RecipeError(
+            f"held_out={script_args.held_out:g} has no effect here: the data has test pairs of its own, which are held "
+            "out. Leave it out."
+        )
     return DatasetDict(train=keep_part(pairs["train"], script_args.part), test=pairs["test"])
 
 
@@ -225,15 +238,13 @@ def _fit_split(
     if "tools" in rows.column_names:  # an online trainer takes functions to call, and no column
         ledger.note_unread("tools", len(rows), len(rows))
     room = longest - 1 if longest and unit == "text" else longest  # SFT adds an end token
-    return _first_of_each_prompt(fit(rows, tokenizer, room, split=split, unit=unit), ledger, split=split)
+    return _first_of_each_prompt(fit(rows, tokenizer, room, split=split, unit=unit), split=split)
 
 
-def _first_of_each_prompt(prompts: Dataset, ledger: Ledger, *, split: str) -> Dataset:
+def _first_of_each_prompt(prompts: Dataset, *, split: str) -> Dataset:
     first: dict[str, int] = {}
-    again = [row for row, key in enumerate(prompt_hashes(prompts)) if first.setdefault(key, row) != row]
-    dropped = {"same_prompt": again} if again else {}
-    ledger.record("preflight", split, came=len(prompts), kept=len(first), dropped=dropped)
-    return prompts.select(list(first.values()))
+    firsts = [first.setdefault(key, row) == row for row, key in enumerate(prompt_hashes(prompts))]
+    return keep_rows(prompts, [None if new else "same_prompt" for new in firsts], stage="preflight", split=split)
 
 
 def _draw_eval_pairs(test: Dataset, size: int | None, ledger: Ledger) -> Dataset:

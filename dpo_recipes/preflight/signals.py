@@ -12,8 +12,9 @@ from datasets import Dataset, DatasetDict
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from dpo_recipes.dataset_adapters.adapting import row_names
 from dpo_recipes.estimates import wilson
-from dpo_recipes.preflight.findings import CHECKS, Finding, judge
+from dpo_recipes.preflight.findings import CHECKS, Finding, in_words, judge
 from dpo_recipes.preflight.near_duplicates import find_alike, sketch
 
 _MARKS = {name: check["pattern"] for name, check in CHECKS.items() if {"label", "pattern"} <= check.keys()}
@@ -27,7 +28,7 @@ def find_signals(pairs: DatasetDict, *, seed: int = 0) -> dict[str, Any]:
     """Finds what trivial rules predict of the training pairs, and which pairs are repeated, contradicted or leaked.
 
     Args:
-        pairs: `train` and `test`, neither empty, as conversations or as plain text. Row numbers are of these.
+        pairs: `train` and `test`, neither empty, as conversations or as plain text, with the names of their rows.
         seed: Draws the sample for the rules that are learned.
 
     Returns:
@@ -37,7 +38,7 @@ def find_signals(pairs: DatasetDict, *, seed: int = 0) -> dict[str, Any]:
         `[test row, training row]`; `frequent_prompt`. At most five rows each.
     """
     train, test = _read(pairs["train"], split="train"), _read(pairs["test"], split="test")
-    size = len(train["pair"])
+    names, test_names, size = row_names(pairs["train"]), row_names(pairs["test"]), len(train["pair"])
     first: dict[int, int] = {}
     firsts = [first.setdefault(key, row) for row, key in enumerate(train["pair"].tolist())]
     repeats = [(row, earlier) for row, earlier in enumerate(firsts) if earlier != row]
@@ -49,12 +50,12 @@ def find_signals(pairs: DatasetDict, *, seed: int = 0) -> dict[str, Any]:
     return {
         "pairs": size,
         "prompts": len(np.unique(train["prompt"])),
-        "baselines": {name: _baseline(name, *found) for name, found in margins.items()},
+        "baselines": {name: _baseline(name, *found, names=names) for name, found in margins.items()},
         "openers": _openers(train["first_word"]),
-        "duplicates": _account(repeats, of=size),
-        "near_duplicates": _account(enumerate(alike), of=size),
-        "contradictions": _account(against, of=size),
-        "near_leaks": _account(enumerate(leaked), of=len(leaked)),
+        "duplicates": _account(repeats, names, names),
+        "near_duplicates": _account(enumerate(alike), names, names),
+        "contradictions": _account(against, names, names),
+        "near_leaks": _account(enumerate(leaked), test_names, names),
         "frequent_prompt": _frequent_prompt(pairs["train"], train["prompt"]),
     }
 
@@ -68,8 +69,7 @@ def signal_findings(signals: Mapping[str, Any], thresholds: Mapping[str, float])
             findings += judge(name, ahead, 1, thresholds, ahead=ahead, verb=verb, of=rule["n"])
     for name in ("contradictions", "duplicates", "near_duplicates", "near_leaks"):
         found = signals[name]
-        rows = ", ".join(f"{row} and {other}" for row, other in found["rows"])
-        findings += judge(name, found["count"], found["of"], thresholds, rows=rows)
+        findings += judge(name, found["count"], found["of"], thresholds, rows=in_words(found["rows"]))
     times, prompt = signals["frequent_prompt"]["count"], signals["frequent_prompt"]["text"]
     return findings + judge("frequent_prompt", times - _USUAL, signals["pairs"], thresholds, times=times, prompt=prompt)
 
@@ -152,14 +152,14 @@ def _word_margins(chosen: Any, rejected: Any, *, prompts: NDArray[Any], seed: in
     return np.asarray(cross_val_predict(model, both, signs, **kind)[: len(prompts)])
 
 
-def _baseline(name: str, margins: NDArray[Any], rows: NDArray[Any]) -> dict[str, Any]:
+def _baseline(name: str, margins: NDArray[Any], rows: NDArray[Any], *, names: list[str]) -> dict[str, Any]:
     share = wilson(float((margins > 0).sum() + (margins == 0).sum() / 2), len(margins))
     with_it = margins > 0 if share.mean > 0.5 else margins < 0
     return {
         "label": CHECKS[name]["label"],
         **{"accuracy": share.mean, "low": share.low, "high": share.high, "n": share.n},
         "decided": float((margins != 0).mean()),
-        "rows": rows[with_it][:_ROWS].tolist(),
+        "rows": [names[row] for row in rows[with_it][:_ROWS]],
     }
 
 
@@ -170,14 +170,15 @@ def _openers(first_words: NDArray[Any]) -> list[dict[str, Any]]:
     return [{"word": word, "chosen": chosen[word] / size, "rejected": rejected[word] / size} for word in most]
 
 
-def _account(rows: Iterable[tuple[int, int]], *, of: int) -> dict[str, Any]:
+def _account(rows: Iterable[tuple[int, int]], names: list[str], other_names: list[str]) -> dict[str, Any]:
     """The pairs of a row and another one; those whose other row is -1 do not count."""
-    found = [[row, int(other)] for row, other in rows if other >= 0]
-    return {"count": len(found), "of": of, "rows": found[:_ROWS]}
+    found = [[names[row], other_names[other]] for row, other in rows if other >= 0]
+    return {"count": len(found), "of": len(names), "rows": found[:_ROWS]}
 
 
 def _frequent_prompt(pairs: Dataset, hashes: NDArray[np.int64]) -> dict[str, Any]:
     [(usual, times)] = Counter(hashes.tolist()).most_common(1)
     rows = np.flatnonzero(hashes == usual)[:_ROWS].tolist()
     text = _texts(pairs.select(rows[:1]).with_format("arrow")[:], "prompt")[0].as_py()
-    return {"count": times, "of": len(pairs), "rows": rows, "text": text[:100]}
+    names = row_names(pairs)
+    return {"count": times, "of": len(pairs), "rows": [names[row] for row in rows], "text": text[:100]}

@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig
 
 from dpo_recipes.dataset_adapters import PAIR_FEATURES, Drop, Message, check_pair, keep_pairs, map_rows
+from dpo_recipes.dataset_adapters.adapting import ROW, row_names
 from dpo_recipes.dataset_adapters.ledger import SplitAccount
 from dpo_recipes.models.pair_ids import PairIds, encode_pairs
 from dpo_recipes.preflight.findings import CHECKS
@@ -320,13 +321,14 @@ def as_rendered(pairs: Dataset, tokenizer: Any) -> Dataset:
         return pairs
     if pairs.features["chosen"] == PAIR_FEATURES["chosen"] and not any(pairs["template_drops_text"]):
         return pairs
-    features = Features(dict.fromkeys(SIDES, Value("string")))
+    features = Features(dict.fromkeys((*SIDES, *{ROW}.intersection(pairs.column_names)), Value("string")))
     return map_rows(pairs, _rendered_batch, features=features, desc="rendering", tokenizer=tokenizer)
 
 
 def _rendered_batch(batch: dict[str, list[Any]], *, tokenizer: Any) -> dict[str, list[str]]:
     texts = [_said(row, tokenizer) for row in _rows(batch)]
-    return {side: [text[place] for text in texts] for place, side in enumerate(SIDES)}
+    sides = {side: [text[place] for text in texts] for place, side in enumerate(SIDES)}
+    return sides | {name: batch[name] for name in (ROW,) if name in batch}
 
 
 def _said(row: Mapping[str, Any], tokenizer: Any) -> list[str]:
@@ -370,7 +372,8 @@ def _statistics(values: Any, edges: Any) -> dict[str, Any]:
 def rendered_pairs(pairs: Dataset, tokenizer: Any, *, split: str) -> list[dict[str, Any]]:
     """Three pairs, drawn by seed 0, token by token: their text, ids, and 1 where the loss is taken."""
     drawn = sorted(random.Random(0).sample(range(len(pairs)), min(_SHOWN, len(pairs))))
-    return [{"split": split, "row": row, **_token_by_token(pairs[row], tokenizer)} for row in drawn]
+    names = row_names(pairs)
+    return [{"split": split, "row": names[row], **_token_by_token(pairs[row], tokenizer)} for row in drawn]
 
 
 def _token_by_token(row: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:

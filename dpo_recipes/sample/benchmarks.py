@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from dpo_recipes.dataset_adapters.adapting import require_columns
+from dpo_recipes.dataset_adapters.adapting import require_columns, row_names
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import check_writable, write_json, write_jsonl
 from dpo_recipes.loading import load_rows
@@ -66,7 +66,7 @@ def answer(
         raise RecipeError(f"{target} exists already. Name the model otherwise with --name, or use --output_dir.")
     check_writable(target.parent)
     rows = load_rows(dataset)["train"]
-    asked = _read_questions(rows, benchmark, temperature, dataset.dataset_name)
+    asked = _read_questions(rows, benchmark, temperature)
     loaded, tokenizer = open_model(model, trust_remote_code=trust_remote_code)
     require_chat_template(tokenizer)
     step = partial(_converse, loaded, tokenizer, **options)
@@ -83,14 +83,14 @@ def answer(
     return target
 
 
-def _read_questions(rows: Dataset, benchmark: str, temperature: float | None, name: str) -> Rows:
+def _read_questions(rows: Dataset, benchmark: str, temperature: float | None) -> Rows:
     """Reads the turns of each question and the temperature of its answers."""
     require_columns(rows, COLUMNS[benchmark], name=benchmark)
     asked = []
-    for number, row in enumerate(rows):
+    for name, row in zip(row_names(rows), rows, strict=True):
         turns = [row["instruction"]] if benchmark == "alpaca_eval" else row["turns"]
         if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn for turn in turns)):
-            raise RecipeError(f"Row {number} of {name} asks {turns!r}, where text is needed.")
+            raise RecipeError(f"{name} asks {turns!r}, where text is needed.")
         by_category = TEMPERATURES.get(row.get("category", ""), OTHERWISE)
         asked.append({"turns": turns, "temperature": by_category if temperature is None else temperature})
     return asked

@@ -60,16 +60,16 @@ def test_hh_rlhf_golden_rows():
     ]
     account = ledger.accounts["train"]
     assert {reason: (drop.count, drop.first) for reason, drop in account.dropped.items()} == {
-        "identical_completions": (1, [4]),
-        "empty_completion": (1, [5]),
-        "contexts_differ": (1, [6]),
-        "ends_in_user_turn": (1, [7]),
-        "begins_with_assistant": (1, [8]),
-        "prompt_not_ending_in_user": (1, [9]),
-        "text_before_first_turn": (1, [10]),
-        "no_assistant_turn": (1, [11]),
-        "empty_prompt": (1, [12]),
-        "missing_value": (1, [13]),
+        "identical_completions": (1, ["row 5"]),
+        "empty_completion": (1, ["row 6"]),
+        "contexts_differ": (1, ["row 7"]),
+        "ends_in_user_turn": (1, ["row 8"]),
+        "begins_with_assistant": (1, ["row 9"]),
+        "prompt_not_ending_in_user": (1, ["row 10"]),
+        "text_before_first_turn": (1, ["row 11"]),
+        "no_assistant_turn": (1, ["row 12"]),
+        "empty_prompt": (1, ["row 13"]),
+        "missing_value": (1, ["row 14"]),
     }
     assert (account.rows, account.kept) == (14, 4)
 

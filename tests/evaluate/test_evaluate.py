@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from judge_server import Server
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -17,8 +18,10 @@ from scipy.stats import binomtest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from dpo_recipes.cli import main
+from dpo_recipes.dataset_adapters import as_messages
 from dpo_recipes.estimates import Estimate, wilson
 from dpo_recipes.evaluate.results import verdict
+from dpo_recipes.loading import split_pairs
 from dpo_recipes.models.pair_ids import encode_pairs
 from dpo_recipes.preflight.tokens import render
 
@@ -361,3 +364,73 @@ def test_what_is_wrong_is_said_before_a_model_answers(call, run, flags, message,
     said = capsys.readouterr()
     assert message in said.err
     assert "Answers of" not in said.out
+
+
+# Held-out data of one's own
+
+
+@pytest.fixture(scope="module")
+def trained(run, tmp_path_factory):
+    """A run that was trained on a file of 40 rows, of which it held out a fifth."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = folder / "pairs.jsonl"
+    rows = [{"prompt": f"Question {n}?", "chosen": f"Yes {n}.", "rejected": f"No {n}."} for n in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(run, folder / "run", ignore=shutil.ignore_patterns("eval*"))
+    held = json.loads((run / "settings.json").read_text()) | {"dataset_name": str(data), "held_out": 0.2}
+    (folder / "run" / "settings.json").write_text(json.dumps(held))
+    return folder / "run", rows
+
+
+def evaluated(run, data, *flags):
+    words = ["--dataset_name", str(data), "--max_new_tokens", "4", "--prompts", "2"]
+    assert main(["evaluate", str(run), *words, *flags]) == 0
+    return json.loads((run / "eval.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "folder"])
+def test_all_rows_of_a_file_of_ones_own_are_held_out(trained, kind, tmp_path):
+    run, rows = trained
+    own = Dataset.from_list([row | {"prompt": f"A new {row['prompt']}"} for row in rows])
+    path = tmp_path / "own" if kind == "folder" else tmp_path / f"test.{kind}"
+    if kind == "folder":
+        path.mkdir()
+        own.to_json(path / "test.jsonl")
+    else:
+        {"jsonl": own.to_json, "csv": own.to_csv, "parquet": own.to_parquet}[kind](path)
+    results = evaluated(run, path)
+    assert (results["pairs"], results["warnings"]) == (40, [])
+
+
+def test_prompts_that_the_run_was_trained_on_are_named_by_their_lines(trained, tmp_path):
+    run, rows = trained
+    new = [row | {"prompt": f"A new {row['prompt']}"} for row in rows[:3]]
+    file = tmp_path / "test.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in [*new, *rows]))
+    results = evaluated(run, file)
+    held_out = evaluated(run, run.parent / "pairs.jsonl")["pairs"]
+    assert results["pairs"] == 43
+    assert 1 < held_out < 20
+    [warning] = results["warnings"]
+    assert f"trained on the prompts of {40 - held_out} of 43 held-out pairs: {file}, line " in warning
+
+
+def test_the_data_of_the_run_is_split_as_the_run_has_split_it(trained):
+    run, rows = trained
+    file = run.parent / "pairs.jsonl"
+    results = evaluated(run, file)
+    pairs = [{side: as_messages(row[side], role="user") for side in ("prompt", "chosen", "rejected")} for row in rows]
+    assert results["pairs"] == len(split_pairs({"train": Dataset.from_list(pairs)}, 0.2)["test"])
+    assert results["warnings"] == []
+    assert evaluated(run, f"{file}:30")["pairs"] <= results["pairs"]
+    [warning] = evaluated(run, file, "--held_out", "0.9")["warnings"]
+    assert "The run was trained on the prompts of" in warning
+
+
+def test_training_data_that_is_gone_is_said(trained, tmp_path):
+    run, _ = trained
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("eval*"))
+    held = json.loads((run / "settings.json").read_text()) | {"dataset_name": str(tmp_path / "gone.jsonl")}
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(held))
+    [warning] = evaluated(tmp_path / "run", run.parent / "pairs.jsonl")["warnings"]
+    assert f"The run's training data, {tmp_path}/gone.jsonl, cannot be read" in warning

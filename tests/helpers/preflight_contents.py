@@ -9,13 +9,19 @@ def histogram(total=60):
 
 def rule(accuracy, label):
     numbers = {"accuracy": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05, "decided": 0.5, "n": 300}
-    return {"label": label, **numbers, "rows": [1, 2]}
+    return {"label": label, **numbers, "rows": ["row 1", "row 2"]}
 
 
 def preflight():
     """Contents of a preflight.json that has every section."""
     account = {"rows": 10, "in_pairs": 0, "pairs_made": 0, "moved": -2, "not_sampled": 1, "kept": 4, "shortened": 1}
-    dropped = {"too_long": {"count": 3, "counted_by": "preflight", "first": [11, 22, 33]}}
+    dropped = {
+        "too_long": {
+            "count": 3,
+            "counted_by": "preflight",
+            "first": ["pairs.jsonl, line 11", "pairs.jsonl, line 22", "pairs.jsonl, line 33"],
+        }
+    }
     side = {"tokens": ["Us", "er", ":\n", "Hi", "<eos>"], "ids": [7, 8, 9, 10, 1], "trained": [0, 0, 0, 1, 1]}
     quantiles = {"logp_per_token": {"p5": -4.0, "p50": -2.5, "p95": -1.0}, "surplus": {}, "far": 0.25}
     none = {"count": 0, "of": 300, "rows": []}
@@ -41,7 +47,7 @@ def preflight():
         "rendered": [
             {
                 "split": "train",
-                "row": 5,
+                "row": "pairs.jsonl, line 5",
                 "sides": {name: side | {"prompt_tokens": 3} for name in ("chosen", "rejected")},
             }
         ],
@@ -50,12 +56,12 @@ def preflight():
             "prompts": 290,
             "baselines": {"longer": rule(0.8, "The longer answer"), "list": rule(0.5, "The answer with a list")},
             "openers": [{"word": "certainly", "chosen": 0.3, "rejected": 0.01}],
-            "duplicates": {"count": 9, "of": 300, "rows": [[40, 4], [50, 5]]},
+            "duplicates": {"count": 9, "of": 300, "rows": [["row 40", "row 4"], ["row 50", "row 5"]]},
             **dict.fromkeys(("near_duplicates", "contradictions", "near_leaks"), none),
-            "frequent_prompt": {"count": 17, "of": 300, "rows": [3, 4], "text": "What is the time?"},
+            "frequent_prompt": {"count": 17, "of": 300, "rows": ["row 3", "row 4"], "text": "What is the time?"},
         },
         "off_distribution": {
-            **{"n": 256, "far_from": 1.0, "agrees": 0.55, "rows": [8, 9]},
+            **{"n": 256, "far_from": 1.0, "agrees": 0.55, "rows": ["row 8", "row 9"]},
             **{"chosen": quantiles, "rejected": quantiles | {"far": 0.61}},
         },
         "cost": {

@@ -158,9 +158,14 @@ def settings_for(tmp_path, **others):
     return types.SimpleNamespace(output_dir=str(tmp_path), max_length=None, trust_remote_code=False, **others)
 
 
+def arguments(**others):
+    """Settings of pairs so few that how many are held out is not looked at."""
+    return RecipeArguments(**{"dataset_name": "rows", "threshold": ["few_held_out=1"]} | others)
+
+
 def measured(rows, tokenizer, tmp_path, **script):
     pairs = DatasetDict(train=Dataset.from_list(rows), test=Dataset.from_list([pair("Held out?")]))
-    script_args = RecipeArguments(dataset_name="rows", **script)
+    script_args = arguments(**script)
     return measure_pairs(lambda _: pairs, script_args, settings_for(tmp_path), tokenizer)
 
 
@@ -218,7 +223,7 @@ def test_a_stop_token_in_the_middle_of_an_answer_is_found(chatml, tiny, tmp_path
     # Plain text brings its own EOS token, too.
     plain = [{"prompt": f"the {n}", "chosen": " fox<eos>", "rejected": " dog" + n * "<eos> on"} for n in range(2)]
     pairs = DatasetDict(train=Dataset.from_list(plain), test=Dataset.from_list([{**plain[0], "prompt": "?"}]))
-    script_args = RecipeArguments(dataset_name="rows")
+    script_args = arguments()
     result = measure_pairs(lambda _: pairs, script_args, settings_for(tmp_path), tiny)
     assert [found.name for found in result.findings] == ["eos_inside"]
 
@@ -237,13 +242,14 @@ def test_what_a_pair_looks_like_is_shown_token_by_token(chatml, tmp_path):
     data = measured(ROWS, chatml, tmp_path).data
     assert [shown["split"] for shown in data["rendered"]] == ["train"] * 3
     for shown in data["rendered"]:
+        number = int(shown["row"].removeprefix("row ")) - 1
         for side, completion in (("chosen", "brown fox"), ("rejected", "lazy dog")):
             tokens, ids, trained = (shown["sides"][side][key] for key in ("tokens", "ids", "trained"))
             assert len(tokens) == len(ids) == len(trained)
-            text = f"<|im_start|>user\nthe quick {shown['row']}<|im_end|>\n<|im_start|>assistant\n"
+            text = f"<|im_start|>user\nthe quick {number}<|im_end|>\n<|im_start|>assistant\n"
             at = shown["sides"][side]["prompt_tokens"]
             assert "".join(tokens[:at]) == text
-            assert "".join(tokens[at:]) == f"{completion} {shown['row']}<|im_end|>\n"
+            assert "".join(tokens[at:]) == f"{completion} {number}<|im_end|>\n"
             assert trained == [0] * at + [1] * (len(ids) - at)
 
 
@@ -272,7 +278,7 @@ def test_what_plain_trl_would_cut_into_is_counted(tiny, tmp_path):
     pairs = DatasetDict(train=Dataset.from_list([pair(), long, pair("w" * 60)]), test=Dataset.from_list([pair("?")]))
     training_args = settings_for(tmp_path)
     training_args.max_length = 50
-    script_args = RecipeArguments(dataset_name="rows")
+    script_args = arguments()
     result = measure_pairs(lambda _: pairs, script_args, training_args, tiny)
     train = result.data["tokens"]["train"]
     assert (train["shortened"], train["completion_at_risk"]) == (1, 2)
@@ -286,7 +292,7 @@ def test_test_pairs_that_are_drawn_from_do_not_change_the_share_over_max_length(
     pairs = DatasetDict(train=Dataset.from_list([pair(str(n)) for n in range(100, 130)]), test=Dataset.from_list(test))
     training_args = settings_for(tmp_path)
     training_args.max_length = 50
-    script_args = RecipeArguments(dataset_name="rows", eval_pairs=2)
+    script_args = arguments(eval_pairs=2)
     result = measure_pairs(lambda _: pairs, script_args, training_args, tiny)
     assert result.findings == []
     assert result.data["tokens"]["test"]["completion_at_risk"] == 20
@@ -309,7 +315,7 @@ def test_every_row_is_accounted_for_whatever_the_rows_are(tiny, tmp_path_factory
     test = Dataset.from_list([pair(f"held out {number}") for number in range(4)], split="test")
     training_args = settings_for(tmp_path)
     training_args.max_length = 60
-    script_args = RecipeArguments(dataset_name="rows", eval_pairs=2)
+    script_args = arguments(eval_pairs=2)
     load_pairs = lambda _: split_pairs({"train": preference_jsonl(rows), "test": preference_jsonl(test)})  # noqa: E731
     result = measure_pairs(load_pairs, script_args, training_args, tiny)
     splits = result.data["splits"]
@@ -365,7 +371,7 @@ def test_every_check_has_a_threshold_a_text_and_a_remedy():
 def test_a_failure_stops_a_run_unless_its_threshold_is_raised(tmp_path, capsys):
     broken = bpe_tokenizer(BROKEN["double_bos"], bos="<s>")
     pairs = DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list([pair("Held out?")]))
-    script_args = RecipeArguments(dataset_name="rows", threshold=None)
+    script_args = arguments(threshold=None)
     with pytest.raises(RecipeError, match="--threshold double_bos_failure=1"):
         prepare_pairs(lambda _: pairs, script_args, settings_for(tmp_path), broken)
     assert "Failure (double_bos): 6 of 6 pairs" in capsys.readouterr().out
@@ -377,7 +383,7 @@ def test_a_failure_stops_a_run_unless_its_threshold_is_raised(tmp_path, capsys):
 
 def test_supervised_fine_tuning_may_start_from_a_template_of_another_end(tmp_path):
     pairs = DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list([pair("Held out?")]))
-    script_args = RecipeArguments(dataset_name="rows")
+    script_args = arguments()
     training_args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, activation_checkpointing=False)
     result = measure_pairs(lambda _: pairs, script_args, training_args, bpe_tokenizer(BROKEN["without_eos"]))
     assert [finding.level for finding in result.findings] == ["warning"]

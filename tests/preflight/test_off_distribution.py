@@ -57,7 +57,7 @@ def test_quantiles_are_those_of_the_models_own_logits(tiny_model, tokenizer, mon
         assert measured[side]["far"] == (surplus >= 1).mean()
     assert measured["agrees"] == (numbers["chosen"][:, 0] > numbers["rejected"][:, 0]).mean()
     worst = np.argsort(numbers["rejected"].sum(axis=1))[:5]
-    assert set(measured["rows"]) == set(worst.tolist())
+    assert set(measured["rows"]) == {f"row {row + 1}" for row in worst}
 
 
 def peaked(tiny_model, folder):
@@ -81,7 +81,7 @@ def test_the_sample_is_drawn_by_its_seed(tiny_model, tokenizer, monkeypatch):
     drawn = [measure(PAIRS, str(tiny_model), tokenizer, seed=seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[0]["n"] == 6
-    assert set(drawn[0]["rows"]) <= set(range(len(ROWS)))
+    assert set(drawn[0]["rows"]) <= {f"row {row + 1}" for row in range(len(ROWS))}
 
 
 def test_it_is_asked_for_by_with_model(tiny_model, hh_rows, tmp_path, monkeypatch, capsys):

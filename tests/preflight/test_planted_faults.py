@@ -42,11 +42,12 @@ def test_the_rows_named_are_those_planted(inspect):
     rows = planted.corrupted()
     data = inspect(rows)
     dropped = data["splits"]["train"]["dropped"]
-    assert all(None in rows["train"][row].values() for row in dropped["missing_value"]["first"])
-    assert all(
-        not rows["train"][row]["prompt"][-1:] or not rows["train"][row]["prompt"][-1]["content"].strip()
-        for row in dropped["empty_prompt"]["first"]
-    )
+    named = {
+        reason: [rows["train"][int(name.rpartition("train.jsonl, line ")[2]) - 1] for name in drop["first"]]
+        for reason, drop in dropped.items()
+    }
+    assert all(None in row.values() for row in named["missing_value"])
+    assert all(not row["prompt"][-1:] or not row["prompt"][-1]["content"].strip() for row in named["empty_prompt"])
     assert [len(drop["first"]) for drop in dropped.values()] == [min(3, drop["count"]) for drop in dropped.values()]
     assert data["signals"]["duplicates"]["count"] == 8
     assert data["signals"]["near_duplicates"]["count"] == 14

@@ -10,6 +10,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from transformers import AutoTokenizer
 from trl import ModelConfig
 
@@ -17,6 +18,9 @@ from dpo_recipes.dataset_adapters import hh_rlhf, preference_jsonl
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.loading import load_rows, split_pairs
 from dpo_recipes.preflight import prepare_pairs
+from dpo_recipes.preflight.findings import in_words
+from dpo_recipes.preflight.prepare import measure_pairs
+from dpo_recipes.preflight.signals import find_signals
 from dpo_recipes.preflight.tokens import MEASURES, fit, without_oldest_exchange
 from dpo_recipes.recipe import RecipeArguments, load_tokenizer
 
@@ -211,10 +215,10 @@ def test_pairs_that_no_dataset_adapter_has_checked_are_checked(tokenizer, tmp_pa
     prepare(rows, [pair("u:z")], tokenizer=tokenizer, tmp_path=tmp_path)
     dropped = account(tmp_path)["splits"]["train"]["dropped"]
     assert {reason: drop["first"] for reason, drop in dropped.items()} == {
-        "identical_completions": [1],
-        "prompt_not_ending_in_user": [2],
-        "missing_value": [3],
-        "content_not_text": [4],
+        "identical_completions": ["row 2"],
+        "prompt_not_ending_in_user": ["row 3"],
+        "missing_value": ["row 4"],
+        "content_not_text": ["row 5"],
     }
 
 
@@ -370,3 +374,74 @@ def test_a_second_run_reads_every_map_from_the_cache(tiny_model, tmp_path):
         return {file for file in tmp_path.rglob("*.arrow") if file.is_file()}
 
     assert run() == run()
+
+
+# Data of one's own
+
+
+def measured(train, test, tokenizer, tmp_path, **script):
+    splits = {"train": Dataset.from_list(train), **({"test": Dataset.from_list(test)} if test else {})}
+    return measure_pairs(lambda _: split_pairs(splits), arguments(**script), settings_for(tmp_path), tokenizer)
+
+
+@pytest.mark.parametrize("held_out", [1, 12, 38, 39])
+def test_held_out_pairs_too_few_to_measure_an_accuracy_are_a_warning_with_its_interval(held_out, tokenizer, tmp_path):
+    test = [pair(f"u:t{n}", f"a:y{n}") for n in range(held_out)]
+    findings = measured([pair("u:q")], test, tokenizer, tmp_path).findings
+    found = [finding for finding in findings if finding.name == "few_held_out"]
+    assert bool(found) == (held_out < 39)
+    if held_out == 12:
+        low, high = binomtest(6, 12).proportion_ci(method="wilson")
+        assert found[0].text == (
+            "Number of held-out pairs: 12. An accuracy of 0.50 on them will have the 95 % interval "
+            f"[{low:.2f}, {high:.2f}]."
+        )
+        assert "--held_out" in found[0].remedy
+
+
+def test_the_share_is_held_out_and_refused_where_the_data_has_test_pairs(tokenizer, tmp_path):
+    train, test = [pair(f"u:t{n}", f"a:y{n}") for n in range(200)], [pair("u:z")]
+    assert 40 <= len(measured(train, [], tokenizer, tmp_path, held_out=0.3).pairs["test"]) <= 80
+    refusal = r"held_out=0.3 has no effect here: the data has test pairs of its own"
+    with pytest.raises(RecipeError, match=refusal):
+        measured(train, test, tokenizer, tmp_path, held_out=0.3)
+    with pytest.raises(RecipeError, match=refusal):  # a recipe that makes its own splits
+        prepare(train, test, tokenizer=tokenizer, tmp_path=tmp_path, held_out=0.3)
+
+
+def test_findings_name_the_lines_of_the_file_and_no_trainer_sees_the_names(tokenizer, tmp_path):
+    rows = [{"prompt": f"Question {n}?", "chosen": f"Yes {n}.", "rejected": "No."} for n in range(60)]
+    file = tmp_path / "pairs.jsonl"
+    alike = {**rows[7], "rejected": rows[7]["chosen"]}
+    file.write_text("\n".join(json.dumps(row) for row in [*rows, alike, *rows[:9]]))
+
+    def load_pairs(script_args):
+        return split_pairs({split: preference_jsonl(part) for split, part in load_rows(script_args).items()})
+
+    script_args = RecipeArguments(dataset_name=str(file), held_out=0.5)
+    found = measure_pairs(load_pairs, script_args, settings_for(tmp_path), tokenizer)
+    assert found.data["splits"]["train"]["dropped"]["identical_completions"]["first"] == [f"{file}, line 61"]
+    for each in found.data["rendered"]:
+        prompt = found.pairs["train"]["prompt"][found.pairs["train"]["_row"][:].index(each["row"])][0]["content"]
+        assert prompt in file.read_text().splitlines()[int(each["row"].rpartition("line ")[2]) - 1]
+    copies = find_signals(found.pairs)["duplicates"]["rows"]
+    assert copies
+    for later, earlier in copies:
+        lines = [int(name.removeprefix(f"{file}, line ")) for name in (later, earlier)]
+        assert lines[0] - lines[1] == 61
+    assert set(prepare_pairs(load_pairs, script_args, settings_for(tmp_path), tokenizer)["train"].column_names) == {
+        *("prompt", "chosen", "rejected")
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (["a.csv, row 2", "a.csv, row 5"], "a.csv, row 2; row 5"),
+        ([["a, line 2", "a, line 1"], ["a, line 9", "b, line 1"]], "a, line 2 and line 1; line 9 and b, line 1"),
+        (["row 1", "row 2"], "row 1; row 2"),
+        ([], ""),
+    ],
+)
+def test_names_of_rows_say_each_file_once(rows, words):
+    assert in_words(rows) == words

@@ -26,15 +26,20 @@ def test_every_section_says_what_the_data_hold(page_of):
         "Preflight of some/pairs, the first rows of each split.",
         "A run would start, but look at this first. Longer warning",
         *("The longer answer wins 80%.", "Balance them.", "longer warning above longer=0.7"),
-        *("8 of 13 rows", "over max_length -3 none", "train 11, 22, 33", "= pairs 4 4"),
+        *(
+            "8 of 13 rows",
+            "over max_length -3 none",
+            "pairs.jsonl, line 11; pairs.jsonl, line 22; pairs.jsonl, line 33",
+            "= pairs 4 4",
+        ),
         *("moved between the splits -2 +2", "left out by drawing a sample -1 -1"),
         *("median 5 · 90 % ≤ 8", "1 pairs lost their oldest turns, 77 tokens in all.", "2 pairs do not end in EOS."),
         *("The longer answer 80.0 %", "“certainly” begins 30.0 % of chosen and 1.0 % of rejected"),
-        *("word for word rows 40 and 4, 50 and 5 … 9 3.0 %", "What is the time? 17 5.7 %"),
-        *("61 % of the rejected and 25 % of the chosen", "In 55 % of the pairs", "rows 8, 9"),
+        *("word for word row 40 and row 4; row 50 and row 5 … 9 3.0 %", "What is the time? 17 5.7 %"),
+        *("61 % of the rejected and 25 % of the chosen", "In 55 % of the pairs", "in row 8; row 9"),
         *("38 updates", "30 % needed once", "20 % second copies of prompts", "50 % padding", "3.3 times fewer"),
         *("about 5.0 GB, of 24.0 GB (the 24GB card)", "activations 2.0 GB"),
-        "train 5",
+        "train: pairs.jsonl, line 5",
     ):
         assert said.lower() in page.words.lower(), said
 

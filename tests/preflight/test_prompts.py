@@ -54,7 +54,7 @@ def test_each_prompt_is_kept_once_with_the_columns_of_its_first_pair(prepare, ca
     account = data["splits"]["train"]
     assert account["kept"] == 2
     assert account["dropped"]["same_prompt"]["count"] == 1
-    assert account["dropped"]["same_prompt"]["first"] == [1]
+    assert account["dropped"]["same_prompt"]["first"] == ["row 2"]
     assert "a prompt that came before" in capsys.readouterr().out
     assert data["verdict"] == "ok", "no fault of the rows"
 

@@ -118,7 +118,7 @@ def test_a_call_that_was_stopped_goes_on(tiny_model, monkeypatch):
     ("benchmark", "rows", "message"),
     [
         ("alpaca_eval", [{"prompt": "Why?"}], "alpaca_eval needs the columns instruction, got ['prompt']"),
-        ("alpaca_eval", [{"instruction": ""}], "Row 0 of rows.jsonl asks [''], where text is needed"),
+        ("alpaca_eval", [{"instruction": ""}], "rows.jsonl, line 1 asks [''], where text is needed"),
         ("mt_bench", [{"question_id": 1, "category": "math"}], "Name yours with --columns turns=..."),
         ("mt_bench", [{"question_id": 1, "category": "math", "turns": "Why?"}], "asks 'Why?', where text"),
     ],
