@@ -400,7 +400,7 @@ def test_a_reward_model_reloads_whole_and_scores_as_it_did(kind, tmp_path, tiny_
         )  # what was measured in 4 bits is merged into the base's own weights
         assert sum(scores) / 4 == pytest.approx(measured[f"score of {side}"]["mean"], abs=tolerance)
     assert measured["margin"]["mean"] > 0.2
-    assert "reward accuracy   " in result.stdout
+    assert "reward-model accuracy   " in result.stdout
     assert "WARNING: The reward model" not in result.stdout
 
 
