@@ -2,8 +2,9 @@
 
 import sys
 import warnings
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from dpo_recipes.compare import command as compare
 from dpo_recipes.doctor import command as doctor
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluate import command as evaluate
-from dpo_recipes.flags import refuse
+from dpo_recipes.flags import grouped, refuse, refuse_misspelt
 from dpo_recipes.launch import command as launch
 from dpo_recipes.models import command as models
 from dpo_recipes.sample import command as sample
@@ -31,12 +32,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refuse(parser, flags)
     secrets = secrets_of(sys.argv if arguments is None else arguments)
     try:
+        if options.takes_flags:
+            _check_names(options, flags)
         return options.call(options, flags) or 0
     except RecipeError as error:
         sys.stderr.write(f"dpo-recipes: {shown(hide(str(error), secrets))}\n")
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _check_names(options: Namespace, flags: Sequence[str]) -> None:
+    """Raises RecipeError for a misspelt flag, or key of a sweep."""
+    names = [name for name, _ in grouped(flags)] + [
+        word.partition("=")[0] for word in getattr(options, "sweep", None) or ()
+    ]
+    recipe = next((getattr(options, key) for key in ("recipe", "data", "model") if hasattr(options, key)), "")
+    source = ""
+    with suppress(RecipeError, OSError, UnicodeDecodeError):
+        source = catalog.find_recipe(str(recipe)).read_text(encoding="utf-8")
+    refuse_misspelt(names, also=[*vars(options), "config", "help"], source=source)
 
 
 def build_parser() -> ArgumentParser:

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from dpo_recipes.models.checkpoints import WEIGHTS_ALONE, checkpoints_of, incomp
 from dpo_recipes.models.open import check_weights, full_model
 from dpo_recipes.secrecy import hide, hide_flags, secrets_of, take_secrets
 from dpo_recipes.settings import check_settings, effective_settings, settings_differences
-from dpo_recipes.terminal import outlive_the_terminal, say, shown
+from dpo_recipes.terminal import duration, outlive_the_terminal, say, shown
 from dpo_recipes.tracking import check_hub, check_trackers
 
 FLAG = 2  # the place of a setting that a flag gave
@@ -133,6 +134,8 @@ def parse_recipe(
     script_args.settings = effective_settings(parsed) | {"request": os.environ.get("DPO_RECIPES_REQUEST")}
     if to_train:
         _look_at_folder(script_args, training_args)
+        if script_args.settings["request"]:  # by the launcher, which has said that they are loaded
+            say(f"The libraries took {duration(time.process_time())} of CPU time. Reading the data ...")
     return parsed
 
 

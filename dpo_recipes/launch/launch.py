@@ -86,6 +86,7 @@ class Launch:
                 return status
         command = self._arguments()
         say(shlex.join(["accelerate", "launch", *hide_flags(command)]))
+        say("Loading the libraries ...")
         from dpo_recipes.launch.processes import supervise  # imports psutil
 
         return supervise(command, self._environment())

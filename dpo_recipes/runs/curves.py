@@ -6,8 +6,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from dpo_recipes.files import write_bytes
 from dpo_recipes.runs.metrics import NAMES, PANELS
 
@@ -20,6 +18,8 @@ def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path, *,
         path: The file to write.
         title: The line above the panels.
     """
+    from matplotlib.figure import Figure  # a second that the first update need not wait for
+
     curves = {
         panel: lines
         for panel, names in PANELS.items()
