@@ -52,13 +52,14 @@ class Unbroken:
 
 
 class Lines(Unbroken):
-    """A stream to a file or a pipe: no control codes, and of a progress bar one line every ten seconds."""
+    """A stream to a file or a pipe: no control codes, and of a progress bar a line after ten seconds without any."""
+
+    _last = time.monotonic()  # of a line in any of these streams
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
         self._bar: str | None = None  # the last state of a bar, empty when it has erased itself; None after other text
         self._returned = False  # the last character was a carriage return
-        self._last = time.monotonic()
 
     def write(self, text: str) -> int:
         """Returns the length of the text. Text that is no bar is written at once."""
@@ -70,7 +71,7 @@ class Lines(Unbroken):
                 self._show_bar()
                 if self._bar is None or part.strip("\r\n"):  # else the end of the bar's line
                     super().write(part)
-                    self._last = time.monotonic()
+                    Lines._last = time.monotonic()
                 self._bar = None
             self._returned = part == "\r"
         return len(text)
@@ -78,7 +79,7 @@ class Lines(Unbroken):
     def _show_bar(self) -> None:
         if self._bar and time.monotonic() - self._last >= EVERY:
             super().write(f"{self._bar}\n")
-            self._last = time.monotonic()
+            Lines._last = time.monotonic()
 
 
 def outlive_the_terminal() -> None:

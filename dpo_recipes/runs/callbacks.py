@@ -1,12 +1,17 @@
 """Callbacks that every run has: its progress lines, the list of its checkpoints, and no update after the last."""
 
+import time
+from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 from accelerate import PartialState
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dpo_recipes.machine import peak_memory
 from dpo_recipes.manifest import declare, settle
 from dpo_recipes.runs.metrics import LINES
+from dpo_recipes.terminal import duration, say
 from dpo_recipes.trl_patches import skip_epochs
 
 
@@ -64,3 +69,35 @@ class NoUpdateAfterTheLast(TrainerCallback):
         """Leaves out the epochs where no update is left."""
         if state.global_step >= state.max_steps:
             skip_epochs(self.trainer)
+
+
+class Stopwatch(TrainerCallback):
+    """Times some updates, says how long all of them would take, and ends the process with status 0."""
+
+    def __init__(self, updates: int) -> None:
+        self.updates = updates
+        self.marks: list[float] = []
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Takes the time."""
+        self.marks = [time.monotonic()]
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Takes the time, without a log, an evaluation or a checkpoint; the first update is not counted, if it can be.
+
+        Raises:
+            SystemExit: With status 0, after the last timed update.
+        """
+        control.should_log = control.should_evaluate = control.should_save = False
+        self.marks.append(time.monotonic())
+        if state.global_step <= self.updates and state.global_step < state.max_steps:
+            return
+        seconds = [after - before for before, after in pairwise(self.marks)]
+        timed = seconds[1:] or seconds
+        each = fmean(timed)
+        say(
+            f"About {duration(each * state.max_steps)} for {state.max_steps:,} updates on this machine, "
+            f"{each:.2g} s each ({len(timed)} timed), with {peak_memory() / 2**20:,.0f} MiB of memory at most. "
+            "Evaluations and the measurements at the end come on top. Nothing was kept."
+        )
+        raise SystemExit(0)
