@@ -167,14 +167,13 @@ def _measure_preference(trainer: DPOTrainer, strata: str | None, outcome: Outcom
     outcome.rows.append([LABELS["chosen_logps"], *(f"{value:.2f}" for value in chosen.values())])
     ahead = [wins(each.chosen, each.rejected) for each in (before, after)]
     _add_difference(outcome, _label("preference_accuracy", "summed"), *ahead, of="held-out pairs")
-    ranked = result[ALL]["summed"]["before"]
-    easy = (
-        f" The reference model already ranks {ranked['mean']:.0%} of them correctly, so look at the sampled answers "
-        "rather than at accuracy."
-    )
-    outcome.note = (
-        f"(95 % intervals; {len(trainer.eval_dataset)} held-out pairs.{easy if ranked['low'] > EASY else ''})"
-    )
+    outcome.note = f"(95 % intervals; {len(trainer.eval_dataset)} held-out pairs.{_easy(before.accuracy())})"
+
+
+def _easy(ranked: Estimate) -> str:
+    """A sentence about pairs that the reference model ranks correctly almost always; empty if it does not."""
+    told = f"The reference model already ranks {ranked.mean:.0%} of them correctly"
+    return f" {told}, so look at the sampled answers rather than at accuracy." if ranked.low > EASY else ""
 
 
 def _add_difference(

@@ -18,6 +18,18 @@ from dpo_recipes.trl_patches import skip_epochs
 class ProgressLines(ProgressCallback):
     """Shows the progress bar, and one short line for each log instead of a dict of fifteen metrics."""
 
+    def on_train_begin(self, *given: Any, **more: Any) -> None:
+        """Names the bar."""
+        super().on_train_begin(*given, **more)
+        if self.training_bar is not None:
+            self.training_bar.set_description("Training", refresh=False)
+
+    def on_prediction_step(self, *given: Any, **more: Any) -> None:
+        """Names the bar of an evaluation."""
+        super().on_prediction_step(*given, **more)
+        if self.prediction_bar is not None:
+            self.prediction_bar.set_description("Evaluating", refresh=False)
+
     def on_log(
         self,
         args: TrainingArguments,

@@ -48,7 +48,8 @@ def verdict(metrics: Mapping[str, Any]) -> dict[str, str]:
 def collapse(metrics: Mapping[str, Any]) -> dict[str, str]:
     """Signs by which the text of a model is lost, by health rule; empty if it is not lost.
 
-    The rules and limits are those that watch the training, here over all measured answers. One fatal sign is enough; of
+    The rules and limits are those that watch the training, here over all measured answers; a score of the caller's own
+    that falls as far as `no_end` allows the share of ended answers to fall is a sign too. One fatal sign is enough; of
     the other ones it takes two, because each alone may be meant (longer answers, say, that are cut).
     """
     answers, kl, chosen = (metrics.get(name) or {} for name in ("answers", "kl", "chosen_logps"))
@@ -59,13 +60,27 @@ def collapse(metrics: Mapping[str, Any]) -> dict[str, str]:
         logged |= {"rewards/chosen": [(1, chosen["after"] - chosen["before"])], "rewards/margins": [(1, 1.0)]}
     facts = Facts(pairs_per_update=1000, max_steps=1, chosen_tokens=chosen.get("tokens", 0.0), beta=1.0)
     found = {name: getattr(rules, name)(logged, facts, **RULES[name]["limits"]) for name in _SIGNS}
-    signs = {name: sign for name, sign in found.items() if sign}
-    return signs if len(signs) > 1 or any(RULES[name]["fatal"] for name in signs) else {}
+    signs = {name: sign for name, sign in found.items() if sign} | _fallen(metrics.get("scores", {}))
+    return signs if len(signs) > 1 or any(RULES[name]["fatal"] for name in signs if name in RULES) else {}
+
+
+def _fallen(scores: Mapping[str, Any]) -> dict[str, str]:
+    """The score of the caller's own that fell furthest, at any temperature, if it fell too far."""
+    falls = {
+        f"{name}, {label}": (both["before"]["mean"], both["after"]["mean"])
+        for label, group in scores.items()
+        for name, both in group.items()
+        if not name.startswith(REWARD_SCORE) and name not in ("tokens", "ended")
+    }
+    name = max(falls, key=lambda each: falls[each][0] - falls[each][1], default="")
+    before, after = falls.get(name, (0.0, 0.0))
+    too_far = before - after > RULES["no_end"]["limits"]["fall"]
+    return {"score": f"{name}, fell from {before:.3f} to {after:.3f}"} if too_far else {}
 
 
 def destroyed(signs: Mapping[str, str]) -> dict[str, str]:
     """The verdict on a model with signs of `collapse`: the signs, and what the worst rule says to do."""
-    remedy = RULES[next(iter(signs))]["remedy"].replace("; ", ", ")
+    remedy = next(RULES[name] for name in signs if name in RULES)["remedy"].replace("; ", ", ")
     return said("destroyed", f"{'; '.join(signs.values())}; for another run, {remedy}")
 
 

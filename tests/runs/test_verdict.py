@@ -1,7 +1,13 @@
 """The verdict on a run: the word, and the number it is decided by."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from dpo_recipes.estimates import wilson
+from dpo_recipes.runs.before_after import _easy
+from dpo_recipes.runs.callbacks import ProgressLines
+from dpo_recipes.runs.metrics import LABELS, NAMES, PANELS
 from dpo_recipes.runs.verdict import FEW, verdict
 
 REWARD = {"exact reward, temperature 0.7": dict(before=0.594, after=0.948, mean=0.354, low=0.287, high=0.417, n=200)}
@@ -56,6 +62,13 @@ def test_the_number_that_decides_is_named_with_its_interval(found, word, told):
             },
             "20% of the answers end, at the start 100%; the policy is 2.00 nats a token",
         ),
+        (
+            {
+                "kl": {"nats": 80, "n": 64, "tokens": 2560},
+                "scores": {"greedy": {"grammatical": {"before": {"mean": 0.98}, "after": {"mean": 0.1}}}},
+            },
+            "grammatical, greedy, fell from 0.980 to 0.100; for another run, raise beta",
+        ),
     ],
 )
 def test_a_model_whose_text_is_lost_is_destroyed_although_its_accuracy_rose(broken, sign):
@@ -69,6 +82,7 @@ def test_a_model_whose_text_is_lost_is_destroyed_although_its_accuracy_rose(brok
     [
         {"answers": FINE["answers"] | {"ended": {"before": 1.0, "after": 0.2}}},  # longer answers are cut
         {"kl": {"nats": 80, "n": 64, "tokens": 2560}},
+        {"scores": {"greedy": {"refuses": {"before": {"mean": 0.9}, "after": {"mean": 0.1}}}}},
         {"answers": FINE["answers"] | {"repeated": {"before": 0.7, "after": 0.8}}},  # as the initial model did
     ],
 )
@@ -94,3 +108,30 @@ def test_nothing_measured_is_not_known_and_says_why():
 
 
 NO_PAIRS = "there are no held-out pairs and no scores to compare both models by"
+
+
+def test_the_note_on_easy_pairs_stands_only_where_the_reference_model_ranks_most_of_them():
+    assert "already ranks 97% of them correctly" in _easy(wilson(388, 400))
+    assert _easy(wilson(9, 10)) == "", "the interval reaches down to 60 %"
+    assert _easy(wilson(220, 400)) == ""
+
+
+def test_a_number_has_one_name_wherever_it_is_shown(capsys):
+    assert NAMES["rewards/accuracies"] == LABELS["implicit reward"] == "implicit-reward accuracy"
+    assert NAMES["accuracy"] == LABELS["reward_accuracy"] == "reward-model accuracy"
+    assert NAMES["logps/chosen"] == LABELS["chosen_logps"]
+    assert PANELS["implicit-reward accuracy"] == ["rewards/accuracies", "eval_rewards/accuracies"]
+    lines = ProgressLines()
+    lines.training_bar = SimpleNamespace(write=print)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=44)
+    logs = {"loss": 0.5, "rewards/accuracies": 0.75, "logps/chosen": -9.5, "mean_token_accuracy": 0.9}
+    lines.on_log(None, state, None, logs)
+    lines.on_log(
+        None, state, None, {f"eval_{key}": value for key, value in logs.items()} | {"eval_rewards/margins": 1.0}
+    )
+    training, held_out = capsys.readouterr().out.splitlines()
+    assert training.endswith(
+        "loss 0.5000  implicit-reward accuracy 0.750  chosen log-prob -9.5 nats  token accuracy 0.900"
+    )
+    assert "held out: loss 0.5000  implicit-reward accuracy 0.750  margin +1.000" in held_out
+    assert "token accuracy" not in held_out
