@@ -172,7 +172,7 @@ def _measure_preference(trainer: DPOTrainer, strata: str | None, outcome: Outcom
 
 def _easy(ranked: Estimate) -> str:
     """A sentence about pairs that the reference model ranks correctly almost always; empty if it does not."""
-    told = f"The reference model already ranks {ranked.mean:.0%} of them correctly"
+    told = f"The reference model already ranks {100 * ranked.mean:.0f} % of them correctly"
     return f" {told}, so look at the sampled answers rather than at accuracy." if ranked.low > EASY else ""
 
 

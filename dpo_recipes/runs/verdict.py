@@ -50,7 +50,8 @@ def collapse(metrics: Mapping[str, Any]) -> dict[str, str]:
 
     The rules and limits are those that watch the training, here over all measured answers; a score of the caller's own
     that falls as far as `no_end` allows the share of ended answers to fall is a sign too. One fatal sign is enough; of
-    the other ones it takes two, because each alone may be meant (longer answers, say, that are cut).
+    the other ones it takes two, because each alone may be meant (longer answers, say, that are cut). At twice the limit
+    of the KL the other rules take half of theirs.
     """
     answers, kl, chosen = (metrics.get(name) or {} for name in ("answers", "kl", "chosen_logps"))
     logged = {f"probe/{name}": [(0, both["before"]), (1, both["after"])] for name, both in answers.items()}
@@ -59,7 +60,14 @@ def collapse(metrics: Mapping[str, Any]) -> dict[str, str]:
     if chosen.get("tokens"):
         logged |= {"rewards/chosen": [(1, chosen["after"] - chosen["before"])], "rewards/margins": [(1, 1.0)]}
     facts = Facts(pairs_per_update=1000, max_steps=1, chosen_tokens=chosen.get("tokens", 0.0), beta=1.0)
-    found = {name: getattr(rules, name)(logged, facts, **RULES[name]["limits"]) for name in _SIGNS}
+    is_far = logged.get("probe/log_ratio", [(1, 0.0)])[0][1] > 2 * RULES["kl_runaway"]["limits"]["nats"]
+    limits = {
+        name: {
+            key: most / 2 if is_far and isinstance(most, float) else most for key, most in RULES[name]["limits"].items()
+        }
+        for name in _SIGNS
+    }
+    found = {name: getattr(rules, name)(logged, facts, **limits[name]) for name in _SIGNS}
     signs = {name: sign for name, sign in found.items() if sign} | _fallen(metrics.get("scores", {}))
     return signs if len(signs) > 1 or any(RULES[name]["fatal"] for name in signs if name in RULES) else {}
 

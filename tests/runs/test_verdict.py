@@ -64,6 +64,13 @@ def test_the_number_that_decides_is_named_with_its_interval(found, word, told):
         ),
         (
             {
+                "kl": {"nats": 150, "n": 64, "tokens": 3539},
+                "answers": {"ended": {"before": 1.0, "after": 0.59}, "repeated": {"before": 0.0, "after": 0.43}},
+            },
+            "43% of the 4-grams of the answers are repeats, at the start 0%; 59% of the answers end",
+        ),
+        (
+            {
                 "kl": {"nats": 80, "n": 64, "tokens": 2560},
                 "scores": {"greedy": {"grammatical": {"before": {"mean": 0.98}, "after": {"mean": 0.1}}}},
             },
@@ -111,7 +118,7 @@ NO_PAIRS = "there are no held-out pairs and no scores to compare both models by"
 
 
 def test_the_note_on_easy_pairs_stands_only_where_the_reference_model_ranks_most_of_them():
-    assert "already ranks 97% of them correctly" in _easy(wilson(388, 400))
+    assert "already ranks 97 % of them correctly" in _easy(wilson(388, 400))
     assert _easy(wilson(9, 10)) == "", "the interval reaches down to 60 %"
     assert _easy(wilson(220, 400)) == ""
 
