@@ -8,7 +8,7 @@ from dpo_recipes.health.rules import RULES, Facts
 from dpo_recipes.runs.metrics import LABELS, NAMES, REWARD_SCORE
 
 FEW = 30  # prompts or pairs; with fewer the bootstrap gives an interval that is too narrow
-_SIGNS = ("degenerate_text", "no_end", "kl_runaway", "likelihood_collapse")  # rules of text that is lost, worst first
+_SIGNS = ("degenerate_text", "kl_runaway", "likelihood_collapse", "no_end")  # rules of text that is lost, worst first
 
 
 def verdict(metrics: Mapping[str, Any]) -> dict[str, str]:
