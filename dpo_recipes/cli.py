@@ -1,7 +1,6 @@
 """The command `dpo-recipes`: each verb's room adds its parser; only verbs that need torch import it, when they run."""
 
 import sys
-import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,13 +17,12 @@ from dpo_recipes.launch import command as launch
 from dpo_recipes.models import command as models
 from dpo_recipes.sample import command as sample
 from dpo_recipes.secrecy import hide, secrets_of
-from dpo_recipes.terminal import outlive_the_terminal, shown
+from dpo_recipes.terminal import outlive_the_terminal, quiet_libraries, shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0 done, 1 the work failed, 2 the call was wrong, 128 + a signal."""
-    # trl 1.16 and peft 0.21 read the old name of what transformers 5.23 calls activation checkpointing.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    quiet_libraries()
     outlive_the_terminal()
     parser = build_parser()
     options, flags = parser.parse_known_args(arguments)

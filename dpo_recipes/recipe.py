@@ -6,7 +6,6 @@ import re
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from dpo_recipes.models.checkpoints import WEIGHTS_ALONE, checkpoints_of, incomp
 from dpo_recipes.models.open import check_weights, full_model
 from dpo_recipes.secrecy import hide, hide_flags, secrets_of, take_secrets
 from dpo_recipes.settings import check_settings, effective_settings, settings_differences
-from dpo_recipes.terminal import duration, outlive_the_terminal, say, shown
+from dpo_recipes.terminal import duration, outlive_the_terminal, quiet_libraries, say, shown
 from dpo_recipes.tracking import check_hub, check_trackers
 
 FLAG = 2  # the place of a setting that a flag gave
@@ -425,8 +424,7 @@ def run(main: Callable[[], Result]) -> Result:
     The statuses: 0 done; 1 the work failed; 2 the call or the data was wrong and nothing was started; 130 or 143
     interrupted.
     """
-    # trl 1.16 and peft 0.21 read the old names of what transformers 5.23 calls activation checkpointing.
-    warnings.filterwarnings("ignore", r"`(is_gradient_checkpointing|gradient_checkpointing_\w+)` is", FutureWarning)
+    quiet_libraries()
     outlive_the_terminal()
     _SECRETS.update(secrets_of(sys.argv))
     try:

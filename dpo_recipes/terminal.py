@@ -1,9 +1,11 @@
 """Writes to the terminal: control characters spelt out, from one process, and without failing if nobody reads."""
 
+import logging
 import os
 import re
 import sys
 import time
+import warnings
 from contextlib import suppress
 from typing import Any
 
@@ -87,6 +89,21 @@ def outlive_the_terminal() -> None:
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is not None and not isinstance(stream, Unbroken):
             setattr(sys, name, Unbroken(stream) if stream.isatty() else Lines(stream))
+
+
+def quiet_libraries() -> None:
+    """Leaves out lines of libraries that look like errors and are none."""
+    # trl 1.16 sets, and peft 0.21 reads, the old names of what transformers 5.23 calls activation checkpointing.
+    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing(_\w+)?` is", FutureWarning)
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_not_about_a_new_head)
+
+
+def _is_not_about_a_new_head(record: logging.LogRecord) -> bool:
+    """Returns False for the report that a language model has another head than the reward model made of it."""
+    report = _CODE.sub("", str(record.msg))
+    rows = {tuple(map(str.strip, row.split("|")[:2])) for row in report.splitlines() if "|" in row}
+    of_heads = {("Key", "Status"), ("score.weight", "MISSING"), ("lm_head.weight", "UNEXPECTED")}
+    return "LOAD REPORT" not in report or not rows <= of_heads
 
 
 def duration(seconds: float) -> str:

@@ -1,10 +1,12 @@
 """Control characters of data are shown and not obeyed, on a terminal, on pages and in the model card."""
 
 import io
+import logging
 
 import pytest
 import yaml
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from dpo_recipes import terminal
 from dpo_recipes.cli import main
@@ -14,7 +16,7 @@ from dpo_recipes.pages import page
 from dpo_recipes.pages.markdown import code, fence, inline, one_line
 from dpo_recipes.recipe import run
 from dpo_recipes.runs.model_card import LIBRARIES, write_model_card
-from dpo_recipes.terminal import Lines, say, shown
+from dpo_recipes.terminal import Lines, quiet_libraries, say, shown
 
 HOSTILE = {
     "clears the screen": "a\x1b[2Jb",
@@ -125,3 +127,16 @@ def test_what_follows_a_bar_that_was_cut_short_begins_a_line(monkeypatch):
     for text in ("\rTokenizing: 10% [00:01<00:09]", "\rTokenizing: 20% [00:02<00:08]", "Traceback", ":\n"):
         lines.write(text)
     assert file.getvalue().splitlines()[-2:] == ["Tokenizing: 20% [00:02<00:08]", "Traceback:"]
+
+
+def test_a_report_on_missing_weights_is_left_out_for_a_new_score_head_alone(tmp_path, caplog, tiny_model):
+    quiet_libraries()
+    logging.getLogger("transformers").addHandler(caplog.handler)  # it does not propagate
+    AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    assert "LOAD REPORT" not in caplog.text
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    weights = {name: weight for name, weight in model.state_dict().items() if "layers.1.mlp.up_proj" not in name}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert "LOAD REPORT" in caplog.text

@@ -511,7 +511,12 @@ def test_a_copied_recipe_runs_from_another_folder_by_plain_python(tmp_path, tiny
         cwd=tmp_path,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert json.loads((tmp_path / "outputs" / "hh_rlhf_lora" / "settings.json").read_text())["beta"] == 0.5
+    run = tmp_path / "outputs" / "hh_rlhf_lora"
+    assert json.loads((run / "settings.json").read_text())["beta"] == 0.5
+    assert result.stdout.splitlines()[-1] == json.loads((run / "metrics.json").read_text())["verdict"]["sentence"]
+    assert not re.search("[\r\x1b]|Failed|Warning|warn", result.stdout + result.stderr), (
+        "nothing that looks wrong is not"
+    )
 
 
 @pytest.mark.parametrize(
