@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import bootstrap, norm, t
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
 Array = NDArray[np.float64]
 Statistic = Callable[..., float]
@@ -124,6 +122,9 @@ def length_controlled(won: Array, longer: Array) -> float:
         won: As `wins` gives it.
         longer: Tokens of the first answer less tokens of the second.
     """
+    from sklearn.exceptions import ConvergenceWarning  # a second that no training needs
+    from sklearn.linear_model import LogisticRegression
+
     spread = float(np.std(longer))
     if spread == 0 or np.ptp(won) == 0:
         return mean(won)

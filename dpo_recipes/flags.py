@@ -1,9 +1,14 @@
 """Flags: how their words are read, and the types and groups of flags that several verbs share."""
 
 import argparse
+import difflib
+import re
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from dpo_recipes.errors import RecipeError
 from dpo_recipes.secrecy import hide_flags
 
 
@@ -29,6 +34,35 @@ def refuse(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
     """Ends the process with status 2 if there are words that no argument of the parser took."""
     if flags:
         parser.error(f"unrecognized arguments: {' '.join(hide_flags(flags))}")
+
+
+def known_settings() -> set[str]:
+    """Names of the settings of TRL, transformers and this package, read from their sources.
+
+    An import would take seconds. Some of the names are no settings, which only lets a flag pass to the recipe's own
+    parser.
+    """
+    transformers, trl = (Path(str(spec.origin)).parent for name in ("transformers", "trl") if (spec := find_spec(name)))
+    own = Path(__file__).parent
+    files = [transformers / "training_args.py", *(trl / "trainer").glob("*_config.py"), trl / "scripts" / "utils.py"]
+    files += [own / "recipe.py", own / "ppo" / "config.py"]
+    return {name for file in files for name in re.findall(r"^    (\w+):", file.read_text(encoding="utf-8"), re.M)}
+
+
+def refuse_misspelt(names: Sequence[str], *, also: Sequence[str] = (), source: str = "") -> None:
+    """Raises RecipeError for the name of a flag that is close to that of a setting, before a library is imported.
+
+    Args:
+        names: Names of flags, without dashes.
+        also: Names that the command itself takes.
+        source: Text of the recipe, which may bring settings of its own: a name that stands in it passes.
+    """
+    known = {*known_settings(), *also}
+    for name in names:
+        is_known = name in known or name.removeprefix("no_") in known or re.search(rf"\b{re.escape(name)}\b", source)
+        if not is_known and (close := difflib.get_close_matches(name, known, n=2, cutoff=0.8)):
+            meant = " or ".join(f"--{each}" for each in close)
+            raise RecipeError(f"There is no setting --{name}. Did you mean {meant}?")
 
 
 def add_sampling(parser: argparse.ArgumentParser, temperature: float | None, most: int = 256, words: str = "") -> None:

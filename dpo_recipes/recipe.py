@@ -4,8 +4,8 @@ import errno
 import os
 import re
 import sys
+import time
 import traceback
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from dpo_recipes.models.checkpoints import WEIGHTS_ALONE, checkpoints_of, incomp
 from dpo_recipes.models.open import check_weights, full_model
 from dpo_recipes.secrecy import hide, hide_flags, secrets_of, take_secrets
 from dpo_recipes.settings import check_settings, effective_settings, settings_differences
-from dpo_recipes.terminal import outlive_the_terminal, runnable, say, this_python
+from dpo_recipes.terminal import duration, outlive_the_terminal, quiet_libraries, runnable, say, this_python
 from dpo_recipes.tracking import check_hub, check_trackers
 
 FLAG = 2  # the place of a setting that a flag gave
@@ -56,6 +56,7 @@ class RecipeArguments(ScriptArguments):
     )
     overwrite: bool = HfArg(default=False, help="Replace the run that the output folder holds.")
     dry_run: bool = HfArg(default=False, help="Print settings, the account of the pairs and the needs; start nothing.")
+    timed_updates: int = HfArg(default=0, help="Updates that a dry run makes to estimate the time; nothing is kept.")
     threshold: list[str] | None = field(default=None, metadata={"help": "Where the preflight warns: longer=0.8."})
     shared_prefix: str = HfArg(
         default="auto", metadata={"choices": ["auto", "true", "false"]}, help="Encode prompts once: auto where tested."
@@ -131,6 +132,8 @@ def parse_recipe(
     script_args.settings = effective_settings(parsed) | {"request": os.environ.get("DPO_RECIPES_REQUEST")}
     if to_train:
         _look_at_folder(script_args, training_args)
+        if script_args.settings["request"]:  # by the launcher, which has said that they are loaded
+            say(f"The libraries took {duration(time.process_time())} of CPU time. Reading the data ...")
     return parsed
 
 
@@ -416,8 +419,7 @@ def run(main: Callable[[], Result]) -> Result:
     The statuses: 0 done; 1 the work failed; 2 the call or the data was wrong and nothing was started; 130 or 143
     interrupted.
     """
-    # trl 1.16 and peft 0.21 read the old names of what transformers 5.23 calls activation checkpointing.
-    warnings.filterwarnings("ignore", r"`(is_gradient_checkpointing|gradient_checkpointing_\w+)` is", FutureWarning)
+    quiet_libraries()
     outlive_the_terminal()
     _SECRETS.update(secrets_of(sys.argv))
     try:

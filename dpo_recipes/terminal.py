@@ -1,14 +1,20 @@
 """Writes to the terminal: control characters spelt out, from one process, and without failing if nobody reads."""
 
+import logging
 import os
 import re
 import shutil
 import sys
+import time
+import warnings
 from contextlib import suppress
 from typing import Any
 
 # Characters that move the cursor, change colours or direction, or cannot be encoded; no tabs, no line breaks.
 _CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+_CODE = re.compile("\\x1b\\[[0-9;?]*[A-Za-z]")  # by which a program colours text and moves the cursor
+_TIME = re.compile(r"\d:\d\d")  # in every state of a bar of tqdm
+EVERY = 10.0  # seconds between two lines of a progress bar that is written to a file
 
 
 def shown(text: str) -> str:
@@ -59,11 +65,57 @@ class Unbroken:
         return getattr(self._stream, name)
 
 
+class Lines(Unbroken):
+    """A stream to a file or a pipe: no control codes, and of a progress bar a line after ten seconds without any."""
+
+    _last = time.monotonic()  # of a line in any of these streams
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._bar: str | None = None  # the last state of a bar, empty when it has erased itself; None after other text
+        self._returned = False  # the last character was a carriage return
+
+    def write(self, text: str) -> int:
+        """Returns the length of the text. Text that is no bar is written at once."""
+        for part in filter(None, re.split("(\r\n|\r|\n)", _CODE.sub("", text))):
+            if self._returned and (not part.strip(" ") or _TIME.search(part)):
+                self._bar = part.strip()
+                self._show_bar()
+            elif part != "\r":
+                self._show_bar()
+                if self._bar is None or part.strip("\r\n"):  # else the end of the bar's line
+                    super().write(part)
+                    Lines._last = time.monotonic()
+                self._bar = None
+            self._returned = part == "\r"
+        return len(text)
+
+    def _show_bar(self) -> None:
+        if self._bar and time.monotonic() - self._last >= EVERY:
+            super().write(f"{self._bar}\n")
+            Lines._last = time.monotonic()
+
+
 def outlive_the_terminal() -> None:
-    """Lets this process go on with its work when nobody reads its output any more."""
+    """Lets this process go on with its work when nobody reads its output any more, and writes plain lines to a file."""
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is not None and not isinstance(stream, Unbroken):
-            setattr(sys, name, Unbroken(stream))
+            setattr(sys, name, Unbroken(stream) if stream.isatty() else Lines(stream))
+
+
+def quiet_libraries() -> None:
+    """Leaves out lines of libraries that look like errors and are none."""
+    # trl 1.16 sets, and peft 0.21 reads, the old names of what transformers 5.23 calls activation checkpointing.
+    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing(_\w+)?` is", FutureWarning)
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_not_about_a_new_head)
+
+
+def _is_not_about_a_new_head(record: logging.LogRecord) -> bool:
+    """Returns False for the report that a language model has another head than the reward model made of it."""
+    report = _CODE.sub("", str(record.msg))
+    rows = {tuple(map(str.strip, row.split("|")[:2])) for row in report.splitlines() if "|" in row}
+    of_heads = {("Key", "Status"), ("score.weight", "MISSING"), ("lm_head.weight", "UNEXPECTED")}
+    return "LOAD REPORT" not in report or not rows <= of_heads
 
 
 def duration(seconds: float) -> str:

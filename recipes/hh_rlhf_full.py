@@ -11,14 +11,13 @@ Make it yours: `dpo-recipes copy hh-rlhf-full`, then change RECIPE, and `load_pa
 """
 
 from datasets import DatasetDict
-from trl import DPOConfig, ModelConfig, get_peft_config, get_quantization_config
-
 from dpo_recipes.dataset_adapters import hh_rlhf
 from dpo_recipes.loading import load_rows, split_pairs
 from dpo_recipes.preflight import prepare_pairs
 from dpo_recipes.recipe import RecipeArguments, load_tokenizer, parse_recipe, run
 from dpo_recipes.runs import finish_run, start_run
 from dpo_recipes.shared_prefix import SharedPrefixDPOTrainer
+from trl import DPOConfig, ModelConfig, get_peft_config, get_quantization_config
 
 RECIPE = dict(
     # Data

@@ -13,8 +13,6 @@ Make it yours: `dpo-recipes copy hh-rlhf-ppo`, then change RECIPE, and `load_pai
 """
 
 from datasets import DatasetDict
-from trl import ModelConfig, get_peft_config, get_quantization_config
-
 from dpo_recipes.dataset_adapters import hh_rlhf
 from dpo_recipes.loading import load_rows, split_pairs
 from dpo_recipes.ppo import PPOConfig, PPOTrainer
@@ -22,6 +20,7 @@ from dpo_recipes.preflight import prepare_prompts
 from dpo_recipes.presets import LORA
 from dpo_recipes.recipe import OnlineArguments, load_tokenizer, parse_recipe, run
 from dpo_recipes.runs import finish_run, start_run
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 RECIPE = dict(
     # Data

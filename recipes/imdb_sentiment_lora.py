@@ -11,8 +11,6 @@ Make it yours: `dpo-recipes copy imdb-sentiment-lora`, then change RECIPE, and `
 """
 
 from datasets import DatasetDict
-from trl import DPOConfig, ModelConfig, get_peft_config, get_quantization_config
-
 from dpo_recipes.dataset_adapters import plain_text
 from dpo_recipes.loading import load_rows, split_pairs
 from dpo_recipes.preflight import prepare_pairs
@@ -20,6 +18,7 @@ from dpo_recipes.presets import LORA
 from dpo_recipes.recipe import RecipeArguments, load_tokenizer, parse_recipe, run
 from dpo_recipes.runs import finish_run, start_run
 from dpo_recipes.shared_prefix import SharedPrefixDPOTrainer
+from trl import DPOConfig, ModelConfig, get_peft_config, get_quantization_config
 
 RECIPE = dict(
     # Data

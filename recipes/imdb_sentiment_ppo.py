@@ -11,8 +11,6 @@ Make it yours: `dpo-recipes copy imdb-sentiment-ppo`, then change RECIPE, and `l
 """
 
 from datasets import DatasetDict
-from trl import ModelConfig, get_peft_config, get_quantization_config
-
 from dpo_recipes.dataset_adapters import plain_text
 from dpo_recipes.loading import load_rows, split_pairs
 from dpo_recipes.ppo import PPOConfig, PPOTrainer
@@ -20,6 +18,7 @@ from dpo_recipes.preflight import prepare_prompts
 from dpo_recipes.presets import LORA
 from dpo_recipes.recipe import OnlineArguments, load_tokenizer, parse_recipe, run
 from dpo_recipes.runs import finish_run, start_run
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 RECIPE = dict(
     # Data

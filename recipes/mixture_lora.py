@@ -12,8 +12,6 @@ Make it yours: `dpo-recipes copy mixture-lora`, then change RECIPE, and `load_pa
 """
 
 from datasets import DatasetDict
-from trl import DPOConfig, ModelConfig, get_peft_config, get_quantization_config
-
 from dpo_recipes.dataset_adapters import hh_rlhf, shp, ultrafeedback_binarized
 from dpo_recipes.loading import mix_pairs
 from dpo_recipes.preflight import prepare_pairs
@@ -21,6 +19,7 @@ from dpo_recipes.presets import LORA
 from dpo_recipes.recipe import RecipeArguments, load_tokenizer, parse_recipe, run
 from dpo_recipes.runs import finish_run, start_run
 from dpo_recipes.shared_prefix import SharedPrefixDPOTrainer
+from trl import DPOConfig, ModelConfig, get_peft_config, get_quantization_config
 
 RECIPE = dict(
     # Data

@@ -15,8 +15,6 @@ Make it yours: `dpo-recipes copy pharma-lora`, then change RECIPE, and `dataset_
 """
 
 from datasets import DatasetDict
-from trl import DPOConfig, ModelConfig, get_peft_config, get_quantization_config
-
 from dpo_recipes.catalog import recipe_folders
 from dpo_recipes.dataset_adapters import preference_jsonl
 from dpo_recipes.loading import load_rows, split_pairs
@@ -25,6 +23,7 @@ from dpo_recipes.presets import LORA
 from dpo_recipes.recipe import RecipeArguments, load_tokenizer, parse_recipe, run
 from dpo_recipes.runs import finish_run, start_run
 from dpo_recipes.shared_prefix import SharedPrefixDPOTrainer
+from trl import DPOConfig, ModelConfig, get_peft_config, get_quantization_config
 
 RECIPE = dict(
     # Data

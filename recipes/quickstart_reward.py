@@ -11,13 +11,12 @@ Make it yours: start from hh-rlhf-reward instead, which reads a dataset and a re
 """
 
 from datasets import DatasetDict
-from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
-
 from dpo_recipes import playground
 from dpo_recipes.preflight import prepare_pairs
 from dpo_recipes.presets import LORA
 from dpo_recipes.recipe import RecipeArguments, load_tokenizer, parse_recipe, run
 from dpo_recipes.runs import finish_run, start_run
+from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
 
 RECIPE = dict(
     # Data

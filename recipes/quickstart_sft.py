@@ -12,12 +12,11 @@ Make it yours: start from hh-rlhf-sft instead, which reads a dataset and a real 
 """
 
 from datasets import DatasetDict
-from trl import ModelConfig, SFTConfig, SFTTrainer
-
 from dpo_recipes import playground
 from dpo_recipes.preflight import prepare_pairs
 from dpo_recipes.recipe import RecipeArguments, load_tokenizer, parse_recipe, run
 from dpo_recipes.runs import finish_run, start_run
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 RECIPE = dict(
     # Data

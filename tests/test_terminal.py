@@ -1,11 +1,16 @@
 """Control characters of data are shown and not obeyed, on a terminal, on pages and in the model card."""
 
+import io
+import logging
 import shlex
 import subprocess
 
 import pytest
 import yaml
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from dpo_recipes import terminal
 from dpo_recipes.cli import main
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import write_json
@@ -13,7 +18,7 @@ from dpo_recipes.pages import page
 from dpo_recipes.pages.markdown import code, fence, inline, one_line
 from dpo_recipes.recipe import run
 from dpo_recipes.runs.model_card import LIBRARIES, write_model_card
-from dpo_recipes.terminal import say, shown
+from dpo_recipes.terminal import Lines, quiet_libraries, say, shown
 
 HOSTILE = {
     "clears the screen": "a\x1b[2Jb",
@@ -111,3 +116,45 @@ def test_a_plain_name_is_written_as_it_is():
         == "hh_rlhf_lora-2.5 (beta 0.1)"
     )
     assert fence("a table") == "```\na table\n```"
+
+
+@pytest.mark.parametrize(("every", "states"), [(0.0, 8), (1000.0, 0)])
+def test_a_bar_in_a_file_is_a_line_every_so_often_and_no_control_code(every, states, monkeypatch):
+    monkeypatch.setattr(terminal, "EVERY", every)
+    file = io.StringIO()
+    lines = Lines(file)
+    options = dict(file=lines, mininterval=0, miniters=1)
+    lines.write("Before\n")
+    for row in tqdm(range(2), desc="Outer", **options):
+        for _ in tqdm(range(2), desc="Inner", leave=False, **options):
+            pass
+        tqdm.write(f"row {row}", file=lines)
+    lines.write("\x1b[31mred\x1b[0m\n")
+    told = file.getvalue()
+    assert not {"\r", "\x1b"} & {*told}
+    shown = told.splitlines()
+    assert [line for line in shown if "|" not in line] == ["Before", "row 0", "row 1", "red"]
+    assert len([line for line in shown if "|" in line]) >= states
+    assert states or "|" not in told
+
+
+def test_what_follows_a_bar_that_was_cut_short_begins_a_line(monkeypatch):
+    monkeypatch.setattr(terminal, "EVERY", 0.0)
+    file = io.StringIO()
+    lines = Lines(file)
+    for text in ("\rTokenizing: 10% [00:01<00:09]", "\rTokenizing: 20% [00:02<00:08]", "Traceback", ":\n"):
+        lines.write(text)
+    assert file.getvalue().splitlines()[-2:] == ["Tokenizing: 20% [00:02<00:08]", "Traceback:"]
+
+
+def test_a_report_on_missing_weights_is_left_out_for_a_new_score_head_alone(tmp_path, caplog, tiny_model):
+    quiet_libraries()
+    logging.getLogger("transformers").addHandler(caplog.handler)  # it does not propagate
+    AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    assert "LOAD REPORT" not in caplog.text
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    weights = {name: weight for name, weight in model.state_dict().items() if "layers.1.mlp.up_proj" not in name}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert "LOAD REPORT" in caplog.text

@@ -24,7 +24,7 @@ from dpo_recipes.evaluate.answers import Entry, Sampling, answer_all, draw_promp
 from dpo_recipes.evaluate.judges import open_judge
 from dpo_recipes.evaluate.pairwise import Judged, expected_cost
 from dpo_recipes.evaluate.report import write_report
-from dpo_recipes.evaluate.results import SIDES, answer_pairs, judging, measures, preference
+from dpo_recipes.evaluate.results import SIDES, answer_pairs, judging, measures, preference, verdict
 from dpo_recipes.files import MANIFEST, check_writable, read_json
 from dpo_recipes.flags import grouped
 from dpo_recipes.loading import keep_part, prompt_hashes
@@ -128,16 +128,18 @@ def evaluate(
     texts = [[answer["text"] for answer in found[side]["answers"]] for side in SIDES]
     judged = referee.compare(asked, *texts) if referee else None
     answers = answer_pairs(found, asked, judged)
+    judgement, greedy = judging(found, subject.pairs, referee, judged), temperature == 0
     results = {
         **_about(subject),
+        "verdict": verdict(found, judgement["win_rate"], greedy=greedy),
         "judge": referee.name if referee else None,
         "sampling": asdict(sampling) | {"seed": seed},
         "prompts": len(asked),
         "hashes": hashes,
         "warnings": _warnings(subject, judge, judged, hashes),
-        **judging(found, subject.pairs, referee, judged),
+        **judgement,
         **preference(found, subject.beta),
-        **measures(found, judged, greedy=temperature == 0),
+        **measures(found, judged, greedy=greedy),
         "samples": answers[:SHOWN],  # the prompts were drawn by seed
     }
     return write_report(subject.folder, results, answers)

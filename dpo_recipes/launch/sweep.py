@@ -16,12 +16,12 @@ from dpo_recipes.terminal import say
 
 MEASURES = {  # column of the table: where it is in metrics.json
     "held-out loss": ("held_out", "eval_loss"),
-    "accuracy": ("preference_accuracy", "all", "summed", "after", "mean"),
-    "implicit accuracy": ("preference_accuracy", "all", "implicit reward", "after", "mean"),
-    "reward accuracy": ("reward_accuracy", "all", "mean"),
-    "KL, nats": ("kl", "nats"),
-    "reward, temperature 0.7": ("scores", "temperature 0.7", "exact reward", "after", "mean"),
-    "reward, greedy": ("scores", "greedy", "exact reward", "after", "mean"),
+    "preference accuracy, summed": ("preference_accuracy", "all", "summed", "after", "mean"),
+    "implicit-reward accuracy": ("preference_accuracy", "all", "implicit reward", "after", "mean"),
+    "reward-model accuracy": ("reward_accuracy", "all", "mean"),
+    "KL to the reference model, nats": ("kl", "nats"),
+    "exact reward, temperature 0.7": ("scores", "temperature 0.7", "exact reward", "after", "mean"),
+    "exact reward, greedy": ("scores", "greedy", "exact reward", "after", "mean"),
     "seconds": ("cost", "train_seconds"),
 }
 STOPPED = [128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)]

@@ -58,7 +58,7 @@ def prepare_pairs(
     Raises:
         RecipeError: If the tokenizer has no chat template or EOS token, no pair is left to train or to test on, or a
             finding is a failure.
-        SystemExit: With status 0 after a dry run, which writes nothing.
+        SystemExit: With status 0 after a dry run without updates, which writes nothing.
     """
     return _prepare(load_pairs, script_args, training_args, tokenizer, prompts_only=False)
 
@@ -116,7 +116,10 @@ def _prepare(
     lines = [*measured.lines, *finding_lines(measured.findings)]
     if script_args.dry_run:
         say("\n".join([*lines, *plan_lines(script_args, training_args, tokenizer, pairs)]))
-        raise SystemExit(0)
+        if not script_args.timed_updates:
+            raise SystemExit(0)
+        training_args.report_to = []
+        return pairs
     if state.is_main_process:
         claim(training_args.output_dir)
         path = write_json(Path(training_args.output_dir) / "preflight.json", measured.data)

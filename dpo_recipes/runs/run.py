@@ -33,10 +33,11 @@ from dpo_recipes.models.rewards import Text, check_reloads
 from dpo_recipes.ppo.trainer import PPOTrainer
 from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, RecipeArguments, is_disk_full
 from dpo_recipes.runs.before_after import Outcome, Questions, Score, measure, not_measured
-from dpo_recipes.runs.callbacks import DeclareCheckpoints, NoUpdateAfterTheLast, ProgressLines
+from dpo_recipes.runs.callbacks import DeclareCheckpoints, NoUpdateAfterTheLast, ProgressLines, Stopwatch
 from dpo_recipes.runs.curves import side_by_side, table
 from dpo_recipes.runs.model_card import LIBRARIES, cost, data_hash, weights_hash, write_model_card
 from dpo_recipes.runs.page import draw_curves, write_run_page
+from dpo_recipes.runs.verdict import verdict
 from dpo_recipes.settings import settings_hash
 from dpo_recipes.terminal import say
 from dpo_recipes.tracking import start_tracking
@@ -57,12 +58,16 @@ def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
     """Adds the guards to a built trainer and takes its output folder: call it before `trainer.train`.
 
     With `overwrite` the files that an earlier run wrote into the folder are removed. No other file is ever removed.
+    In a dry run with `timed_updates` the folder is left alone, and `trainer.train` ends the process after them.
 
     Raises:
         RecipeError: If another process trains in that folder, or weights of the initial model are NaN or infinite.
     """
     _refuse_broken_model(trainer)
     add_guards(trainer)
+    if script_args.dry_run:
+        trainer.add_callback(Stopwatch(script_args.timed_updates))
+        return
     _add_callbacks(trainer, script_args)
     if trainer.is_world_process_zero():
         _take_folder(Path(trainer.args.output_dir), script_args)
@@ -253,7 +258,7 @@ def _write_files(trainer: Trainer, script_args: RecipeArguments, outcome: Outcom
     warnings = outcome.warnings + [str(finding) for finding in read_findings(folder)]
     shown = {"table": table(outcome.header, outcome.rows) if outcome.rows else "", "note": outcome.note}
     with later.step("Writing the metrics", "evaluate"):
-        metrics = outcome.metrics | shown | {"warnings": warnings, "cost": spent}
+        metrics = outcome.metrics | shown | {"verdict": verdict(outcome.metrics), "warnings": warnings, "cost": spent}
         files.append(write_json(folder / "metrics.json", metrics))
     if outcome.answers:
         with later.step("Writing the answers", "evaluate"):
@@ -298,3 +303,4 @@ def _show(folder: Path, outcome: Outcome, failures: Sequence[str], files: Sequen
         say(side_by_side(outcome.answers[:3]) + "\n")
     kind = "LoRA adapter" if (folder / "adapter_config.json").exists() else "Model"
     say("\n".join([f"{kind:<13}{folder}", *(f"{file.name:<13} {file}" for file in files)]))
+    say(f"\n{verdict(outcome.metrics)['sentence']}")

@@ -401,7 +401,7 @@ def test_a_reward_model_reloads_whole_and_scores_as_it_did(kind, tmp_path, tiny_
         )  # what was measured in 4 bits is merged into the base's own weights
         assert sum(scores) / 4 == pytest.approx(measured[f"score of {side}"]["mean"], abs=tolerance)
     assert measured["margin"]["mean"] > 0.2
-    assert "reward accuracy   " in result.stdout
+    assert "reward-model accuracy   " in result.stdout
     assert "WARNING: The reward model" not in result.stdout
 
 
@@ -512,7 +512,12 @@ def test_a_copied_recipe_runs_from_another_folder_by_plain_python(tmp_path, tiny
         cwd=tmp_path,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert json.loads((tmp_path / "outputs" / "hh_rlhf_lora" / "settings.json").read_text())["beta"] == 0.5
+    run = tmp_path / "outputs" / "hh_rlhf_lora"
+    assert json.loads((run / "settings.json").read_text())["beta"] == 0.5
+    assert result.stdout.splitlines()[-1] == json.loads((run / "metrics.json").read_text())["verdict"]["sentence"]
+    assert not re.search("[\r\x1b]|Failed|Warning|warn", result.stdout + result.stderr), (
+        "nothing that looks wrong is not"
+    )
 
 
 @pytest.mark.parametrize(

@@ -79,11 +79,11 @@ def test_every_combination_is_run_and_tabulated(swept, capsys):
         "folder": str(root / "beta=0.1,learning_rate=1e-06"),
         "status": 0,
         "held-out loss": 0.1,
-        "KL, nats": 2.0,
+        "KL to the reference model, nats": 2.0,
         "seconds": 61.5,
     }
     lines = (root / "sweep.md").read_text().splitlines()
-    assert lines[0] == "| beta | learning_rate | run | held-out loss | KL, nats | seconds |"
+    assert lines[0] == "| beta | learning_rate | run | held-out loss | KL to the reference model, nats | seconds |"
     assert lines[2] == "| 0.05 | 1e-06 | done | 0.050 | 2.000 | 62 |"
     assert len(lines) == 6
     output = capsys.readouterr().out
@@ -217,7 +217,7 @@ def test_a_sweep_of_a_recipe(tmp_path, tiny_model, hh_rows, dpo_recipes):
     assert result.returncode == 1, result.stdout + result.stderr
     failed, done = json.loads((tmp_path / "swept" / "sweep.json").read_text())
     assert (failed["status"], done["status"]) == (2, 0)
-    measured = {"held-out loss", "accuracy", "implicit accuracy", "KL, nats", "seconds"}
+    measured = {"held-out loss", "preference accuracy, summed", "implicit-reward accuracy", "seconds"}
     assert measured <= set(done)
     assert not measured & set(failed)
     assert "| 8 | failed (2) | - " in (tmp_path / "swept" / "sweep.md").read_text()

@@ -68,7 +68,7 @@ def run():
             **{"versions": {"trl": "1.16.0", "python": "3.11.7"}, **SPENT},
         },
         "eval": {
-            **{"verdict": {"level": "works", "words": "It works: all of the interval is above 55 %."}},
+            **{"verdict": {"word": "better", "sentence": "Better: win rate 0.600."}},
             **{"pairs": 77, "prompts": 66, "judge": "a rule", "warnings": ["The same weights."]},
             **{"win_rate": estimate(0.7), "length_controlled": estimate(0.66), "ties": estimate(0.1), "judging": {}},
             **{
@@ -114,7 +114,7 @@ def test_every_section_says_what_the_files_hold(page_of):
         *(
             "no end update 7",
             "No better than a coin.",
-            "It works: all of the interval is above 55 %.",
+            "Better: win rate 0.600.",
             "The same weights.",
         ),
         "summed n = 400 before 0.910 [0.860, 0.930] after 0.970 [0.920, 0.990]",
@@ -128,7 +128,7 @@ def test_every_section_says_what_the_files_hold(page_of):
             "tokens of an answer n = 400 before 30.0 [29.9, 30.0] after 33.3",
             "Won Why? before cut Yes, go ahead. after Please do not.",
         ),
-        *("Loss 0.4321 0.5432", "rewards/chosen 0.0804 none", "update answer tokens ended repeated"),
+        *("loss 0.4321 0.5432", "implicit reward of chosen 0.0804 none", "update answer tokens ended repeated"),
         *("44 37.50 1.00 0.25", "The first 6 of 9 in samples.jsonl", "Temperature 0.7 May I?"),
         *("before exact reward 0.25 (cut) Yes, go ahead. after exact reward 1.00 Please do not.", "= pairs 4 4"),
         *(
@@ -189,7 +189,7 @@ def test_a_folder_without_results_says_that_the_run_has_not_finished(page_of):
 
 def test_an_evaluation_without_a_run_has_a_page_of_its_own(page_of):
     page = page_of({"eval": run()["eval"]}, curves=False)
-    assert "It works: all of the interval is above 55 %." in page.words
+    assert "Better: win rate 0.600." in page.words
     assert "tokens of an answer n = 400" in page.words
     assert "This run has not finished" not in page.words
     assert "health rule" not in page.words
