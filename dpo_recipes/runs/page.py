@@ -33,6 +33,7 @@ def write_run_page(folder: str | Path) -> Path:
         "warnings": [text for text in held["metrics"].get("warnings", []) if text not in of_health],
         "labels": LABELS,
         "panels": PANELS,
+        "logged": {key: key for names in PANELS.values() for key in names},
         "shown_settings": SHOWN_SETTINGS,
     }
     return page.write_page(folder / RUN_PAGE, page.TEMPLATES / "run.html.jinja", held | shown)
