@@ -23,7 +23,7 @@ from dpo_recipes.evaluate.general import find_tasks, general_tasks
 from dpo_recipes.evaluate.judges import open_judge
 from dpo_recipes.evaluate.pairwise import Judged, expected_cost
 from dpo_recipes.evaluate.report import write_report
-from dpo_recipes.evaluate.results import SIDES, answer_pairs, judging, measures, preference
+from dpo_recipes.evaluate.results import SIDES, answer_pairs, judging, measures, preference, verdict
 from dpo_recipes.files import MANIFEST, check_writable, read_json
 from dpo_recipes.machine import hardware
 from dpo_recipes.manifest import claim
@@ -129,16 +129,18 @@ def evaluate(
     judged = referee.compare(asked, *texts) if referee else None
     answers = answer_pairs(found, asked, judged)
     at: dict[str, Any] = {"models": models, "hashes": hashes, "folder": kept / "tasks"}
+    judgement, greedy = judging(found, subject.pairs, referee, judged), temperature == 0
     results = {
         **_about(subject),
+        "verdict": verdict(found, judgement["win_rate"], greedy=greedy),
         "judge": referee.name if referee else None,
         "sampling": asdict(sampling) | {"seed": seed},
         "prompts": len(asked),
         "hashes": hashes,
         "warnings": _warnings(subject, judge, judged, hashes),
-        **judging(found, subject.pairs, referee, judged),
+        **judgement,
         **preference(found, subject.beta),
-        **measures(found, judged, greedy=temperature == 0),
+        **measures(found, judged, greedy=greedy),
         "tasks": general_tasks(tasks, manager, **at, trust_remote_code=subject.trust_remote_code) if tasks else None,
         "samples": answers[:SHOWN],  # the prompts were drawn by seed
     }

@@ -23,14 +23,14 @@ def write_report(folder: Path, results: Mapping[str, Any], answers: Sequence[Map
     path = write_json(folder / "eval.json", json.loads(json.dumps({**results, "labels": MEASURES}, default=asdict)))
     write_jsonl(folder / "eval.jsonl", answers)
     page = write_run_page(folder)
-    shown, words = table(("", *SIDES), _rows(results)), results["verdict"]["words"]
+    shown, words = table(("", *SIDES), _rows(results)), results["verdict"]["sentence"]
     if results["tasks"]:
         words += f"\n\nGeneral tasks: {results['tasks']['words']}"
     if (folder / "README.md").exists() and (folder / DONE_FILE).exists():
         _put_into_card(folder / "README.md", results, words, shown)
     warnings = [f"WARNING: {warning}" for warning in results["warnings"]]
     files = f"{path}, beside it eval.jsonl (the answers) and {page.name}"
-    say("\n".join(["", shown, "(95 % intervals)", "", words, *warnings, "", files]))
+    say("\n".join(["", shown, "(95 % intervals)", "", *warnings, files, "", words]))
     return path
 
 

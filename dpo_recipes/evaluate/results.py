@@ -1,6 +1,7 @@
 """The numbers of an evaluation and its verdict."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,13 @@ from dpo_recipes.evaluate.measures import MEASURES, columns, of_model
 from dpo_recipes.evaluate.pairwise import Judged
 from dpo_recipes.models.likelihood import PreferenceLogps
 from dpo_recipes.models.rewards import calibration
+from dpo_recipes.runs.verdict import by_interval, collapse, destroyed, narrowed, said
 
 SIDES = ("before", "after")
-WORKS, COIN = 0.55, 0.5  # an interval of the win rate above WORKS: worth the training; below COIN: harmful
 
 
 def judging(found: Mapping[str, Any], pairs: Dataset, judge: Judge | None, judged: Judged | None) -> dict[str, Any]:
-    """Win rates, facts of the judging, and the verdict.
+    """Win rates and facts of the judging.
 
     Args:
         found: The answers, as `answer_all` returns them under `SIDES`.
@@ -34,7 +35,7 @@ def judging(found: Mapping[str, Any], pairs: Dataset, judge: Judge | None, judge
         RecipeError: If no verdict could be read.
     """
     if judge is None or judged is None:
-        return {"verdict": verdict(None), "win_rate": None}
+        return {"win_rate": None}
     known = ~np.isnan(judged.won)
     if not known.any():
         told = "no number for any answer" if judge.scorer else "no verdict that can be read: see judgements.jsonl"
@@ -46,7 +47,6 @@ def judging(found: Mapping[str, Any], pairs: Dataset, judge: Judge | None, judge
         facts["labels"] = _as_labelled(pairs, judge.scorer)
     rate = wilson(float(won.sum()), len(won))
     return {
-        "verdict": verdict(rate),
         "win_rate": rate,
         "length_controlled": _estimate(estimates.length_controlled, won, longer) if np.ptp(won) else rate,
         "ties": wilson(float((won == 0.5).sum()), len(won)),
@@ -71,30 +71,41 @@ def _of(estimated: Mapping[str, Any]) -> Estimate:
     return Estimate(*(estimated[key] for key in ("mean", "low", "high", "n")))
 
 
-def verdict(rate: Estimate | None) -> dict[str, str]:
-    """Verdict on the tuning: a `level`, and `words` that hold for the whole interval of the win rate."""
+def verdict(found: Mapping[str, Any], rate: Estimate | None, *, greedy: bool) -> dict[str, str]:
+    """The verdict on the tuning, `word` and `sentence` as a run's verdict has them, by the win rate.
+
+    Args:
+        found: Answers and log-probs, as `answer_all` returns them under `SIDES`.
+        rate: The win rate; None without a judge.
+        greedy: Whether the answers are greedy, which have no KL.
+    """
+    if signs := collapse(_facts(found, greedy=greedy)):
+        return destroyed(signs)
     if rate is None:
-        words = "Nobody judged the answers. Name a judge: --judge, as docs/evaluation.md says."
-        return {"level": "unjudged", "words": words}
-    found = (
-        f"the judge prefers the tuned model's answer to {100 * rate.mean:.1f} % of {rate.n} prompts, ties counting one "
-        f"half (95 % interval {100 * rate.low:.1f} to {100 * rate.high:.1f} %)"
+        return said("not known", "nobody judged the answers, so name a judge (--judge, docs/evaluation.md)")
+    told = (
+        f"win rate {rate.mean:.3f}, where equal models have 0.5 and ties count one half "
+        f"(95 % interval [{rate.low:.3f}, {rate.high:.3f}], {rate.n} prompts)"
     )
-    if rate.low > WORKS:
-        return {"level": "works", "words": f"It works: {found}, and all of the interval is above 55 %."}
-    if rate.high < COIN:
-        words = f"It is worse than the reference model: {found}, and all of the interval is below 50 %."
-        return {"level": "worse", "words": words}
-    why = {
-        (True, True): "it is better than the reference model, but by less than the 55 % that count as working",
-        (
-            True,
-            False,
-        ): "it is better than the reference model, but perhaps by less than the 55 % that count as working",
-        (False, True): "it does not reach 55 %, and may be worse than the reference model",
-        (False, False): "it may be worse than the reference model (below 50 %) or work (above 55 %)",
-    }[rate.low > COIN, rate.high < WORKS]
-    return {"level": "not known", "words": f"Not known: {found}; {why}. More --prompts narrow the interval."}
+    word = by_interval(rate.low - 0.5, rate.high - 0.5, rate.n)
+    return said(word, f"{told}; {narrowed(asdict(rate), 'prompts')}" if word == "not known" else told)
+
+
+def _facts(found: Mapping[str, Any], *, greedy: bool) -> dict[str, Any]:
+    """The facts by which lost text shows, under the names of metrics.json."""
+    answers = {side: found[side]["answers"] for side in SIDES}
+    shares = {
+        "ended": {side: float(np.mean([each["ended"] for each in answers[side]])) for side in SIDES},
+        "repeated": {
+            side: float(np.mean([estimates.repetition(each["text"]) for each in answers[side]])) for side in SIDES
+        },
+    }
+    ratios = [each["policy"] - each["start"] for each in answers["after"]]
+    tokens = sum(each["scored"] for each in answers["after"])
+    kl = {"nats": float(np.mean(ratios)), "n": len(ratios), "tokens": tokens}
+    chosen = {side: float(np.mean(found[side]["chosen"])) for side in SIDES}
+    lengths = float(np.mean(found["before"]["chosen_tokens"]))
+    return {"answers": shares, "kl": {} if greedy else kl, "chosen_logps": chosen | {"tokens": lengths}}
 
 
 def preference(found: Mapping[str, Any], beta: float | None) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def probe(trainer: Trainer, prompts: Sequence[Any], *, max_new_tokens: int) -> d
     found = {
         "probe/answer_tokens": fmean(len(answer) - end for answer, end in zip(answers, ended, strict=True)),
         "probe/ended": fmean(ended),
-        "probe/repeated": fmean(map(_repeated, answers)),
+        "probe/repeated": fmean(map(repeated, answers)),
     }
     if isinstance(trainer, DPOTrainer) and (
         isinstance(policy, PeftModel) or (trainer.ref_model is not None and not trainer.args.sync_ref_model)
@@ -107,6 +107,7 @@ def probe(trainer: Trainer, prompts: Sequence[Any], *, max_new_tokens: int) -> d
     return found
 
 
-def _repeated(answer: Sequence[int]) -> float:
+def repeated(answer: Sequence[int]) -> float:
+    """Share of an answer's runs of four tokens that occurred earlier in it."""
     runs = [tuple(answer[start : start + REPEATED]) for start in range(len(answer) - REPEATED + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0

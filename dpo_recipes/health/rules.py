@@ -188,7 +188,7 @@ def degenerate_text(logged: Logged, facts: Facts, *, share: float) -> str | None
     repeated = _values(logged, "probe/repeated")
     if not repeated or repeated[-1] < share or repeated[0] >= share / 2:
         return None
-    return f"{repeated[-1]:.0%} of the {REPEATED}-grams of greedy answers are repeats, at the start {repeated[0]:.0%}"
+    return f"{repeated[-1]:.0%} of the {REPEATED}-grams of the answers are repeats, at the start {repeated[0]:.0%}"
 
 
 def no_end(logged: Logged, facts: Facts, *, fall: float) -> str | None:

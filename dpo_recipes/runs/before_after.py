@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, Trainer
 from trl import DPOTrainer, RewardTrainer
 
-from dpo_recipes.estimates import Estimate, mean_with_interval
+from dpo_recipes.estimates import Array, Estimate, mean_with_interval, wins
 from dpo_recipes.health.guards import ReferenceGuard
+from dpo_recipes.health.probe import repeated
 from dpo_recipes.models import rewards
 from dpo_recipes.models.generation import generate
 from dpo_recipes.models.likelihood import (
@@ -26,15 +27,15 @@ from dpo_recipes.models.likelihood import (
 )
 from dpo_recipes.models.rewards import Text, calibration
 from dpo_recipes.recipe import OnlineArguments, RecipeArguments
-from dpo_recipes.runs.metrics import LABELS
+from dpo_recipes.runs.metrics import LABELS, REWARD_SCORE
 
 Score = Callable[[Text, str], dict[str, float]]
 
 SIDES = ("before", "after")  # the reference model and the tuned model
 ALL = "all"  # the stratum that holds every held-out pair
 KL_PROMPTS = 64  # prompts that are answered at temperature 1 to estimate the KL
+EASY = 0.8  # accuracy of the reference model above which little is left to learn about the pairs
 SMALL = 100e6  # weights; a smaller model leaves room for more answers at a time
-REWARD_SCORE = "reward-model score"
 
 
 @dataclass
@@ -162,13 +163,27 @@ def _measure_preference(trainer: DPOTrainer, strata: str | None, outcome: Outcom
             outcome.rows.append([_label("preference_accuracy", kind, stratum), *found[kind].values()])
     outcome.rows.append([LABELS["implicit reward"], "-", after.accuracy_against(before)])
     chosen = {"before": before.chosen.mean(), "after": after.chosen.mean()}
-    outcome.metrics["chosen_logps"] = chosen
+    outcome.metrics["chosen_logps"] = chosen | {"tokens": before.chosen_tokens.mean()}
     outcome.rows.append([LABELS["chosen_logps"], *(f"{value:.2f}" for value in chosen.values())])
-    ranked = result[ALL]["summed"]["before"]["mean"]
-    outcome.note = (
-        f"(95 % intervals; {len(trainer.eval_dataset)} held-out pairs. The reference model already ranks "
-        f"{100 * ranked:.0f} % of them correctly, so look at the sampled answers rather than at accuracy.)"
+    ahead = [wins(each.chosen, each.rejected) for each in (before, after)]
+    _add_difference(outcome, _label("preference_accuracy", "summed"), *ahead, of="held-out pairs")
+    ranked = result[ALL]["summed"]["before"]
+    easy = (
+        f" The reference model already ranks {ranked['mean']:.0%} of them correctly, so look at the sampled answers "
+        "rather than at accuracy."
     )
+    outcome.note = (
+        f"(95 % intervals; {len(trainer.eval_dataset)} held-out pairs.{easy if ranked['low'] > EASY else ''})"
+    )
+
+
+def _add_difference(
+    outcome: Outcome, name: str, before: Sequence[float] | Array, after: Sequence[float] | Array, *, of: str
+) -> None:
+    """Adds both means of a number, and the paired difference with its interval, for the verdict."""
+    change = mean_with_interval(np.subtract(after, before))
+    both = {"before": float(np.mean(before)), "after": float(np.mean(after))}
+    outcome.metrics.setdefault("differences", {})[name] = asdict(change) | both | {"of": of}
 
 
 def _accuracies(before: PreferenceLogps, after: PreferenceLogps) -> dict[str, dict[str, Estimate]]:
@@ -203,6 +218,8 @@ def _measure_answers(trainer: Trainer, questions: Questions, outcome: Outcome, *
             f"(95 % intervals. Training raises the {REWARD_SCORE} directly, so look at the other scores and at the "
             "answers rather than at it.)"
         )
+    if outcome.answers:
+        _add_shares(trainer, outcome)
     if outcome.answers and "scores" in outcome.answers[0]["after"]:
         _tabulate_scores(outcome)
 
@@ -250,6 +267,19 @@ def _add_reward_scores(trainer: Any, answers: Sequence[dict[str, Any]]) -> None:
             each["scores"] = each.get("scores", {}) | {name: float(columns[name][row]) for name in columns}
 
 
+def _add_shares(trainer: Trainer, outcome: Outcome) -> None:
+    """Adds the share of answers that end and the share of repeats, by which lost text shows.
+
+    Repeats are those of the answers at the lowest temperature, as in the health probe, whose answers are greedy.
+    """
+    lowest = min(answer["temperature"] for answer in outcome.answers)
+    encode, shares = trainer.processing_class, outcome.metrics.setdefault("answers", {"ended": {}, "repeated": {}})
+    for side in SIDES:
+        group = [answer[side] for answer in outcome.answers if answer["temperature"] == lowest]
+        shares["ended"][side] = float(np.mean([answer[side]["ended"] for answer in outcome.answers]))
+        shares["repeated"][side] = float(np.mean([repeated(encode(each["text"])["input_ids"]) for each in group]))
+
+
 def _tabulate_scores(outcome: Outcome) -> None:
     """Adds the means of the scores by temperature, the highest temperature first."""
     result = outcome.metrics["scores"] = {}
@@ -261,3 +291,6 @@ def _tabulate_scores(outcome: Outcome) -> None:
             found = {side: mean_with_interval([answer[side]["scores"][name] for answer in group]) for side in SIDES}
             outcome.rows.append([f"{name}, {label}", *found.values()])
             result[label][name] = _plain(found)
+        first = next(iter(result[label]))
+        both = ([answer[side]["scores"][first] for answer in group] for side in SIDES)
+        _add_difference(outcome, f"{first}, {label}", *both, of="prompts")

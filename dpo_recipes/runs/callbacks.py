@@ -22,10 +22,13 @@ class ProgressLines(ProgressCallback):
         **_: Any,
     ) -> None:
         """Writes the line above the bar. Token accuracy is left out where the rewards say more."""
-        logs = logs or {}
-        shown = [words.format(logs[name]) for name, words in LINES.items() if logs.get(name) is not None]
-        if "rewards/margins" in logs:
+        logs = {name: value for name, value in (logs or {}).items() if value is not None}
+        kind = "eval_" if "eval_loss" in logs else ""
+        shown = [words.format(logs[kind + key]) for key, words in LINES.items() if kind + key in logs]
+        if f"{kind}rewards/margins" in logs:
             shown = [part for part in shown if not part.startswith("token accuracy")]
+        if kind and shown:
+            shown[0] = f"held out: {shown[0]}"
         if state.is_world_process_zero and shown and self.training_bar is not None:
             self.training_bar.write(f"  {state.global_step:>5}  " + "  ".join(shown))
 

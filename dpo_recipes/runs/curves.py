@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from dpo_recipes.files import write_bytes
-from dpo_recipes.runs.metrics import PANELS
+from dpo_recipes.runs.metrics import NAMES, PANELS
 
 
 def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path, *, title: str) -> Path:
@@ -31,8 +31,7 @@ def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path, *,
     for index, (panel, lines) in enumerate(curves.items(), start=1):
         axes = figure.add_subplot(rows, min(3, len(curves)), index)
         for name, points in lines.items():
-            both = f"eval_{name}" in lines
-            label = "held out" if name.startswith("eval_") else "training" if both else name.rpartition("/")[2]
+            label = "held out" if name.startswith("eval_") else "training" if f"eval_{name}" in lines else NAMES[name]
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 6 else None, markersize=3)
         axes.set_title(panel, fontsize=10)
         axes.set_xlabel("update", fontsize=9)

@@ -1,18 +1,29 @@
-"""Names of metrics with their labels, from metrics.toml."""
+"""Names of metrics, from metrics.toml."""
 
 import tomllib
 from pathlib import Path
 
 _TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
-PANELS: dict[str, list[str]] = {}
-"""Names of the logged metrics by panel of curves.png, in their order."""
-for _name, _shown in _TABLE["logged"].items():
-    if "panel" in _shown:
-        PANELS.setdefault(_shown["panel"], []).append(_name)
+NAMES: dict[str, str] = {key: shown["name"] for key, shown in _TABLE["logged"].items()}
+"""Names of the metrics that trainers log."""
 
-LINES: dict[str, str] = {name: shown["line"] for name, shown in _TABLE["logged"].items() if "line" in shown}
+PANELS: dict[str, list[str]] = {}
+"""Keys of the logged metrics by panel of curves.png, in their order."""
+for _key, _shown in _TABLE["logged"].items():
+    PANELS.setdefault(_shown.get("panel", _shown["name"]), []).extend(
+        [_key] if "panel" in _shown else [_key, f"eval_{_key}"]
+    )
+
+LINES: dict[str, str] = {}
 """Words of the logged metrics in a progress line, with a place for the value."""
+for _key, _shown in _TABLE["logged"].items():
+    if "line" in _shown:
+        _name, _, _unit = _shown["name"].partition(", ")
+        LINES[_key] = f"{_name} {{:{_shown['line']}}} {_unit}".rstrip()
 
 LABELS: dict[str, str] = _TABLE["measured"]
-"""Labels of the metrics that `finish_run` measures."""
+"""Names of the metrics that `finish_run` measures."""
+
+REWARD_SCORE = "reward-model score"
+"""Name of the score that an online trainer raises; where there are several, their reward models' names follow."""

@@ -10,7 +10,7 @@ from dpo_recipes.health.rules import read_findings
 from dpo_recipes.models.checkpoints import STATE_FILE, latest_checkpoint
 from dpo_recipes.pages import page
 from dpo_recipes.runs.curves import plot_curves
-from dpo_recipes.runs.metrics import LABELS, PANELS
+from dpo_recipes.runs.metrics import LABELS, NAMES, PANELS
 from dpo_recipes.runs.model_card import SHOWN_SETTINGS, write_model_card
 from dpo_recipes.terminal import say
 
@@ -33,7 +33,7 @@ def write_run_page(folder: str | Path) -> Path:
         "warnings": [text for text in held["metrics"].get("warnings", []) if text not in of_health],
         "labels": LABELS,
         "panels": PANELS,
-        "logged": {key: key for names in PANELS.values() for key in names},
+        "logged": NAMES,
         "shown_settings": SHOWN_SETTINGS,
     }
     return page.write_page(folder / RUN_PAGE, page.TEMPLATES / "run.html.jinja", held | shown)

@@ -37,6 +37,7 @@ from dpo_recipes.runs.callbacks import DeclareCheckpoints, NoUpdateAfterTheLast,
 from dpo_recipes.runs.curves import side_by_side, table
 from dpo_recipes.runs.model_card import LIBRARIES, cost, data_hash, weights_hash, write_model_card
 from dpo_recipes.runs.page import draw_curves, write_run_page
+from dpo_recipes.runs.verdict import verdict
 from dpo_recipes.settings import settings_hash
 from dpo_recipes.terminal import say
 from dpo_recipes.tracking import start_tracking
@@ -253,7 +254,7 @@ def _write_files(trainer: Trainer, script_args: RecipeArguments, outcome: Outcom
     warnings = outcome.warnings + [str(finding) for finding in read_findings(folder)]
     shown = {"table": table(outcome.header, outcome.rows) if outcome.rows else "", "note": outcome.note}
     with later.step("Writing the metrics", "evaluate"):
-        metrics = outcome.metrics | shown | {"warnings": warnings, "cost": spent}
+        metrics = outcome.metrics | shown | {"verdict": verdict(outcome.metrics), "warnings": warnings, "cost": spent}
         files.append(write_json(folder / "metrics.json", metrics))
     if outcome.answers:
         with later.step("Writing the answers", "evaluate"):
@@ -298,3 +299,4 @@ def _show(folder: Path, outcome: Outcome, failures: Sequence[str], files: Sequen
         say(side_by_side(outcome.answers[:3]) + "\n")
     kind = "LoRA adapter" if (folder / "adapter_config.json").exists() else "Model"
     say("\n".join([f"{kind:<13}{folder}", *(f"{file.name:<13} {file}" for file in files)]))
+    say(f"\n{verdict(outcome.metrics)['sentence']}")

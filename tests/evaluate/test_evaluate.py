@@ -149,11 +149,11 @@ def test_every_number_of_the_held_out_pairs_is_that_of_a_direct_computation(call
     assert results["kl_standard_error"] == pytest.approx(np.std(gaps, ddof=1) / 30**0.5)
     ended = [row["after"]["ended"] for row in answers]
     assert results["measures"]["unended"]["after"]["mean"] == pytest.approx(1 - np.mean(ended))
-    assert results["verdict"]["words"] in told
+    assert results["verdict"]["sentence"] in told
     card = (run / "README.md").read_text()
     assert card.startswith("# run\n")
     assert card.count("## Evaluation") == 1
-    assert results["verdict"]["words"] in html.unescape((run / "report.html").read_text())
+    assert results["verdict"]["sentence"] in html.unescape((run / "report.html").read_text())
     page = (run / "report.html").read_text()
     for text in (
         "Evaluation: win rate",
@@ -326,25 +326,40 @@ def test_an_endpoint_judges_by_the_command_and_is_asked_once(call, run, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("won", "n", "level", "words"),
+    ("won", "n", "word", "told"),
     [
-        (140, 200, "works", "It works"),
-        (115, 200, "not known", "perhaps by less than the 55 % that count as working"),
-        (5_100, 10_000, "not known", "better than the reference model, but by less than"),
-        (104, 200, "not known", "may be worse than the reference model"),
-        (5_000, 10_000, "not known", "does not reach 55 %, and may be worse"),
-        (80, 200, "worse", "worse than the reference model"),
+        (140, 200, "better", "win rate 0.700"),
+        (104, 200, "not known", "0.137 wide, and four times the prompts would halve it"),
+        (9, 9, "not known", "too few"),
+        (80, 200, "worse", "win rate 0.400"),
+        (None, 200, "not known", "nobody judged the answers"),
     ],
 )
-def test_the_words_say_what_the_whole_interval_says(won, n, level, words):
-    said = verdict(wilson(won, n))
-    assert said["level"] == level
-    assert words in said["words"]
+def test_the_verdict_says_what_the_whole_interval_says(won, n, word, told):
+    said = verdict(answers_of(n), None if won is None else wilson(won, n), greedy=False)
+    assert said["word"] == word
+    assert told in said["sentence"]
 
 
-def test_an_interval_that_touches_a_line_is_not_above_it():
-    assert verdict(Estimate(0.6, 0.55, 0.65, 100))["level"] == "not known"
-    assert verdict(Estimate(0.45, 0.4, 0.5, 100))["level"] == "not known"
+def test_an_interval_that_touches_one_half_is_not_known():
+    for low, high in ((0.5, 0.65), (0.4, 0.5)):
+        assert verdict(answers_of(100), Estimate(0.5, low, high, 100), greedy=True)["word"] == "not known"
+
+
+def test_a_model_that_wins_with_lost_text_is_destroyed():
+    found = answers_of(200, text="no no no no no no no no no no")
+    said = verdict(found, wilson(180, 200), greedy=True)
+    assert said["word"] == "destroyed"
+    assert "86% of the 4-grams of the answers are repeats" in said["sentence"]
+
+
+def answers_of(n, text="a b c d e f"):
+    """Answers and log-probs of both models, of which the tuned one's are the text."""
+    answers = {
+        side: [dict(text=words, tokens=10, scored=10, ended=True, policy=-9.0, start=-10.0)] * n
+        for side, words in (("before", "a b c d e f"), ("after", text))
+    }
+    return {side: {"answers": each, "chosen": [-9.0], "chosen_tokens": [10]} for side, each in answers.items()}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,109 @@
+"""The verdict on a run in one sentence: better, worse, not known or destroyed, by which number and interval."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_recipes.health import rules
+from dpo_recipes.health.rules import RULES, Facts
+from dpo_recipes.runs.metrics import LABELS, NAMES, REWARD_SCORE
+
+FEW = 30  # prompts or pairs; with fewer the bootstrap gives an interval that is too narrow
+_SIGNS = ("degenerate_text", "no_end", "kl_runaway", "likelihood_collapse")  # rules of text that is lost, worst first
+
+
+def verdict(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The verdict on a finished run, from what metrics.json holds.
+
+    The number that decides is the first of: a reward model's accuracy against a coin; the first score of the caller's
+    own, at the highest temperature, as the paired difference of both models' answers to the same prompts; the paired
+    difference of the preference accuracy on the held-out pairs. The score that PPO or RLOO raises directly can show a
+    run to be worse, and never to be better. A model whose text is lost is destroyed, whatever the number says.
+
+    Returns:
+        `word` (better, worse, not known, destroyed) and `sentence`, which begins with it.
+    """
+    if signs := collapse(metrics):
+        return destroyed(signs)
+    if accuracy := metrics.get("reward_accuracy", {}).get("all"):
+        word = by_interval(accuracy["low"] - 0.5, accuracy["high"] - 0.5, accuracy["n"])
+        advice = {
+            "worse": "chosen and rejected may be exchanged in the data",
+            "not known": narrowed(accuracy, "held-out pairs"),
+        }
+        told = f"{LABELS['reward_accuracy']} {accuracy['mean']:.3f}, where a coin has 0.5"
+        about = f"(95 % interval {_interval(accuracy, '.3f')}, {accuracy['n']} held-out pairs)"
+        return said(word, "; ".join(filter(None, [f"{told} {about}", advice.get(word)])))
+    found = metrics.get("differences", {})
+    # The caller's own scores come first, then the accuracy, then the score that training raises directly.
+    by_worth = sorted(found, key=lambda name: (name.startswith(REWARD_SCORE), found[name]["of"] != "prompts"))
+    for name in by_worth:
+        return _of_difference(name, found[name])
+    if "preference_accuracy" in metrics:
+        return said("not known", "there are no held-out pairs and no scores to compare both models by")
+    loss = metrics.get("held_out", {}).get("eval_loss")
+    told = "" if loss is None else f"; its last held-out {NAMES['loss']} is {loss:.4f}"
+    return said("not known", f"no measurement compares this model with the initial one{told}")
+
+
+def collapse(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Signs by which the text of a model is lost, by health rule; empty if it is not lost.
+
+    The rules and limits are those that watch the training, here over all measured answers. One fatal sign is enough; of
+    the other ones it takes two, because each alone may be meant (longer answers, say, that are cut).
+    """
+    answers, kl, chosen = (metrics.get(name) or {} for name in ("answers", "kl", "chosen_logps"))
+    logged = {f"probe/{name}": [(0, both["before"]), (1, both["after"])] for name, both in answers.items()}
+    if kl.get("tokens"):
+        logged["probe/log_ratio"] = [(1, kl["nats"] * kl["n"] / kl["tokens"])]
+    if chosen.get("tokens"):
+        logged |= {"rewards/chosen": [(1, chosen["after"] - chosen["before"])], "rewards/margins": [(1, 1.0)]}
+    facts = Facts(pairs_per_update=1000, max_steps=1, chosen_tokens=chosen.get("tokens", 0.0), beta=1.0)
+    found = {name: getattr(rules, name)(logged, facts, **RULES[name]["limits"]) for name in _SIGNS}
+    signs = {name: sign for name, sign in found.items() if sign}
+    return signs if len(signs) > 1 or any(RULES[name]["fatal"] for name in signs) else {}
+
+
+def destroyed(signs: Mapping[str, str]) -> dict[str, str]:
+    """The verdict on a model with signs of `collapse`: the signs, and what the worst rule says to do."""
+    remedy = RULES[next(iter(signs))]["remedy"].replace("; ", ", ")
+    return said("destroyed", f"{'; '.join(signs.values())}; for another run, {remedy}")
+
+
+def said(word: str, told: str) -> dict[str, str]:
+    """A verdict of the word, and of a sentence that begins with it."""
+    return {"word": word, "sentence": f"{word.capitalize()}: {told}."}
+
+
+def by_interval(low: float, high: float, n: int) -> str:
+    """The word for a difference, by its 95 % interval."""
+    if n < FEW:
+        return "not known"
+    return "better" if low > 0 else "worse" if high < 0 else "not known"
+
+
+def narrowed(found: Mapping[str, Any], unit: str) -> str:
+    """How wide an interval is, and what would narrow it."""
+    if found["n"] < FEW:
+        return f"{found['n']} {unit} are too few for an interval, so take {FEW} or more"
+    if found["low"] == found["high"]:
+        return f"none of the {unit} changed, so train longer or at a higher learning rate"
+    return f"the interval is {found['high'] - found['low']:.3f} wide, and four times the {unit} would halve it"
+
+
+def _of_difference(name: str, found: Mapping[str, Any]) -> dict[str, str]:
+    word, unit, more = by_interval(found["low"], found["high"], found["n"]), found["of"], ""
+    if word == "better" and name.startswith(REWARD_SCORE):
+        word, more = "not known", "training raises this score directly, and no other one judged the answers"
+    elif word == "not known":
+        more = narrowed(found, unit)
+    elif unit != "prompts":
+        more = "nobody judged the answers themselves"
+    told = (
+        f"{name}: {found['before']:.3f} -> {found['after']:.3f} "
+        f"(95 % interval of the difference {_interval(found, '+.3f')}, {found['n']} {unit})"
+    )
+    return said(word, "; ".join(filter(None, [told, more])))
+
+
+def _interval(found: Mapping[str, Any], form: str) -> str:
+    return f"[{found['low']:{form}}, {found['high']:{form}}]"
