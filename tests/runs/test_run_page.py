@@ -2,13 +2,15 @@
 
 import json
 import re
+import shutil
 
 import pytest
+from browser import seen
 from hostile_pages import HOSTILE, Page, hostile
-from PIL import Image
 from preflight_contents import preflight
 
 from dpo_recipes.health.rules import Finding
+from dpo_recipes.runs.curves import plot_curves
 from dpo_recipes.runs.page import write_run_page
 
 
@@ -25,6 +27,7 @@ def finding(rule="loss_spike", **other):
     return {"rule": rule, "fatal": True, "step": 7, **words, "remedy": "halve the learning rate", **other}
 
 
+LOGGED = [{"step": step, "loss": 1 / step, "grad_norm": 0.5, "rewards/chosen": 0.1 * step} for step in (1, 2, 3)]
 SPENT = {
     "updates": 1888,
     "resumed_from_update": 44,
@@ -90,17 +93,17 @@ def run():
 
 @pytest.fixture
 def page_of(tmp_path):
-    def write(held, *, curves=True):
+    def write(held, *, curves=True, widths=()):
         folder = tmp_path / "beta03"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir()
         for name, data in held.items():
             lines = [json.dumps(row, ensure_ascii=False) for row in (data if name == "samples" else [data])]
             (folder / (f"{name}.jsonl" if name == "samples" else f"{name}.json")).write_text("\n".join(lines) + "\n")
         if curves:
-            Image.new("RGB", (2, 2)).save(folder / "curves.png")
+            plot_curves(LOGGED, folder / "curves.png", title="beta03")
         page = Page(write_run_page(folder).read_text(encoding="utf-8"))
-        for file in folder.iterdir():
-            file.unlink()
+        page.laid_out = [seen(folder / "report.html", width) for width in widths]
+        shutil.rmtree(folder)
         return page
 
     return write
@@ -123,7 +126,10 @@ def test_every_section_says_what_the_files_hold(page_of):
         *("1.16 ± 0.21", "chosen log-prob, nats", "-9.56 → -8.99"),
         *("▲ Better win rate 0.700 (77 prompts).", "77 held-out pairs and 66 prompts of some/pairs", "judge a rule"),
         "win rate share of prompts on which the judge prefers the tuned model",
-        *("tokens of an answer n = 400 before 30.0 [29.9, 30.0] after 33.3", "Why? Won before (cut) Yes, go ahead."),
+        *(
+            "tokens of an answer n = 400 before 30.0 [29.9, 30.0] after 33.3",
+            "Why? Won before exact reward 0.25 (cut) Yes, go ahead.",
+        ),
         *("loss 0.4321 0.5432", "implicit reward of chosen 0.0804 none"),
         *("update answer tokens ended repeated", "44 37.50 1.00 0.25"),
         *("over max_length -3 none train 11, 22, 33", "= pairs 4 4", "The longer answer wins 80%. Balance them."),
@@ -204,7 +210,7 @@ def test_a_folder_without_results_says_that_the_run_has_not_finished(page_of):
     page = page_of({"settings": run()["settings"], "health": stopped}, curves=False)
     assert "This run has not finished: a health rule stopped it." in page.words
     assert sum(tag == "h2" for tag, _ in page.tags) == 1, "settings"
-    assert "img" not in {tag for tag, _ in page.tags}
+    assert not [given for _, given in page.tags if given.get("role") == "img"]
     empty = page_of({}, curves=False)
     assert "This run has not finished" in empty.words
 
@@ -215,6 +221,39 @@ def test_an_evaluation_without_a_run_has_a_page_of_its_own(page_of):
     assert "tokens of an answer n = 400" in page.words
     assert "This run has not finished" not in page.words
     assert "health rule" not in page.words
+
+
+def test_a_reader_sees_all_of_it_on_a_phone_and_on_a_screen(page_of):
+    held = run()
+    held["samples"][0]["after"]["text"] = "a" * 300
+    held["settings"]["dataset_name"] = "an/" + "unbroken" * 20
+    held["health"]["probes"] = [PROBE | {"probe/log_ratio": 123.25, "probe/kl": 1234.5}]
+    phone, screen = page_of(held, widths=(390, 1280)).laid_out
+    for laid_out, width, columns in ((phone, 390, 1), (screen, 1280, 2)):
+        assert laid_out["cut"] == []
+        assert laid_out["width"] == width
+        assert laid_out["columns"]
+        assert set(laid_out["columns"]) == {columns}
+        verdict = held["metrics"]["verdict"]["sentence"].replace("->", "→").replace(": ", " ", 1)
+        assert " ".join(laid_out["headline"].split()) == f"▲ {verdict}"
+
+
+def test_shares_are_drawn_from_0_to_1_and_other_numbers_from_0(page_of):
+    held = run()
+    held["eval"]["measures"] = {"tokens": both(30.0, 33.3)}
+    (laid_out,) = page_of(held, widths=(1280,)).laid_out
+    share = ["0", "0.25", "0.5", "0.75", "1"]
+    assert laid_out["axes"] == [share] * 4 + [["0", "10", "20", "30", "40"], share, ["0", "1.5", "3", "4.5"]]
+
+
+def test_an_interval_is_drawn_inside_its_axis(page_of):
+    page = page_of(run())
+    boxes = [
+        given for tag, given in page.tags if tag == "rect" and given.get("class") in ("interval", "mark", "length")
+    ]
+    assert len(boxes) > 30
+    for box in boxes:
+        assert 0 <= float(box["x"]) <= float(box["x"]) + float(box["width"]) <= 1000
 
 
 def test_hostile_texts_stay_texts(page_of):
@@ -235,4 +274,5 @@ def test_the_page_needs_nothing_but_itself_and_names_its_files(page_of):
     page = page_of(run())
     assert not {tag for tag, _ in page.tags} & {"script", "iframe", "object", "embed", "form"}
     links = [value for _, given in page.tags for name, value in given.items() if name in ("href", "src")]
+    links += re.findall(r"url\((.*?)\)", " ".join(given.get("style", "") for _, given in page.tags))
     assert [re.sub(r"base64,.*", "base64", link) for link in links] == ["data:,", "data:image/png;base64"]
