@@ -1,10 +1,12 @@
 """Fills the templates of pages: each is one file without scripts, for a screen, a phone or paper."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
+from matplotlib.ticker import MaxNLocator
 
 from dpo_recipes.files import write_text
 from dpo_recipes.terminal import duration, shown
@@ -24,13 +26,20 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update({"number": number, "time": time, **(filters or {})})
+    environment.filters.update({"number": number, "ticks": ticks, "time": time, **(filters or {})})
     return write_text(path, environment.get_template(template.name).render(data))
 
 
 def number(value: float | None, places: int = 3) -> str:
     """The number with its decimals and thousands separators; a dash for None."""
     return NOTHING if value is None else f"{value:,.{places}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def ticks(estimates: Iterable[Mapping[str, float]]) -> list[float]:
+    """Round numbers on an axis that holds 0 and every interval; an axis of shares ends at 0 and 1."""
+    ends = [0.0, *(each[end] for each in estimates for end in ("low", "high") if isfinite(each[end]))]
+    most = 1.0 if min(ends) == 0 and max(ends) <= 1 else max(ends)
+    return list(MaxNLocator(4).tick_values(min(ends), most))
 
 
 def time(seconds: float | None) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 from dpo_recipes.files import write_bytes
 from dpo_recipes.runs.metrics import NAMES, PANELS
 
+COLOURS = ["#0072b2", "#d55e00", "#009e73"]  # of Okabe and Ito: the colour-blind tell them apart
+
 
 def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path, *, title: str) -> Path:
     """Draws a PNG with a panel for each group of metrics that the trainer logged, and returns its path.
@@ -25,21 +27,26 @@ def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path, *,
         for panel, names in PANELS.items()
         if (lines := {name: points for name in names if (points := _points(log_history, name))})
     }
-    rows = -(-len(curves) // 3)
+    rows = max(1, -(-len(curves) // 3))
     figure = Figure(figsize=(12, 3.4 * rows + 0.4), layout="constrained")
-    figure.suptitle(title, parse_math=False)  # a name may have two $
-    for index, (panel, lines) in enumerate(curves.items(), start=1):
-        axes = figure.add_subplot(rows, min(3, len(curves)), index)
+    heading, body = figure.subfigures(2, 1, height_ratios=[0.4, 3.4 * rows])
+    heading.suptitle(title, y=0.6, parse_math=False)  # a name may have two $
+    cells = body.subfigures(rows, 3, squeeze=False).flat  # equal ones: the page shows each by itself
+    for cell, (panel, lines) in zip(cells, curves.items(), strict=False):
+        axes = cell.subplots()
+        axes.set_prop_cycle(color=COLOURS, linestyle=["-", "--", ":"])
         for name, points in lines.items():
             label = "held out" if name.startswith("eval_") else "training" if f"eval_{name}" in lines else NAMES[name]
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 6 else None, markersize=3)
         axes.set_title(panel, fontsize=10)
         axes.set_xlabel("update", fontsize=9)
         axes.grid(alpha=0.3)
+        if "accuracy" in panel or "share" in panel:
+            axes.set_ylim(-0.02, 1.02)
         if len(lines) > 1:
             axes.legend(fontsize=8)
     drawn = BytesIO()
-    figure.savefig(drawn, format="png", dpi=110)
+    figure.savefig(drawn, format="png", dpi=110, metadata={"panels": str(len(curves))})
     return write_bytes(path, drawn.getvalue())
 
 

@@ -2,7 +2,10 @@
 
 import base64
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
+
+from PIL import Image
 
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json, read_jsonl
@@ -24,10 +27,12 @@ def write_run_page(folder: str | Path) -> Path:
     names = ("settings", "preflight", "metrics", "health", "done", "eval")
     held = {name: read_json(folder / f"{name}.json") for name in names}
     curves, samples = folder / "curves.png", read_jsonl(folder / "samples.jsonl")
+    drawn = curves.read_bytes() if curves.exists() else b""
     of_health = {str(finding) for finding in read_findings(folder)}
     shown = {
         "name": folder.resolve().name,
-        "curves": base64.b64encode(curves.read_bytes()).decode() if curves.exists() else None,
+        "curves": base64.b64encode(drawn).decode(),
+        "curves_panels": int(Image.open(BytesIO(drawn)).info.get("panels", 0)) if drawn else 0,
         "samples": samples[:_SHOWN],
         "answered": len(samples),
         "warnings": [text for text in held["metrics"].get("warnings", []) if text not in of_health],

@@ -1,6 +1,5 @@
 """Evaluation of a tuned model: its numbers equal a direct computation, and its words follow from the numbers."""
 
-import html
 import io
 import json
 import math
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hostile_pages import Page
 from judge_server import Server
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -152,15 +152,9 @@ def test_every_number_of_the_held_out_pairs_is_that_of_a_direct_computation(call
     card = (run / "README.md").read_text()
     assert card.startswith("# run\n")
     assert card.count("## Evaluation") == 1
-    assert results["verdict"]["sentence"] in html.unescape((run / "report.html").read_text())
-    page = (run / "report.html").read_text()
-    for text in (
-        "Evaluation: win rate",
-        "chosen shorter",
-        "Evaluation: calibration",
-        "perplexity on chosen",
-        "at equal length",
-    ):
+    page = Page((run / "report.html").read_text()).words
+    headline = results["verdict"]["sentence"].replace(": ", " ", 1)
+    for text in (headline, "win rate", "chosen shorter", "Calibration", "perplexity on chosen", "at equal length"):
         assert text in page
 
 

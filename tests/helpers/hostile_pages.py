@@ -21,7 +21,7 @@ class Page(HTMLParser):
 
     def __init__(self, source):
         super().__init__()
-        self.tags, self.text, self.open = [], "", []
+        self.tags, self.text, self.open, self.hidden, self.shown = [], "", [], "", ""
         self.feed(source)
         assert self.open == []
 
@@ -40,8 +40,21 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.open and self.open[-1] != "style":
             self.text += data
+            if "details" in self.open and "summary" not in self.open:
+                self.hidden += f" {data}"
+            else:
+                self.shown += f" {data}"
 
     @property
     def words(self):
-        text = self.text.replace("\N{MINUS SIGN}", "-").replace("\N{EN DASH}", "none").replace("\xa0", " ")
-        return " ".join(text.split())
+        return _words(self.text)
+
+    @property
+    def folded(self):
+        """The words that a reader has to unfold, and the other ones."""
+        return _words(self.hidden), _words(self.shown)
+
+
+def _words(text):
+    text = text.replace("\N{MINUS SIGN}", "-").replace("\N{EN DASH}", "none").replace("\xa0", " ")
+    return " ".join(text.split())
