@@ -341,7 +341,7 @@ def test_own_rows_train_as_described_and_leave_what_is_listed(tmp_path, tiny_mod
         "summed",
         "KL to the reference",
         "Curves",
-        "Side by side",
+        "Answers before and after",
         "Rows kept and dropped",
         "Settings",
         "health rules",

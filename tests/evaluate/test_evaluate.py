@@ -1,6 +1,5 @@
 """Evaluation of a tuned model: its numbers equal a direct computation, and its words follow from the numbers."""
 
-import html
 import io
 import json
 import math
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from commands import REPOSITORY
+from hostile_pages import Page
 from judge_server import Server
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -153,15 +153,9 @@ def test_every_number_of_the_held_out_pairs_is_that_of_a_direct_computation(call
     card = (run / "README.md").read_text()
     assert card.startswith("# run\n")
     assert card.count("## Evaluation") == 1
-    assert results["verdict"]["sentence"] in html.unescape((run / "report.html").read_text())
-    page = (run / "report.html").read_text()
-    for text in (
-        "Evaluation: win rate",
-        "chosen shorter",
-        "Evaluation: calibration",
-        "perplexity on chosen",
-        "at equal length",
-    ):
+    page = Page((run / "report.html").read_text()).words
+    headline = results["verdict"]["sentence"].replace(": ", " ", 1)
+    for text in (headline, "win rate", "chosen shorter", "Calibration", "perplexity on chosen", "at equal length"):
         assert text in page
 
 
@@ -413,7 +407,7 @@ def test_general_tasks_before_and_after(call, run, tiny_model, capsys):
     assert call(run, *flags, "endings") == 0
     results = json.loads(Path("out/eval.json").read_text())["tasks"]
     assert results["words"] in capsys.readouterr().out
-    assert "Evaluation: general tasks" in Path("out/report.html").read_text()
+    assert "General tasks" in Path("out/report.html").read_text()
     questions = [json.loads(line) for line in Path("tasks/endings.jsonl").read_text().splitlines()]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
     before = right_endings(model, tokenizer, questions)

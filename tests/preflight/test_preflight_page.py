@@ -5,6 +5,7 @@ import html
 import re
 
 import pytest
+from browser import seen
 from hostile_pages import HOSTILE, Page, hostile
 from preflight_contents import preflight
 
@@ -98,6 +99,15 @@ def test_hostile_texts_stay_texts(page_of, tmp_path):
     source = (tmp_path / "new" / "preflight.html").read_text()
     assert "<script" not in source
     assert html.escape("<script>").lower() in source
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_reader_sees_all_of_it_on_a_phone_and_on_a_screen(width, tmp_path):
+    data = preflight()
+    data["dataset"] = "an/" + "unbroken" * 20
+    laid_out = seen(write_page(tmp_path / "preflight.html", data), width)
+    assert laid_out["cut"] == []
+    assert laid_out["width"] == width
 
 
 def test_the_page_needs_nothing_but_itself(page_of, tmp_path):
