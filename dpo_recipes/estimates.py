@@ -12,6 +12,7 @@ from scipy.stats import bootstrap, norm, t
 
 Array = NDArray[np.float64]
 Statistic = Callable[..., float]
+Seeds = Sequence[Sequence[Array]]
 
 RESAMPLES = 1000
 RESAMPLES_OF_FITS = 200  # each of them fits a regression for every seed
@@ -50,7 +51,7 @@ def mean_with_interval(values: Sequence[float] | Array) -> Estimate:
     return Estimate(found["mean"], found["low"], found["high"], found["n"])
 
 
-def estimate(statistic: Statistic, seeds: Sequence[Sequence[Array]], *, resamples: int = RESAMPLES) -> dict[str, Any]:
+def estimate(statistic: Statistic, seeds: Seeds, *, resamples: int = RESAMPLES, share: bool = False) -> dict[str, Any]:
     """The mean over seeds of a statistic of the prompts' values, with an interval over prompts and one over seeds.
 
     The interval over prompts says how far the mean would move with other prompts: a percentile bootstrap that draws the
@@ -60,6 +61,7 @@ def estimate(statistic: Statistic, seeds: Sequence[Sequence[Array]], *, resample
         statistic: Maps one seed's arrays to a number.
         seeds: The arrays of each seed, each of shape (prompts,), with the same prompts in all of them.
         resamples: Draws of the bootstrap, whose random seed is 0.
+        share: Whether the statistic is a share, so that the t interval is cut off at 0 and at 1.
 
     Returns:
         `mean`; `low` and `high`, `n` prompts; `by_seed`, the values; `seeds_low` and `seeds_high`, None for one seed.
@@ -72,21 +74,24 @@ def estimate(statistic: Statistic, seeds: Sequence[Sequence[Array]], *, resample
 
     low = high = float(np.mean(values))
     if n > 1 and any(np.ptp(array) > 0 for arrays in seeds for array in arrays):
-        arguments: dict[str, Any] = dict(vectorized=False, method="percentile", n_resamples=resamples, rng=0)
-        low, high = map(float, bootstrap((np.arange(n),), of_rows, **arguments).confidence_interval)
-    seeds_low, seeds_high = t_interval(values) or (None, None)
+        drawn = bootstrap((np.arange(n),), of_rows, vectorized=False, method="percentile", n_resamples=resamples, rng=0)
+        low, high = map(float, drawn.confidence_interval)
+    seeds_low, seeds_high = t_interval(values, (0.0, 1.0) if share else (-math.inf, math.inf))
     return {
         **{"mean": float(np.mean(values)), "low": low, "high": high, "n": n},
         **{"by_seed": values, "seeds_low": seeds_low, "seeds_high": seeds_high},
     }
 
 
-def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % t interval of a mean; None for a single value. Equal values give an interval without width."""
+def t_interval(values: Sequence[float], within: tuple[float, float]) -> tuple[float, float] | tuple[None, None]:
+    """The part of a mean's 95 % t interval that lies within two bounds; None twice for a single value.
+
+    Equal values give an interval without width.
+    """
     if len(values) < 2:
-        return None
+        return None, None
     half = float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return float(np.mean(values)) - half, float(np.mean(values)) + half
+    return max(float(np.mean(values)) - half, within[0]), min(float(np.mean(values)) + half, within[1])
 
 
 def is_noise(found: Mapping[str, Any], nothing: float = 0.5) -> bool:

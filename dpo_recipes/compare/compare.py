@@ -189,7 +189,8 @@ def _report(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[s
     results["verdict"] = verdict(results)
     results["samples"] = _side_by_side(results, records, prompts)
     paths = [write_json(root / "results.json", results), *write_report(root, results)]
-    say("\n".join(["", *results["verdict"], "", *map(str, paths)]))
+    headline, *paragraphs = results["verdict"]
+    say("\n".join(["", *paragraphs, "", *map(str, paths), "", headline]))
 
 
 def _records(answers: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> list[dict[str, Any]]:

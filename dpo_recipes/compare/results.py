@@ -78,8 +78,10 @@ def collect(
     # With several betas, even prompts choose the beta, and odd prompts compare the chosen models.
     chosen_by, compared_by = (slice(None, None, 2), slice(1, None, 2)) if len(betas) > 1 else (slice(None), slice(None))
     best = {kind: _best(kind, models, runs, rows=chosen_by) for kind in ALGORITHMS}
-    pairs = [(one, other) for kind in ONLINE if (one := best["dpo"]) and (other := best[kind])]
-    duels = [_compare(*pair, runs, rows=compared_by) for pair in pairs]
+    duels = [
+        _compare(one, other, runs, rows=compared_by)
+        for one, other in itertools.combinations(filter(None, best.values()), 2)
+    ]
     return {
         "models": models,
         "duels": [duel for duel in duels if duel["seeds"]],
@@ -117,28 +119,40 @@ def _compare(
 
 
 def verdict(results: Mapping[str, Any]) -> list[str]:
-    """Sentences on which algorithm won, by how much, whether that is more than noise, and at what cost."""
+    """A headline of one line, then sentences on who won, whether that is more than noise, and at what cost."""
     said = []
     if failed := results["failed"]:
         said.append(f"This is a part of the comparison, as some stages failed: {', '.join(failed)}.")
     said += [f"Not an equal match: {check['detail']}" for check in results["fairness"] if not check["held"]]
-    models = {model["label"]: model for model in results["models"]}
-    pairs = results["duels"] or results["against_start"]
-    said += [_in_words(pair, models[pair["one"]], models[pair["other"]]) for pair in pairs]
+    models, pairs = {model["label"]: model for model in results["models"]}, results["duels"] or results["against_start"]
+    said.insert(0, ("With reservations: " if said else "") + _headline(models, pairs))
+    temperature = results["sampling"]["temperature"]
+    said += [_in_words(pair, models[pair["one"]], models[pair["other"]], temperature) for pair in pairs]
     if results["duels"]:
         rates = [f"{pair['one']} {_percent(pair['win_rate']['mean'])}" for pair in results["against_start"]]
-        said.append(f"Against the reference model: {', '.join(rates)} of the prompts.")
+        said.append(f"Against the reference model: {'; '.join(rates)} of the prompts.")
     return said if pairs else [*said, "No model was trained, so that there is nothing to compare."]
 
 
-def _in_words(pair: Mapping[str, Any], one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+def _headline(models: Mapping[str, Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]) -> str:
+    """The algorithm that won all of its pairs, with its smallest lead: the difference between two win rates."""
+    leads: dict[str, list[float]] = {}
+    for pair in pairs:
+        lead = 0.0 if estimates.is_noise(pair["win_rate"]) else 200 * pair["win_rate"]["mean"] - 100
+        for side, won_by in (("one", lead), ("other", -lead)):
+            leads.setdefault(NAMES[models[pair[side]]["algorithm"]], []).append(won_by)
+    winners = [f"{name}, by {min(found):.0f} points of win rate" for name, found in leads.items() if min(found) > 0]
+    return winners[0] if len(winners) == 1 else "No clear winner"
+
+
+def _in_words(pair: Mapping[str, Any], one: Mapping[str, Any], other: Mapping[str, Any], temperature: float) -> str:
     rate, noise = pair["win_rate"], estimates.is_noise(pair["win_rate"])
     turned = rate["mean"] < 0.5 and not noise
     winner, loser = (pair["other"], pair["one"]) if turned else (pair["one"], pair["other"])
 
     def share(found: float) -> float:
         """The winner's share."""
-        return min(1.0, max(0.0, 1 - found if turned else found))
+        return 1 - found if turned else found
 
     def interval(low: float, high: float) -> str:
         return "{} to {}".format(*(_percent(end) for end in sorted((share(low), share(high)))))
@@ -147,14 +161,15 @@ def _in_words(pair: Mapping[str, Any], one: Mapping[str, Any], other: Mapping[st
     over_seeds = "; one seed, so that another training might say otherwise"
     if rate["seeds_low"] is not None:
         over_seeds = f", {interval(rate['seeds_low'], rate['seeds_high'])} over {len(rate['by_seed'])} seeds"
+    lead = "" if noise else f", a lead of {200 * share(rate['mean']) - 100:.0f} points"
     more = "no more" if estimates.is_noise(pair["difference"], 0.0) else "more"
     words = (
         f"{won}: the judge prefers its answer to {_percent(share(rate['mean']))} of {rate['n']} prompts, ties "
-        f"counting one half (95 % interval {interval(rate['low'], rate['high'])} over prompts{over_seeds}). "
+        f"counting one half (95 % interval {interval(rate['low'], rate['high'])} over prompts{over_seeds}){lead}. "
         f"At equal length it would be {_percent(share(pair['length_controlled']['mean']))}. "
-        f"The judge's reward is {one['judge']['mean']:.3f} for {pair['one']} and {other['judge']['mean']:.3f} for "
-        f"{pair['other']}, {more} than noise apart, at a KL to the reference model of {one['kl']['mean']:.1f} "
-        f"and {other['kl']['mean']:.1f} nats."
+        f"At temperature {temperature} the judge's reward is {one['judge']['mean']:.3f} for {pair['one']} and "
+        f"{other['judge']['mean']:.3f} for {pair['other']}, {more} than noise apart, at a KL to the reference model of "
+        f"{one['kl']['mean']:.1f} and {other['kl']['mean']:.1f} nats."
     )
     if one["cost"] and other["cost"]:
         spent = [duration(model["cost"]["seconds"]) for model in (one, other)]

@@ -28,6 +28,7 @@ RATES = {
     "difference": ("difference in the judge's reward", ""),
 }
 """Rates of one model against another, on the same prompts and by the same seed."""
+SHARES = {*RATES, *MEASURES} - {"difference", "judge", "reward_model", "kl", "tokens", "surprise"}
 
 
 def columns(
@@ -73,7 +74,7 @@ def of_model(runs: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, An
             ]
             measured[name] = estimates.estimate(estimates.ratio, by_seed)
         elif all(name in run for run in arrays):
-            measured[name] = estimates.estimate(estimates.mean, [[run[name]] for run in arrays])
+            measured[name] = estimates.estimate(estimates.mean, [[run[name]] for run in arrays], share=name in SHARES)
     over_prompts = np.mean([run["kl"] for run in arrays], axis=0)
     measured["kl"]["standard_error"] = float(np.std(over_prompts, ddof=1) / len(over_prompts) ** 0.5)
     return measured
@@ -98,12 +99,13 @@ def against(
     won = [estimates.wins(*each) for each in scores]
     longer = [first - second for first, second in tokens]
     return {
-        "win_rate": estimates.estimate(estimates.mean, [[rate] for rate in won]),
+        "win_rate": estimates.estimate(estimates.mean, [[rate] for rate in won], share=True),
         "length_controlled": estimates.estimate(
             estimates.length_controlled,
             [list(each) for each in zip(won, longer, strict=True)],
             resamples=estimates.RESAMPLES_OF_FITS,
+            share=True,
         ),
-        "ties": estimates.estimate(estimates.mean, [[(rate == 0.5).astype(float)] for rate in won]),
+        "ties": estimates.estimate(estimates.mean, [[(rate == 0.5).astype(float)] for rate in won], share=True),
         "difference": estimates.estimate(estimates.mean, [[first - second] for first, second in scores]),
     }

@@ -22,7 +22,7 @@ def write_page(
     environment = Environment(
         loader=FileSystemLoader([template.parent, TEMPLATES]),
         finalize=lambda value: shown(value) if type(value) is str else value,
-        autoescape=template.name.endswith(".html.jinja"),
+        autoescape=template.name.endswith((".html.jinja", ".svg.jinja")),
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -37,9 +37,10 @@ def number(value: float | None, places: int = 3) -> str:
 
 def ticks(estimates: Iterable[Mapping[str, float]]) -> list[float]:
     """Round numbers on an axis that holds 0 and every interval; an axis of shares ends at 0 and 1."""
-    ends = [0.0, *(each[end] for each in estimates for end in ("low", "high") if isfinite(each[end]))]
+    names = ("low", "high", "seeds_low", "seeds_high")
+    ends = [0.0, *(end for each in estimates for name in names if isfinite(end := each.get(name) or 0.0))]
     most = 1.0 if min(ends) == 0 and max(ends) <= 1 else max(ends)
-    return list(MaxNLocator(4).tick_values(min(ends), most))
+    return list(MaxNLocator(4, steps=(1, 2, 2.5, 5, 10)).tick_values(min(ends), most))
 
 
 def time(seconds: float | None) -> str:

@@ -612,4 +612,6 @@ def test_a_comparison_that_was_killed_goes_on_to_the_same_result(tmp_path, tiny_
     told = json.loads((tmp_path / "killed" / "out" / "results.json").read_text())
     assert told["failed"] == ["reward-0 (exit 2)", "ppo-0.1-0 (not begun)"]
     assert [model["label"] for model in told["models"]] == ["SFT", "DPO, beta 0.1"]
-    assert told["verdict"][0].startswith("This is a part of the comparison")
+    assert told["verdict"][0].startswith("With reservations: ")
+    assert told["verdict"][1].startswith("This is a part of the comparison")
+    assert result.stdout.splitlines()[-1] == told["verdict"][0]

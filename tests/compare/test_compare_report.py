@@ -6,30 +6,34 @@ import json
 import math
 import re
 import statistics as plain
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from PIL import Image
+from browser import seen
 from scipy.optimize import minimize
 
 from dpo_recipes import estimates
 from dpo_recipes.compare import results as made
 from dpo_recipes.compare.plan import Stage
-from dpo_recipes.compare.report import write_report
-from dpo_recipes.evaluate.measures import MEASURES
+from dpo_recipes.compare.report import LOOKS, scale, write_report
+from dpo_recipes.evaluate.measures import MEASURES, SHARES
 from dpo_recipes.launch.launch import Launch
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>{{ 7 * 7 }} | a | b"
+MINUS = "\N{MINUS SIGN}"
 PROMPTS, PAIRS, BETAS, SEEDS = 60, 80, ("0.1", "0.3"), (0, 1, 2)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_fits():
-    """A regression for every resample is what takes the time."""
+    """A regression for every resample is what takes the time; fewer resamples of the rest save more."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimates, "RESAMPLES_OF_FITS", 10)
+        patch.setitem(estimates.estimate.__kwdefaults__, "resamples", 100)
         yield
 
 
@@ -62,21 +66,22 @@ def stage(kind, name, needs=(), beta=None, seed=None):
     return Stage(kind, name, Launch(Path("r"), Path("p"), Path("a"), ()), Path(name), tuple(needs), beta, seed)
 
 
-def compared(*, betas=BETAS, seeds=SEEDS, ppo=0.75, dpo=0.6, failed=(), without=()):
+def compared(*, betas=BETAS, seeds=SEEDS, ppo=0.75, dpo=0.6, rloo=None, failed=(), without=(), unequal=()):
     """What results.json holds, of drawn runs."""
+    algorithms = {"dpo": (dpo, 60.0), "ppo": (ppo, 200.0), "rloo": (rloo, 150.0)}
     runs = {f"sft-{seed}": run_of(seed, reward=0.45, kl=0.0) for seed in seeds}
     stages, costs = [], {}
     for seed in seeds:
         reward = stage("reward", f"reward-{seed}", seed=seed)
         costs[reward.name] = cost(50.0, 1408)
         for number, beta in enumerate(betas):
-            for kind, level, needs in (("dpo", dpo, []), ("ppo", ppo, [reward])):
-                one = stage(kind, f"{kind}-{beta}-{seed}", needs, beta, seed)
-                if one.name in without:
+            for place, (kind, (level, seconds)) in enumerate(algorithms.items()):
+                one = stage(kind, f"{kind}-{beta}-{seed}", [reward] if kind != "dpo" else [], beta, seed)
+                if one.name in without or level is None:
                     continue
                 stages.append(one)
-                costs[one.name] = cost({"dpo": 60.0, "ppo": 200.0}[kind], 1408)
-                offset = 1000 * (number + 1) + (500 if kind == "ppo" else 0)
+                costs[one.name] = cost(seconds, 1408)
+                offset = 1000 * (number + 1) + 500 * place
                 runs[one.name] = run_of(seed + offset, reward=level - 0.1 * number, kl=3.0 - number, tokens=38.0)
     about = {
         "title": "DPO against PPO",
@@ -86,12 +91,15 @@ def compared(*, betas=BETAS, seeds=SEEDS, ppo=0.75, dpo=0.6, failed=(), without=
         "seeds": list(seeds),
         "betas": list(betas),
         "budget": {"kind": "samples", "detail": "DPO sees 1,408 pairs a seed."},
-        "sampling": {"temperature": 1.0, "max_new_tokens": 72},
+        "sampling": {"temperature": 0.6, "max_new_tokens": 72},
         "judge": {"name": "the exact reward", "detail": "It is exact.", "order": "No order."},
         "reward_accuracy": {"reward-0": {"mean": 0.912, "low": 0.88, "high": 0.94, "n": 80}},
         "failed": list(failed),
         "prompts": PROMPTS,
-        "fairness": [{"held": True, "detail": "All started from the same weights."}],
+        "fairness": [
+            {"held": True, "detail": "All started from the same weights."},
+            *({"held": False, "detail": detail} for detail in unequal),
+        ],
         "hardware": "a machine",
         "versions": ["trl 1.16.0"],
     }
@@ -114,10 +122,11 @@ def mean_of_seeds(results, model, name):
     return plain.mean(plain.mean(results["runs"][run][name]) for run in model["names"].values())
 
 
-def t_interval(values):
+def t_interval(values, *, share=False):
     quantile = {2: 12.7062, 3: 4.30265}[len(values)]  # of Student's t, 97.5 %, by number of seeds
     half = quantile * plain.stdev(values) / math.sqrt(len(values))
-    return plain.mean(values) - half, plain.mean(values) + half
+    low, high = plain.mean(values) - half, plain.mean(values) + half
+    return (max(0.0, low), min(1.0, high)) if share else (low, high)
 
 
 def win_rate(one, other):
@@ -143,7 +152,8 @@ def test_the_measures_of_every_model_can_be_computed_again(results):
                 values = [plain.mean(results["runs"][run][name]) for run in model["names"].values()]
             assert found["by_seed"] == pytest.approx(values)
             assert found["mean"] == pytest.approx(plain.mean(values))
-            assert (found["seeds_low"], found["seeds_high"]) == pytest.approx(t_interval(values), rel=1e-4, abs=1e-9)
+            ends = t_interval(values, share=name not in ("judge", "reward_model", "kl", "tokens", "surprise"))
+            assert (found["seeds_low"], found["seeds_high"]) == pytest.approx(ends, rel=1e-4, abs=1e-9)
             assert found["low"] <= found["mean"] <= found["high"]
             length = {"preference_accuracy": PAIRS, "distinct_1": 3, "distinct_2": 3}.get(name, PROMPTS)
             assert found["n"] == length
@@ -199,17 +209,33 @@ def test_one_seed_has_no_interval_over_seeds():
     assert model["judge"]["seeds_high"] is None
 
 
+def test_intervals_of_shares_end_at_0_and_at_1():
+    """Three seeds that disagree: the t interval of their mean would go from -0.5 to 1.2."""
+    seeds = [[np.repeat([1.0, 0.0], [ones, 10 - ones])] for ones in (0, 3, 8)]
+    for share, low, high in ((False, -0.637, 1.371), (True, 0.0, 1.0)):
+        found = estimates.estimate(estimates.mean, seeds, share=share)
+        assert (found["seeds_low"], found["seeds_high"]) == pytest.approx((low, high), abs=2e-3)
+    results = compared(betas=("0.1",), seeds=(0, 1), dpo=0.3, ppo=0.97)
+    rows = results["models"] + results["duels"] + results["against_start"]
+    shares = [row[key] for row in rows for key in SHARES & {*row}]
+    ends = [each[key] for each in shares for key in ("low", "high", "seeds_low", "seeds_high")]
+    assert len(ends) == 4 * (3 * 5 + 3 * 3)
+    assert {0.0, 1.0} < {*ends}, "some would have passed the end"
+    assert all(0 <= end <= 1 for end in ends)
+
+
 def test_the_bootstrap_interval_is_as_wide_as_theory_says():
     """Of a mean: 1.96 standard errors to each side, within a few per cent, and paired over seeds."""
     draw = np.random.default_rng(0)
     one = draw.normal(size=400)
-    found = estimates.estimate(estimates.mean, [[one]])
+    estimate = partial(estimates.estimate, estimates.mean, resamples=estimates.RESAMPLES)
+    found = estimate([[one]])
     expected = 1.96 * one.std() / 20
     assert found["high"] - found["mean"] == pytest.approx(expected, rel=0.12)
     assert found["mean"] - found["low"] == pytest.approx(expected, rel=0.12)
-    twice = estimates.estimate(estimates.mean, [[one], [one]])  # the same prompts: a second copy adds nothing
+    twice = estimate([[one], [one]])  # the same prompts: a second copy adds nothing
     assert twice["high"] - twice["low"] == pytest.approx(found["high"] - found["low"])
-    against = estimates.estimate(estimates.mean, [[one], [-one]])  # resampled together: they cancel
+    against = estimate([[one], [-one]])  # resampled together: they cancel
     assert (against["low"], against["high"]) == (pytest.approx(0, abs=1e-12), pytest.approx(0, abs=1e-12))
 
 
@@ -290,24 +316,43 @@ def test_a_better_model_is_not_reported_as_no_different():
 
 
 def test_the_verdict_names_the_winner_by_how_much_and_at_what_cost():
-    words, against_start = compared(betas=("0.1",), dpo=0.4, ppo=0.9)["verdict"]
+    headline, words, against_start = compared(betas=("0.1",), dpo=0.4, ppo=0.9)["verdict"]
     assert words.startswith("PPO, beta 0.1 won against DPO, beta 0.1: the judge prefers its answer to ")
     numbers = re.search(r"to (\d+) % of 60 prompts.*?interval (\d+) % to (\d+) % over prompts", words).groups()
     share, low, high = map(int, numbers)
     assert 50 < low <= share <= high <= 100
+    lead = int(re.fullmatch(r"PPO, by (\d+) points of win rate", headline)[1])
+    assert abs(lead - (share - (100 - share))) <= 1  # both are rounded
+    assert f", a lead of {lead} points. At equal length" in words
     assert re.search(r", \d+ % to \d+ % over 3 seeds\)", words)
-    assert re.search(
-        r"PPO, beta 0.1, more than noise apart, at a KL to the reference model of 3\.\d and 3\.\d nats\.", words
-    )
+    reward = r"At temperature 0.6 the judge's reward is 0\.\d+ for DPO, beta 0.1 and 0\.\d+ for PPO, beta 0.1, "
+    apart = r"more than noise apart, at a KL to the reference model of 3\.\d and 3\.\d nats\."
+    assert re.search(reward + apart, words)
     assert "Training took 60 s and 4.2 min a seed, reward models included." in words
-    assert re.fullmatch(r"Against the reference model: DPO, beta 0.1 \d+ %, PPO, beta 0.1 \d+ % .*", against_start)
-    turned = compared(betas=("0.1",), dpo=0.9, ppo=0.4)["verdict"][0]
+    assert re.fullmatch(r"Against the reference model: DPO, beta 0.1 \d+ %; PPO, beta 0.1 \d+ % .*", against_start)
+    headline, turned, _ = compared(betas=("0.1",), dpo=0.9, ppo=0.4)["verdict"]
+    assert headline.startswith("DPO, by ")
     assert turned.startswith("DPO, beta 0.1 won against PPO, beta 0.1")
 
 
 def test_the_verdict_says_when_it_is_noise():
-    words = compared(betas=("0.1",), dpo=0.6, ppo=0.6)["verdict"][0]
+    headline, words, _ = compared(betas=("0.1",), dpo=0.6, ppo=0.6)["verdict"]
+    assert headline == "No clear winner"
     assert words.startswith("Neither won: DPO, beta 0.1 is no better than noise against PPO, beta 0.1")
+    assert "a lead of" not in words
+
+
+def test_the_headline_names_a_winner_only_if_it_won_against_every_rival():
+    results = compared(betas=("0.1",), dpo=0.3, ppo=0.9, rloo=0.6)
+    pairs = [(duel["one"], duel["other"]) for duel in results["duels"]]
+    assert pairs == [
+        ("DPO, beta 0.1", "PPO, beta 0.1"),
+        ("DPO, beta 0.1", "RLOO, beta 0.1"),
+        ("PPO, beta 0.1", "RLOO, beta 0.1"),
+    ]
+    least = 200 * results["duels"][2]["win_rate"]["mean"] - 100
+    assert results["verdict"][0] == f"PPO, by {least:.0f} points of win rate"
+    assert compared(betas=("0.1",), dpo=0.3, ppo=0.8, rloo=0.8)["verdict"][0] == "No clear winner"
 
 
 def test_prompts_alone_do_not_make_a_winner_where_the_seeds_disagree():
@@ -319,12 +364,13 @@ def test_prompts_alone_do_not_make_a_winner_where_the_seeds_disagree():
 
 
 def test_one_seed_failures_and_an_unequal_match_are_told_first():
-    results = compared(betas=("0.1",), seeds=(0,), failed=["ppo-0.1-1 (exit 1)"])
-    results["fairness"].append({"held": False, "detail": "All learned from the same prompts, except ppo-0.1-0."})
-    words = made.verdict(results)
-    assert words[0] == "This is a part of the comparison, as some stages failed: ppo-0.1-1 (exit 1)."
-    assert words[1] == "Not an equal match: All learned from the same prompts, except ppo-0.1-0."
-    assert "one seed, so that another training might say otherwise" in words[2]
+    unequal = "All learned from the same prompts, except ppo-0.1-0."
+    failed = ["ppo-0.1-1 (exit 1)"]
+    words = compared(betas=("0.1",), seeds=(0,), dpo=0.3, ppo=0.9, failed=failed, unequal=[unequal])["verdict"]
+    assert re.fullmatch(r"With reservations: PPO, by \d+ points of win rate", words[0])
+    assert words[1] == "This is a part of the comparison, as some stages failed: ppo-0.1-1 (exit 1)."
+    assert words[2] == f"Not an equal match: {unequal}"
+    assert "one seed, so that another training might say otherwise" in words[3]
 
 
 def test_what_failed_leaves_a_comparison_over_the_seeds_that_both_have():
@@ -332,7 +378,8 @@ def test_what_failed_leaves_a_comparison_over_the_seeds_that_both_have():
     assert results["duels"][0]["seeds"] == [0, 2]
     gone = compared(betas=("0.1",), without=[f"ppo-0.1-{seed}" for seed in SEEDS], failed=["ppo-0.1-0 (exit 1)"])
     assert not gone["duels"]
-    assert gone["verdict"][1].startswith("DPO, beta 0.1 won against SFT")
+    assert gone["verdict"][0].startswith("With reservations: DPO, by ")
+    assert gone["verdict"][2].startswith("DPO, beta 0.1 won against SFT")
 
 
 class Reader(HTMLParser):
@@ -364,12 +411,12 @@ def report(results, tmp_path_factory):
 
 def test_the_report_is_one_page_that_fetches_and_runs_nothing(report):
     folder, names = report
-    assert names == ["report.html", "report.md", "reward_kl.png", "two_rewards.png"]
+    assert names == ["report.html", "report.md", "reward_kl.svg", "two_rewards.svg"]
     text = (folder / "report.html").read_text()
     reader = Reader()
     reader.feed(text)
     assert reader.active == []
-    assert text.count("data:image/png;base64,") == 2
+    assert text.count('<svg class="frontier"') == 2
     assert html.unescape(HOSTILE) in "".join(reader.text)
     assert "http" not in text.replace("http-equiv", "")
 
@@ -389,10 +436,11 @@ def test_the_page_shows_every_number_with_its_interval_and_n(report, results):
             assert f"{mean} [{low}, {high}]" in text, (model["label"], label)
             assert f"{mean} [{low}, {high}]" in markdown
             assert f"n = {found['n']}" in text
-            assert f"| {label}, n = {found['n']} |" in markdown
+            assert re.search(rf"^\| {label}(, at temperature 0.6)?, n = {found['n']} \|", markdown, re.MULTILINE)
     for paragraph in results["verdict"]:
         assert paragraph in text
         assert paragraph in markdown
+    assert markdown.startswith(f"# {results['verdict'][0]}\n")
     assert "60 s" in text
     assert "4.2 min" in text
     assert "reward-0 0.912 [0.880, 0.940]" in text
@@ -400,24 +448,170 @@ def test_the_page_shows_every_number_with_its_interval_and_n(report, results):
         assert check["detail"] in text
 
 
-def test_the_plots_have_a_point_for_every_run(report, results, monkeypatch):
-    folder, _ = report
-    for name in ("reward_kl.png", "two_rewards.png"):
-        with Image.open(folder / name) as picture:
-            assert min(picture.size) > 500
-    from matplotlib.axes import Axes
+SVG = "{http://www.w3.org/2000/svg}"
 
-    drawn = []
-    monkeypatch.setattr(Axes, "scatter", lambda self, x, y, **_: drawn.extend(zip(x, y, strict=True)))
+
+def parts_of(svg, kind):
+    return [part for part in svg.iter() if part.tag.removeprefix(SVG) == kind]
+
+
+def test_the_plots_have_a_mark_for_every_run_where_its_numbers_are(report, results):
+    """The ticks say where a number is: a mark's place, read by them, is the mean of its run."""
+    folder, _ = report
+    for name, across in (("reward_kl.svg", "kl"), ("two_rewards.svg", "reward_model")):
+        svg = ElementTree.parse(folder / name).getroot()
+        numbers = [part for part in parts_of(svg, "text") if re.fullmatch(rf"{MINUS}?[\d.]+", part.text or "")]
+        at = [
+            (part.get("text-anchor"), float(part.text.replace(MINUS, "-")), float(part.get(axis)[:-1]))
+            for axis, anchor in (("x", "middle"), ("y", "end"))
+            for part in numbers
+            if part.get("text-anchor") == anchor
+        ]
+        on_x, on_y = ([one for one in at if one[0] == anchor] for anchor in ("middle", "end"))
+        assert min(len(on_x), len(on_y)) >= 3
+        to_x, to_y = (
+            np.polynomial.Polynomial.fit([place for *_, place in one], [number for _, number, _ in one], 1)
+            for one in (on_x, on_y)
+        )
+        marks = [part for part in parts_of(svg, "svg") if "0.5" in part[0].get("transform", "") and part.get("class")]
+        found = [(to_x(float(part.get("x")[:-1])), to_y(float(part.get("y")[:-1]))) for part in marks]
+        runs = [results["runs"][run] for model in results["models"] for run in model["names"].values()]
+        expected = [(plain.mean(run[across]), plain.mean(run["judge"])) for run in runs]
+        assert len(found) == len(runs) == 3 + 2 * 2 * 3
+        assert np.array(found) == pytest.approx(np.array(expected), abs=2e-3)
+
+
+def read_bars(page):
+    """For each measure its heading, the numbers on its axis, and for each bar its parts: (from, to) in per cent."""
+    text = page.read_text()
+    for block in re.findall(r'<div class="bars".*?(?=<div class="bars"|</section>)', text, re.DOTALL):
+        heading = re.sub(r"<.*?>", "", re.search(r"<h3>(.*?)</h3>", block)[1])
+        *rows, last = block.split('<div class="rule')[1:]
+        axis = [float(number.replace(MINUS, "-")) for number in re.findall(rf"%\">([{MINUS}\d.]+)</span>", last)]
+        bars = []
+        for row in rows:
+            boxes = re.findall(r'<rect class="(\w+)" x="(.*?)%" width="(.*?)%"', row)
+            bar = {kind: (float(x), float(x) + float(width)) for kind, x, width in boxes}
+            colour = re.search(r"--c: (#\w+)", row)[1]
+            bars.append(bar | {"mark": float(re.search(r'<svg class="mark" x="(.*?)%"', row)[1]), "colour": colour})
+        yield html.unescape(heading), axis, bars
+
+
+def test_all_bars_of_a_measure_have_one_stated_scale_with_ticks(report, results):
+    folder, _ = report
+    blocks = [*read_bars(folder / "report.html")]
+    rates = ["win_rate", "length_controlled", "ties", "difference"]
+    rows = [results["duels"]] * 4 + [results["models"]] * len(MEASURES) + [results["against_start"]] * 4
+    for key, of, (heading, axis, bars) in zip([*rates, *MEASURES, *rates], rows, blocks, strict=True):
+        stated = f"on one scale from {axis[0]:g} to {axis[-1]:g}".replace("-", MINUS)
+        assert stated in heading, heading
+        assert len(axis) >= 3
+        assert np.ptp(np.diff(axis)) < 1e-9, "ticks at equal distances"
+        assert axis[0] <= 0 <= axis[-1]
+        if key in SHARES:
+            assert (axis[0], axis[-1]) == (0, 1)
+        place = np.polynomial.Polynomial.fit([axis[0], axis[-1]], [0, 100], 1)
+        for found, bar in zip((row[key] for row in of), bars, strict=True):
+            assert bar["mark"] == pytest.approx(place(found["mean"]), abs=0.02)
+            assert bar["interval"] == pytest.approx((place(found["low"]), place(found["high"])), abs=0.03)
+            assert bar["seeds"] == pytest.approx((place(found["seeds_low"]), place(found["seeds_high"])), abs=0.03)
+            assert all(-0.03 <= end <= 100.03 for kind in ("length", "interval", "seeds") for end in bar[kind])
+
+
+def test_a_scale_has_round_numbers_around_all_finite_values():
+    assert scale([0.45, 0.83]) == pytest.approx([0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    assert scale([-0.38, 3.31, math.inf, math.nan]) == [-1, 0, 1, 2, 3, 4]
+    assert min(len(scale([0.0, 0.0])), len(scale([math.nan]))) > 1
+
+
+def test_a_contender_has_one_colour_and_one_marker_everywhere(report, results):
+    folder, _ = report
+    text, markdown = (folder / "report.html").read_text(), (folder / "report.md").read_text()
+    for model in results["models"]:
+        marker, colour = LOOKS[model["algorithm"]]
+        beside = re.findall(rf'<i style="color: (#\w+)" aria-hidden="true">(.)</i> {model["label"]}</span>', text)
+        assert len(beside) >= len(MEASURES) + 4 * (model["algorithm"] != "sft")
+        assert {*beside} == {(colour, marker)}
+        assert f"| {marker} {model['label']} |" in markdown
+    for _, _, bars in read_bars(folder / "report.html"):
+        if len(bars) == len(results["models"]):
+            assert [bar["colour"] for bar in bars] == [LOOKS[model["algorithm"]][1] for model in results["models"]]
+    drawn = re.findall(r'<path d="(.*?)" style="fill: (#\w+)"', text + (folder / "reward_kl.svg").read_text())
+    assert {len({shape for shape, fill in drawn if fill == colour}) for _, colour in LOOKS.values()} == {0, 1}
+    assert len({shape for shape, _ in drawn}) == len({fill for _, fill in drawn}) == 3
+
+
+def test_contenders_can_be_told_apart_without_seeing_red_green_or_blue():
+    """Colours as Machado et al. (2009) simulate dichromacy; their distance in CIELAB, and contrast on both grounds."""
+    seen_as = {
+        "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+        "deuteranopia": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+        "tritanopia": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+    }
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+    def linear(colour):
+        shares = np.array([int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)])
+        return np.where(shares <= 0.04045, shares / 12.92, ((shares + 0.055) / 1.055) ** 2.4)
+
+    def lab(light):
+        x, y, z = np.cbrt(to_xyz @ np.clip(light, 0, 1) / (0.9505, 1, 1.089))
+        return np.array([116 * y, 500 * (x - y), 200 * (y - z)])
+
+    assert {*LOOKS} == {*made.NAMES}
+    assert len({marker for marker, _ in LOOKS.values()}) == len(LOOKS)
+    for _, colour in LOOKS.values():
+        for ground in ("#ffffff", "#1c2027"):
+            dark, light = sorted(0.05 + (to_xyz @ linear(each))[1] for each in (colour, ground))
+            assert light / dark > 3, (colour, ground)
+    for (_, one), (_, other) in itertools.combinations(LOOKS.values(), 2):
+        for name, matrix in seen_as.items():
+            assert np.linalg.norm(lab(matrix @ linear(one)) - lab(matrix @ linear(other))) > 12, (one, other, name)
+
+
+def test_the_temperature_stands_beside_every_reward(report):
+    folder, _ = report
+    reader = Reader()
+    reader.feed((folder / "report.html").read_text())
+    texts = [" ".join("".join(reader.text).split()), (folder / "report.md").read_text()]
+    for text in texts:
+        for label in ("judge's reward", "reward model's score"):
+            assert f"{label}, at temperature 0.6" in text
+            others = re.findall(rf"(.{{0,40}}){label}(?!, at temperature 0.6)(.{{0,60}})", text, re.IGNORECASE)
+            assert all("At temperature 0.6" in before or after.startswith(", and ") for before, after in others), others
+    assert texts[0].count("difference in the judge's reward, at temperature 0.6") == 2
+    assert texts[0].count("reward 0.500 at temperature 0.6") == 1
+    assert "(reward 0.500, at temperature 0.6)" in texts[1]
+    for name in ("reward_kl.svg", "two_rewards.svg"):
+        assert (folder / name).read_text().count("at temperature 0.6") == 2
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory):
+    """The page of a comparison whose models lie on one point, almost, and whose winner is named."""
+    folder = tmp_path_factory.mktemp("crowded")
+    results = compared(betas=("0.01", "0.05", "0.1", "0.3"), dpo=0.9, ppo=0.9, rloo=0.9)
+    results["verdict"] = ["RLOO, by 12 points of win rate", *results["verdict"][1:]]
     write_report(folder, results)
-    runs = [run for model in results["models"] for run in model["names"].values()]
-    expected = [
-        (plain.mean(results["runs"][run][across]), plain.mean(results["runs"][run]["judge"]))
-        for across in ("kl", "reward_model")
-        for run in runs
-    ]
-    assert [value for point in drawn for value in point] == pytest.approx([v for point in expected for v in point])
-    assert len(drawn) == 2 * len(runs) == 2 * (3 + 2 * 2 * 3)
+    return folder
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_labels_of_a_plot_do_not_overlap_and_nothing_is_cut(crowded, width):
+    page = seen(crowded / "report.html", width)
+    assert page["width"] == width
+    assert page["cut"] == []
+    assert page["headline"] == "RLOO, by 12 points of win rate"
+    assert page["lines"] == 1
+    assert len(page["plots"]) == 2
+    for (left, top, right, bottom, _), *texts in page["plots"]:
+        assert sum("0.05" in words for *_, words in texts) >= 3
+        for box in texts:
+            assert left - 0.5 <= box[0] < box[2] <= right + 0.5, box
+            assert top - 2 <= box[1] < box[3] <= bottom + 2, box
+        for one, other in itertools.combinations(texts, 2):
+            apart = one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] + 1 or other[3] <= one[1] + 1
+            assert apart, (one, other)
 
 
 def test_without_a_reward_model_its_column_and_its_plot_are_left_out(tmp_path):
@@ -427,5 +621,5 @@ def test_without_a_reward_model_its_column_and_its_plot_are_left_out(tmp_path):
     stages = [stage("dpo", "dpo-0.1-0", beta="0.1", seed=0)]
     results |= json.loads(json.dumps(made.collect(stages, results["runs"], results["costs"], betas=["0.1"])))
     names = [path.name for path in write_report(tmp_path, results)]
-    assert names == ["report.html", "report.md", "reward_kl.png"]
+    assert names == ["report.html", "report.md", "reward_kl.svg"]
     assert "reward model's score" not in (tmp_path / "report.md").read_text()

@@ -114,4 +114,4 @@ def test_dpo_against_ppo_runs_and_leaves_a_report(tmp_path):
     assert [model["algorithm"] for model in results["models"]] == ["sft", "dpo", "ppo"]
     assert results["failed"] == []
     assert all(check["held"] for check in results["fairness"]), results["fairness"]
-    assert {"report.html", "reward_kl.png", "two_rewards.png"} <= {path.name for path in folder.iterdir()}
+    assert {"report.html", "reward_kl.svg", "two_rewards.svg"} <= {path.name for path in folder.iterdir()}

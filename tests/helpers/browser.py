@@ -22,6 +22,9 @@ onload = () => {{
     width: page.documentElement.scrollWidth,
     headline: page.querySelector("h1").innerText,
     axes: all(".ticks").map((axis) => [...axis.children].map((tick) => tick.innerText)),
+    plots: all("svg.frontier").map((plot) => [plot, ...plot.querySelectorAll("text")].map((each) => [
+      box(each).left, box(each).top, box(each).right, box(each).bottom, each.textContent])),
+    lines: box(page.querySelector("h1")).height / parseFloat(getComputedStyle(page.querySelector("h1")).lineHeight),
     columns: all(".answers").map((each) => getComputedStyle(each).gridTemplateColumns.split(" ").length),
   }})
 }}</script>"""
@@ -30,7 +33,8 @@ onload = () => {{
 def seen(page, width):
     """Facts of the page on a screen of that width in pixels, with everything unfolded.
 
-    `cut` lists the elements that leave the screen at a side, `axes` the numbers below the bars.
+    `cut` lists the elements that leave the screen at a side, `axes` the numbers below the bars, `plots` the sides of
+    each plot and of its labels. `lines` is the height of the headline in lines.
     """
     if CHROMIUM is None:
         pytest.skip("there is no Chromium on this machine")
