@@ -8,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from uuid import uuid4
 
 import pytest
 import wandb
@@ -21,6 +22,7 @@ from wandb_records import records
 
 from dpo_recipes import tracking
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.terminal import shown
 
 FLAGS = (
     *("--profile", "cpu", "--max_steps", "2", "--pairs_per_update", "4", "--eval_pairs", "2", "--logging_steps", "1"),
@@ -119,7 +121,7 @@ def test_without_a_terminal_and_with_WANDB_MODE_it_is_logged_offline_too(tmp_pat
     ]
     samples = wandb_table(tmp_path / "run", "eval/samples")
     lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
-    assert [row["after text"] for row in samples] == [json.loads(line)["after"]["text"] for line in lines]
+    assert [row["after text"] for row in samples] == [shown(json.loads(line)["after"]["text"]) for line in lines]
     assert [row["metric"] for row in wandb_table(tmp_path / "run", "eval/results")] == [
         line.partition("  ")[0] for line in metrics["table"].splitlines()[2:]
     ]
@@ -275,14 +277,18 @@ def test_tensorboard_gets_the_results_beside_the_curves(finished, tmp_path):
     assert r"\*\*bold\*\*" in texts["samples"]
 
 
-def test_trackio_gets_the_results_in_the_run_that_training_ended(finished, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+def test_trackio_gets_the_results_in_the_run_that_training_ended(finished, monkeypatch):
     trackio = pytest.importorskip("trackio")
-    assert tracking.send_results(finished("trackio"), HEADER, ROWS) == []
-    [run] = trackio.Api().runs("dpo-recipes")
-    assert run.name == "run"
-    first, sent = trackio.sqlite_storage.SQLiteStorage.get_logs("dpo-recipes", "run", run_id=run.id)
-    assert first["train/loss"] == 0.6
+    monkeypatch.setattr(
+        tracking, "PROJECT", f"test-{uuid4()}"
+    )  # in the user's folder, which trackio fixes at its import
+    try:
+        assert tracking.send_results(finished("trackio"), HEADER, ROWS) == []
+        [run] = trackio.Api().runs(tracking.PROJECT)
+        first, sent = trackio.sqlite_storage.SQLiteStorage.get_logs(tracking.PROJECT, run.name, run_id=run.id)
+    finally:
+        trackio.delete_project(tracking.PROJECT, force=True)
+    assert (run.name, first["train/loss"]) == ("run", 0.6)
     assert NUMBERS.items() <= sent.items()
     assert [row["metric"] for row in sent["eval/results"]["_value"]] == [ROWS[0][0]]
     assert "<" not in json.dumps(sent)
