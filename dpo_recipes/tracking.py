@@ -119,14 +119,15 @@ def send_results(trainer: Trainer, header: Sequence[str], rows: Sequence[Sequenc
 
 
 def _logs(folder: Path, header: Sequence[str], rows: Sequence[Sequence[Any]], tracker: str) -> dict[str, Any]:
-    """Numbers of metrics.json by their paths in it, without bounds of intervals, and the tables that have rows."""
+    """Verdict and numbers of metrics.json by their paths there, without intervals, and the tables that have rows."""
     metrics, health = (read_json(folder / f"{name}.json") for name in ("metrics", "health"))
     logged = {"train": None, "held_out": None}  # by the trainer, and sent by transformers
     [flat] = pandas.json_normalize(metrics | logged, sep="/").to_dict("records")
     numbers = {
         f"eval_{name.removesuffix('/mean').replace(' ', '_')}": value
         for name, value in flat.items()
-        if isinstance(value, int | float) and not name.endswith(("/low", "/high", "/n"))
+        if (isinstance(value, int | float) and not name.endswith(("/low", "/high", "/n")))
+        or name.startswith("verdict/")
     }
     if health:
         numbers["eval_health_findings"] = len(health["findings"])

@@ -195,6 +195,7 @@ def finished(tmp_path, monkeypatch):
         "kl": {"nats": 1.5, "standard_error": None},
         "scores": {"temperature 0.7": {"exact reward": {"before": accuracy, "after": accuracy}}},
         "note": text,
+        "verdict": {"word": "better", "sentence": "The exact reward rose."},
     }
     finding = {"rule": "no_end", "fatal": False, "step": 2, "sign": text, "cause": "c", "remedy": "r"}
     for name, data in (("metrics", metrics), ("health", {"findings": [finding]})):
@@ -220,6 +221,7 @@ def finished(tmp_path, monkeypatch):
 
 
 HEADER, ROWS = ("", "before", "after"), [["exact reward, temperature 0.7", "0.750 [0.500, 1.000]", 1.5]]
+VERDICT = {"eval/verdict/word": "better", "eval/verdict/sentence": "The exact reward rose."}
 NUMBERS = {
     "eval/kl/nats": 1.5,
     "eval/scores/temperature_0.7/exact_reward/before": 0.75,
@@ -238,7 +240,7 @@ def test_wandb_gets_the_results_and_the_page_if_asked(finished, tmp_path, monkey
         assert time.monotonic() < end, "wandb's own process writes the file, and may be late"
         time.sleep(0.1)
     _, _, [_, sent] = logged(tmp_path / "run")
-    assert NUMBERS.items() <= sent.items()
+    assert (NUMBERS | VERDICT).items() <= sent.items()
     assert not any("loss" in name or name.endswith(("low", "high", "/n")) for name in sent)
     [result], [sample], [finding] = (
         wandb_table(tmp_path / "run", f"eval/{name}") for name in ("results", "samples", "health")
@@ -265,8 +267,9 @@ def test_tensorboard_gets_the_results_beside_the_curves(finished, tmp_path):
     assert {scalars[name][0].step for name in NUMBERS} == {7}
     texts = {
         name: events.Tensors(f"eval/{name}/text_summary")[0].tensor_proto.string_val[0].decode()
-        for name in ("results", "samples", "health")
+        for name in ("results", "samples", "health", "verdict/sentence")
     }
+    assert texts.pop("verdict/sentence") == "The exact reward rose."
     assert texts["results"].splitlines() == [
         "| metric | before | after |",
         "| --- | --- | --- |",
@@ -289,7 +292,7 @@ def test_trackio_gets_the_results_in_the_run_that_training_ended(finished, monke
     finally:
         trackio.delete_project(tracking.PROJECT, force=True)
     assert (run.name, first["train/loss"]) == ("run", 0.6)
-    assert NUMBERS.items() <= sent.items()
+    assert (NUMBERS | VERDICT).items() <= sent.items()
     assert [row["metric"] for row in sent["eval/results"]["_value"]] == [ROWS[0][0]]
     assert "<" not in json.dumps(sent)
 
