@@ -1,18 +1,26 @@
-"""Starts experiment trackers without surprises: no tracker unless asked for, no telemetry, no question for a login."""
+"""Experiment trackers without surprises: no tracker unless asked for, no telemetry, no question for a login."""
 
+import importlib
+import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas
 from huggingface_hub import constants, get_token, is_offline_mode
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.files import read_json, read_jsonl
 from dpo_recipes.manifest import claim
-from dpo_recipes.terminal import say
+from dpo_recipes.pages.markdown import inline
+from dpo_recipes.terminal import say, shown
 from dpo_recipes.trl_patches import method_name
+
+logger = logging.getLogger(__name__)
 
 PROJECT = "dpo-recipes"
 EXTRAS = ("wandb", "tensorboard", "trackio")
@@ -74,3 +82,68 @@ def start_tracking(trainer: Trainer, settings: dict[str, Any]) -> None:
     )
     if run.offline:
         say(f"wandb is offline (no login, or WANDB_MODE). Send the run with: wandb sync {Path(run.dir).parent}")
+
+
+def send_results(trainer: Trainer, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Sends what the page of a finished run shows to each of its trackers; returns a warning for each that failed.
+
+    A tracker gets the numbers of metrics.json, and as tables the results, the answers and the health findings. It gets
+    them through its callback of transformers, which names them eval/... like all measurements on held-out data.
+
+    Args:
+        trainer: After `trainer.train`, in the main process, and after the run has written its files.
+        header: Columns of the results, the name of the metric first.
+        rows: The results.
+    """
+    folder, warnings = Path(trainer.args.output_dir), []
+    for callback in trainer.callback_handler.callbacks:
+        tracker = next((name for name in EXTRAS if isinstance(callback, INTEGRATION_TO_CALLBACK[name])), None)
+        if tracker is None:
+            continue
+        try:
+            options = dict(model=trainer.model, logs=_logs(folder, header, rows, tracker))
+            callback.on_log(trainer.args, trainer.state, trainer.control, **options)
+            if tracker != "wandb":  # on_log has opened the run again
+                callback.on_train_end(trainer.args, trainer.state, trainer.control, **options)
+            elif os.environ.get("WANDB_LOG_PAGE") == "true":
+                wandb = importlib.import_module("wandb")
+                wandb.log_artifact(folder / "report.html", name=f"report-{wandb.run.id}", type="report")
+        except Exception as error:
+            reason = shown(f"{type(error).__name__}: {error}")[:300]
+            warnings.append(f"{tracker} did not take the results ({reason}). The files in {folder} hold all of them.")
+            logger.warning(warnings[-1])
+    return warnings
+
+
+def _logs(folder: Path, header: Sequence[str], rows: Sequence[Sequence[Any]], tracker: str) -> dict[str, Any]:
+    """Verdict and numbers of metrics.json by their paths there, without intervals, and the tables that have rows."""
+    metrics, health = (read_json(folder / f"{name}.json") for name in ("metrics", "health"))
+    logged = {"train": None, "held_out": None}  # by the trainer, and sent by transformers
+    [flat] = pandas.json_normalize(metrics | logged, sep="/").to_dict("records")
+    numbers = {
+        f"eval_{name.removesuffix('/mean').replace(' ', '_')}": value
+        for name, value in flat.items()
+        if (isinstance(value, int | float) and not name.endswith(("/low", "/high", "/n")))
+        or name.startswith("verdict/")
+    }
+    if health:
+        numbers["eval_health_findings"] = len(health["findings"])
+    tables = {
+        "eval_results": pandas.DataFrame([[*map(str, row)] for row in rows], columns=["metric", *header[1:]]),
+        "eval_samples": pandas.json_normalize(read_jsonl(folder / "samples.jsonl"), sep=" "),
+        "eval_health": pandas.DataFrame(health.get("findings")),
+    }
+    return numbers | {name: _table(table, tracker) for name, table in tables.items() if len(table)}
+
+
+def _table(table: pandas.DataFrame, tracker: str) -> Any:
+    """The table in the form of the tracker. Its texts are shown as they are; of a dialogue it holds the last turn."""
+
+    def cell(value: Any) -> Any:
+        text = value[-1]["content"] if isinstance(value, list) else value
+        return (shown if tracker == "wandb" else inline)(text) if isinstance(text, str) else text
+
+    columns, data = [*table], table.map(cell).to_numpy().tolist()
+    if tracker != "tensorboard":
+        return importlib.import_module(tracker).Table(columns, data)
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (columns, ["---"] * len(columns), *data))

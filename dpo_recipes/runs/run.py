@@ -40,7 +40,7 @@ from dpo_recipes.runs.page import draw_curves, write_run_page
 from dpo_recipes.runs.verdict import verdict
 from dpo_recipes.settings import settings_hash
 from dpo_recipes.terminal import say
-from dpo_recipes.tracking import start_tracking
+from dpo_recipes.tracking import send_results, start_tracking
 from dpo_recipes.trl_patches import method_name
 
 logger = logging.getLogger(__name__)
@@ -271,6 +271,7 @@ def _write_files(trainer: Trainer, script_args: RecipeArguments, outcome: Outcom
         write_model_card(folder)
     with later.step("Writing the page", "page"):
         files.append(write_run_page(folder))
+    later.failures += send_results(trainer, outcome.header, outcome.rows)
     write_json(folder / DONE_FILE, record | {"warnings": later.failures})
     return files
 
