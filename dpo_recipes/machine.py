@@ -22,7 +22,7 @@ MOST_THREADS = 8  # a model small enough to train on a CPU gains little beyond
 ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}  # its threads survive no fork
 if "OMP_WAIT_POLICY" not in os.environ:  # the variable below would override it
     # libgomp reads it when torch loads it. By default its idle threads spin for milliseconds on cores that others need.
-    ENVIRONMENT["GOMP_SPINCOUNT"] = "10000"
+    ENVIRONMENT["GOMP_SPINCOUNT"] = "5000"
 
 
 def gpu_cards() -> list[tuple[int, float]]:

@@ -64,7 +64,7 @@ def test_a_command_in_this_process_takes_the_free_threads_and_hands_none_on(monk
 @pytest.mark.parametrize(
     ("given", "spins"),
     [
-        ({}, "10000"),
+        ({}, "5000"),
         ({"GOMP_SPINCOUNT": "7"}, "7"),
         ({"OMP_WAIT_POLICY": "passive"}, "0"),
     ],
