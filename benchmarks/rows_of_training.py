@@ -55,7 +55,7 @@ BASELINES = {
 TINY = dict(num_hidden_layers=1, hidden_size=64, vocab_size=2_000)
 UPDATE = 64  # pairs, or answers of PPO
 TOKENS = 4096  # of a micro-batch
-BUDGET = f"the same, {TOKENS:,} tokens a step"
+BUDGET = f"update of 64 pairs, {TOKENS:,} tokens a step"
 
 transformers.logging.set_verbosity_error()
 datasets.disable_progress_bars()
@@ -160,7 +160,10 @@ def update(options: argparse.Namespace) -> Part:
             results | {OURS: results[BUDGET], "batches": results[OURS]},
             shown | {"batches": "batches of 8 pairs"},
         )
-    return Part(rows, f"8 batches of 8 pairs, the smaller model of the step, TRL without checkpointing; {source}.")
+    return Part(
+        rows,
+        f"8 batches of 8 pairs or a token budget, the smaller model of the step, TRL without checkpointing; {source}.",
+    )
 
 
 def ppo(options: argparse.Namespace) -> Part:
