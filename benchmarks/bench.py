@@ -84,6 +84,7 @@ def in_turn(ways: dict[str, Callable[[int], float]], rounds: int) -> dict[str, l
     for index in range(rounds):
         for name in list(ways)[:: -1 if index % 2 else 1]:
             results[name].append(ways[name](index))
+            print(f"  round {index + 1} of {rounds}, {name}: {results[name][-1]:.3g}", file=sys.stderr, flush=True)
     return results
 
 
