@@ -73,8 +73,8 @@ lint: $(STAMP) ## check style, spelling and the number of lines of code of each 
 typecheck: $(STAMP) ## check types with mypy, strict
 	$(BIN)/mypy
 
-bench: $(STAMP) ## measure speed and memory in comparison with plain TRL
-	@set -e; for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" $(ARGS); done
+bench: $(STAMP) ## compare speed and memory with plain TRL in one table; ARGS="--only step,ppo"
+	@exec $(BIN)/python benchmarks/bench.py $(ARGS)
 
 recipes: $(STAMP) ## list the recipes
 	@exec $(BIN)/dpo-recipes list

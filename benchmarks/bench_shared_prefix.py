@@ -152,7 +152,7 @@ def build_model(settings: dict[str, Any]) -> LlamaForCausalLM:
 class Stepper:
     """A trainer that takes one training step at a time, on pairs passed to it."""
 
-    def __init__(self, variant: str, model: str, pairs: Dataset, tokenizer: Any) -> None:
+    def __init__(self, variant: str, model: str, pairs: Dataset, tokenizer: Any, **changes: int) -> None:
         settings = dict(VARIANTS[variant])
         self.compact = settings.pop("compact", False)
         self.cached = settings.pop("cached", False)
@@ -162,11 +162,13 @@ class Stepper:
             base = type("Plain", (DPOTrainer,), {"_precompute_ref_logps": precompute_ref_logps})
         else:
             base = type("Variant", (SharedPrefixDPOTrainer,), settings)
+        changes = dict(per_device_train_batch_size=1) | changes
+        given = {name: changes.pop(name) for name in ("tokens_per_step",) if name in changes}
         args = DPOConfig(
             output_dir=str(datasets.config.HF_DATASETS_CACHE / "run"),
             max_length=MAX_LENGTH,
             max_steps=1,
-            per_device_train_batch_size=1,
+            **changes,
             precompute_ref_log_probs=self.cached,
             precompute_ref_batch_size=8,
             activation_checkpointing=checkpointing,
@@ -187,6 +189,7 @@ class Stepper:
                 processing_class=tokenizer,
                 peft_config=LoraConfig(r=16, target_modules="all-linear", lora_dropout=0.0),
                 **({} if plain else {"shared_prefix": "true"}),
+                **given,
             )
             self.trainer.remove_callback(PrinterCallback)
             self.trainer.train()  # one pair: makes the optimizer, and compares the first batch with plain TRL's

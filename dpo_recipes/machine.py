@@ -20,6 +20,9 @@ LOCAL_CARD = 30_000  # MiB; below it the profile for one 24 GB card, above it th
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's share: microseconds of CPU time in a period, or "max"
 MOST_THREADS = 8  # a model small enough to train on a CPU gains little beyond
 ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}  # its threads survive no fork
+if "OMP_WAIT_POLICY" not in os.environ:  # the variable below would override it
+    # libgomp reads it when torch loads it. By default its idle threads spin for milliseconds on cores that others need.
+    ENVIRONMENT["GOMP_SPINCOUNT"] = "5000"
 
 
 def gpu_cards() -> list[tuple[int, float]]:
@@ -114,8 +117,6 @@ def hardware(device: "torch.device", processes: int = 1) -> str:
 def processor() -> str:
     """The name of the processor."""
     with suppress(OSError):
-        if found := re.search(
-            r"^model name.*?: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE
-        ):
+        if found := re.search(r"(?m)^model name.*?: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8")):
             return found[1]
     return platform.processor() or platform.machine()

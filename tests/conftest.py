@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 # A sixth of what every process imports is for what bitsandbytes gives torch.compile, and nobody calls.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+from dpo_recipes import machine
+
+os.environ |= machine.ENVIRONMENT | os.environ  # before torch is imported: its threads soon sleep when they wait
 
 import pytest
 

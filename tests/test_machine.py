@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -56,6 +58,28 @@ def test_a_command_in_this_process_takes_the_free_threads_and_hands_none_on(monk
         assert "OMP_NUM_THREADS" not in os.environ
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not list(Path(torch.__file__).parent.glob("lib/libgomp*")), reason="torch has other threads here")
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [
+        ({}, "5000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "passive"}, "0"),
+    ],
+    ids=["nothing", "a number", "a policy"],
+)
+def test_threads_of_a_command_soon_sleep_unless_the_user_says_otherwise(given: dict[str, str], spins: str) -> None:
+    """libgomp itself prints what it read from the environment."""
+    environment = {**os.environ, "OMP_DISPLAY_ENV": "verbose", "OMP_NUM_THREADS": "1"}
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        environment.pop(name, None)
+    code = "import dpo_recipes.cli, dpo_recipes.machine; dpo_recipes.machine.set_environment(); import torch"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment | given, capture_output=True, text=True, check=True
+    )
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
 def test_a_broken_driver_is_no_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

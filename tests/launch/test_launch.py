@@ -22,6 +22,7 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.flags import grouped
 from dpo_recipes.launch import launch, processes
 from dpo_recipes.launch.launch import Launch
+from dpo_recipes.machine import ENVIRONMENT
 
 STAND_IN = '''"""A stand-in that trains nothing."""
 import json, os, signal, sys, time
@@ -333,12 +334,17 @@ def test_accelerate_gathers_over_gloo(start: Callable, folder: Path) -> None:
     assert "sum 3 on cpu:0 gloo" in output
 
 
-def test_the_environment_has_defaults_that_the_user_can_change(start: Callable, folder: Path) -> None:
+def test_the_environment_has_defaults_that_the_user_can_change(
+    start: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "GOMP_SPINCOUNT"):  # the tests have them, too
+        monkeypatch.delenv(name, raising=False)
     start("stand-in", TOKENIZERS_PARALLELISM="true", OMP_NUM_THREADS="3").communicate(timeout=60)
     environment = json.loads(_wait_for(folder / "started"))["environment"]
     assert environment["HF_HUB_DISABLE_TELEMETRY"] == "1"
     assert environment["TOKENIZERS_PARALLELISM"] == "true"
     assert environment["OMP_NUM_THREADS"] == "3"
+    assert environment["GOMP_SPINCOUNT"] == ENVIRONMENT["GOMP_SPINCOUNT"]
     assert len(environment["DPO_RECIPES_REQUEST"]) == 64
 
 
