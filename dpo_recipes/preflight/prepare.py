@@ -112,7 +112,7 @@ def _prepare(
     pairs = measured.pairs.remove_columns([name for name in measured.pairs["train"].column_names if name in MEASURES])
     lines = [*measured.lines, *finding_lines(measured.findings)]
     if script_args.dry_run:
-        say("\n".join([*lines, *plan_lines(script_args, training_args, tokenizer, pairs)]))
+        say("\n".join([*lines, *plan_lines(script_args, training_args, tokenizer, measured.pairs)]))
         raise SystemExit(0)
     if state.is_main_process:
         claim(training_args.output_dir)
