@@ -145,6 +145,7 @@ def _compute(launch: Launch, options: argparse.Namespace, show: Callable[[str], 
             use_cpu=use_cpu,
             rounds=2 if quick else 5,
             checkpointing=profile.get("activation_checkpointing", True),
+            budget=profile.get("tokens_per_step"),
             say=show,
         )
         recipes = [find_recipe(name) for name in list_recipes()]
