@@ -240,7 +240,8 @@ DistributedDataParallel.no_sync = lambda model: alone.append(1) or no_sync(model
 trainer.train()
 rank = trainer.accelerator.process_index
 with open(f"rank{rank}.json", "w") as stream:
-    json.dump({"log": trainer.state.log_history, "parts": [len(each.parts) for each in parts], "alone": len(alone)}, stream)
+    counts = {"parts": [len(each.parts) for each in parts], "alone": len(alone)}
+    json.dump({"log": trainer.state.log_history, **counts}, stream)
 """
 
 
