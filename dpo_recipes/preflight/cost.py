@@ -40,7 +40,7 @@ def estimate_cost(
     order = np.random.default_rng(training_args.seed).permutation(len(pairs))
     batches = np.split(longest[order], range(batch, len(pairs), batch))
     if budget := settings.get("tokens_per_step"):
-        batches = [rows[part] for rows in batches for part in divide_padded(rows, budget)]
+        batches = [rows[part] for rows in batches for part in divide_padded(rows.tolist(), budget)]
     padded = sum(len(rows) * int(rows.max()) for rows in batches) * (2 if two_answers else 1)
     config = load_config(settings["model_name_or_path"], settings, trust_remote_code=training_args.trust_remote_code)
     at_most = {**settings, "max_length": int(longest.max()), "per_device_train_batch_size": min(batch, len(pairs))}
@@ -86,9 +86,10 @@ def count_updates(script_args: Any, training_args: Any, pairs: int) -> int:
 
 def micro_batch_text(pairs: Dataset, training_args: Any, budget: int) -> str:
     """Pairs and tokens of a micro-batch with this budget, on average over the pairs in the order of their rows."""
-    tokens = sum(np.array(pairs[f"{side}_tokens"][:]) for side in ("prompt", "chosen", "rejected"))
+    tokens = np.array([pairs[f"{side}_tokens"][:] for side in ("prompt", "chosen", "rejected")]).sum(axis=0)
     batch = training_args.per_device_train_batch_size
-    count = sum(len(divide(rows, budget)) for rows in np.split(tokens, range(batch, len(tokens), batch)))
+    batches = np.split(tokens, range(batch, len(tokens), batch))
+    count = sum(len(divide(rows.tolist(), budget)) for rows in batches)
     return (
         f"{len(tokens) / count:.1f} pairs of {tokens.sum() / count:,.0f} tokens on average, of {budget:,} that it may "
         "hold; the padded tokens count where prompts are not shared"

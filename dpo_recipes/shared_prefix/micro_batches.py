@@ -102,13 +102,19 @@ class Division:
         if self.budget:
             self.lengths = lengths_of(self.batch)
             packed = [p + c + r + (0 if self.share else p) for p, c, r in self.lengths]
-            padded = [p + max(c, r) for p, c, r in self.lengths]
-            self.parts = divide(packed, self.budget) if PLAN in self.batch else divide_padded(padded, self.budget)
+            self.parts = divide(packed, self.budget) if PLAN in self.batch else self._padded_parts(self.budget)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Each micro-batch, cut to its own longest sequence and with a plan of its own."""
         for pairs in self.parts:
             yield self._select(pairs) if self.budget else self.batch
+
+    def _padded_parts(self, budget: int) -> list[list[int]]:
+        return divide_padded([p + max(c, r) for p, c, r in self.lengths], budget)
+
+    def sample(self) -> dict[str, Any]:
+        """As many of the pairs as fit into the budget with their padding, or the whole batch without a budget."""
+        return self._select(max(self._padded_parts(self.budget), key=len)) if self.budget else self.batch
 
     def _select(self, pairs: list[int]) -> dict[str, Any]:
         rows, ids = self._rows(pairs), self.batch["input_ids"]

@@ -231,7 +231,7 @@ class SharedPrefixDPOTrainer(DPOTrainer):
         """Falls back if the batch was changed after its plan was made, or the first batch differs from plain TRL's."""
         self._check_unchanged(inputs)
         if self.sharing and not self.agrees_with_trl:
-            self._compare_with_trl(inputs)
+            self._compare_with_trl(Division(inputs, self.tokens_per_step, share=self.share_prompts).sample())
 
     def _check_unchanged(self, inputs: dict[str, Any]) -> None:
         # On a card every number that is read back makes it wait, so there the first batch speaks for all.
