@@ -63,8 +63,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def _progress(started: float, text: str) -> None:
-    if sys.stderr.isatty():
-        _clear()
+    _clear()
     line = f"[{time.monotonic() - started:4.0f} s] {text}"
     sys.stderr.write(line if sys.stderr.isatty() else f"{line}\n")
     sys.stderr.flush()
@@ -145,7 +144,6 @@ def _compute(launch: Launch, options: argparse.Namespace, show: Callable[[str], 
             use_cpu=use_cpu,
             rounds=2 if quick else 5,
             checkpointing=profile.get("activation_checkpointing", True),
-            budget=profile.get("tokens_per_step"),
             say=show,
         )
         recipes = [find_recipe(name) for name in list_recipes()]

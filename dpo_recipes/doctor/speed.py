@@ -153,7 +153,6 @@ def check_speed(
     use_cpu: bool,
     rounds: int,
     checkpointing: bool,
-    budget: int | None = None,
     say: Callable[[str], None],
 ) -> Part:
     """Times plain TRL and shared prompts in turn on the same batches.
@@ -165,7 +164,6 @@ def check_speed(
         use_cpu: Compute on the CPU even if there is a card.
         rounds: Batches to time, after one more that warms up.
         checkpointing: The profile's activation checkpointing.
-        budget: The profile's `tokens_per_step`.
         say: Shows progress.
     """
     device = "cpu" if use_cpu else "cuda"
@@ -180,9 +178,6 @@ def check_speed(
         f"Matrix rate of this machine: {rate / 1e12:.3g} TFLOP/s. Times and tokens are medians of {rounds} batches; "
         "tokens are p + c + r of each pair. The preflight estimates the memory of plain TRL."
     )
-    if budget:
-        a_pair = sum(map(sum, draw_lengths(256, seed=0))) / 256
-        part.note += f" The profile's micro-batches hold {budget:,} tokens, about {budget / a_pair:.0f} such pairs."
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             say(f"{name}: building")
