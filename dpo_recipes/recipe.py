@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from trl import ModelConfig, RewardConfig, ScriptArguments, TrlParser
+from trl import DPOConfig, ModelConfig, RewardConfig, ScriptArguments, TrlParser
 
 from dpo_recipes.catalog import list_recipes, read_yaml
 from dpo_recipes.dataset_adapters.ledger import HELD_OUT
@@ -47,6 +47,9 @@ class RecipeArguments(ScriptArguments):
     """The few settings that no TRL dataclass has a field for."""
 
     pairs_per_update: int = HfArg(default=64, help="Pairs per optimizer step; gradient accumulation follows from it.")
+    tokens_per_step: int | None = HfArg(
+        default=None, help="DPO: most tokens at a time; divides the pairs of an update. 0 counts pairs instead."
+    )
     eval_pairs: int = HfArg(default=512, help="Held-out pairs to evaluate on, drawn by seed where there are more.")
     held_out: float = HfArg(default=HELD_OUT, help="Share of the prompts to hold out of data without a test split.")
     columns: str | None = HfArg(default=None, help="Your columns: prompt=instruction,chosen=good,rejected=bad.")
@@ -124,7 +127,7 @@ def parse_recipe(
     take_secrets(training_args)
     check_trackers(training_args)
     check_hub(training_args)
-    _set_accumulation(script_args, training_args)
+    _set_accumulation(script_args, training_args, given)
     if isinstance(script_args, OnlineArguments):
         _set_rollout(script_args, training_args, given)
     for model_args in (args for args in parsed if isinstance(args, ModelConfig)):
@@ -169,21 +172,44 @@ def _parse(
     return parsed, given
 
 
-def _set_accumulation(script_args: RecipeArguments, training_args: TrainingArguments) -> None:
-    """Sets the gradient accumulation that `pairs_per_update` needs with this batch and number of processes."""
+def _set_accumulation(script_args: RecipeArguments, training_args: TrainingArguments, given: Mapping[str, int]) -> None:
+    """Sets the gradient accumulation that `pairs_per_update` needs with this batch and number of processes.
+
+    With `tokens_per_step` the pairs of an update come to a device in one batch, which the trainer divides.
+    """
     if training_args.gradient_accumulation_steps != 1 or training_args.auto_find_batch_size:
         raise RecipeError(
             "gradient_accumulation_steps and auto_find_batch_size follow from pairs_per_update here. Set "
-            "--pairs_per_update and --per_device_train_batch_size instead."
+            "--pairs_per_update, and --tokens_per_step or --per_device_train_batch_size instead."
         )
-    pairs, batch = script_args.pairs_per_update, training_args.per_device_train_batch_size
-    steps, rest = divmod(pairs, batch * training_args.world_size)
+    pairs, processes = script_args.pairs_per_update, training_args.world_size
+    _keep_one_size(script_args, training_args, given)
+    if script_args.tokens_per_step and pairs % processes == 0:
+        training_args.per_device_train_batch_size = pairs // processes
+    batch = training_args.per_device_train_batch_size
+    steps, rest = divmod(pairs, batch * processes)
     if rest or steps < 1:
         raise RecipeError(
             f"pairs_per_update={pairs} is not a multiple of per_device_train_batch_size={batch} times "
-            f"{training_args.world_size} process(es). Change one of them."
+            f"{processes} process(es). Change one of them."
         )
     training_args.gradient_accumulation_steps = steps
+
+
+def _keep_one_size(script_args: RecipeArguments, training_args: Any, given: Mapping[str, int]) -> None:
+    """Drops the token budget where the number of pairs at a time was given later, and outside of DPO.
+
+    In one place, as in a profile for all recipes, the budget is DPO's and the number of pairs the others'.
+    """
+    tokens, pairs = (given.get(name, -1) for name in ("tokens_per_step", "per_device_train_batch_size"))
+    if script_args.tokens_per_step and tokens == pairs == FLAG:
+        raise RecipeError("tokens_per_step and per_device_train_batch_size exclude one another. Give one of them.")
+    is_dpo = isinstance(training_args, DPOConfig)
+    if script_args.tokens_per_step and pairs > tokens and is_dpo:
+        say("per_device_train_batch_size takes the place of tokens_per_step.")
+    if pairs > tokens or not is_dpo:
+        script_args.tokens_per_step = None
+    training_args.tokens_per_step = script_args.tokens_per_step  # where SharedPrefixDPOTrainer finds it
 
 
 def _set_rollout(script_args: OnlineArguments, training_args: Any, given: Mapping[str, int]) -> None:
@@ -447,8 +473,8 @@ def _meaning(error: Exception) -> tuple[int, str] | None:
         return 2, _unreachable("the model or dataset", error)
     if type(error).__name__ == "OutOfMemoryError":
         return 1, (
-            f"Out of memory: {text.splitlines()[0]} Halve --per_device_train_batch_size (the pairs per update stay the "
-            "same), lower --max_length, or use a 4-bit recipe."
+            f"Out of memory: {text.splitlines()[0]} Halve --tokens_per_step, or --per_device_train_batch_size where "
+            "that is 0 (the pairs per update stay the same), lower --max_length, or use a 4-bit recipe."
         )
     return None
 

@@ -164,8 +164,8 @@ def _check_effect(name: str, row: Mapping[str, Any], values: Mapping[str, Any], 
         return
     switches = {**(needs or {}), **(unless or {})}
     place = given[name]
-    if place < max((given.get(switch, -1) for switch in switches), default=-1) or (row.get("left_over") and not place):
-        return  # RECIPE may keep how often it would evaluate while it does not
+    if place < max((given.get(switch, -1) for switch in switches), default=-1) or place == row.get("left_over"):
+        return  # RECIPE may keep how often it would evaluate while it does not, and a profile is for all recipes
     reasons = [f"it needs {switch} {_either(wanted)}" for switch, wanted in (needs or {}).items() if switch in values]
     reasons += [f"{switch}={values[switch]} does not read it" for switch in unless or {} if switch in values]
     raise RecipeError(f"{name} has no effect here: {row.get('say') or ', or '.join(reasons)}. Leave it out.")

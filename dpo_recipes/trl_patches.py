@@ -6,6 +6,7 @@ each name of both kinds: the canary fails when a library changes the name, and s
 """
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +23,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Trainer
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
-from trl import GRPOTrainer
+from trl import DPOTrainer, GRPOTrainer
 from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_logprob import _addmm_fp32 as addmm_fp32
 
@@ -164,6 +165,21 @@ def first_update(trainer: Trainer) -> int:
 def skip_epochs(trainer: Trainer) -> None:
     """Lets `train` make no further update."""
     trainer._run_epoch = lambda **_: None
+
+
+@contextmanager
+def unlogged(trainer: DPOTrainer) -> Iterator[None]:
+    """Lets DPOTrainer compute a loss, inside the block, without logging and without waiting for other processes."""
+    kept = {name: getattr(trainer, name) for name in ("_metrics", "_total_train_tokens")}
+    gathers = dict.fromkeys(("gather", "gather_for_metrics"), lambda tensor: tensor)
+    trainer._metrics = {mode: defaultdict(list) for mode in trainer._metrics}
+    vars(trainer.accelerator).update(gathers)
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)
+        for name in gathers:
+            del vars(trainer.accelerator)[name]
 
 
 def tokenize_prompts(trainer: GRPOTrainer, prompts: Any) -> list[list[int]]:

@@ -123,6 +123,44 @@ def test_gradient_accumulation_follows_from_pairs_per_update(parse, pairs, batch
     assert args.gradient_accumulation_steps == expected
 
 
+@pytest.mark.parametrize(
+    ("flags", "profile", "expected"),
+    [
+        ("--tokens_per_step 4096", "", (64, 1, 4096)),
+        ("", "tokens_per_step: 4096\nper_device_train_batch_size: 8", (64, 1, 4096)),
+        ("--pairs_per_update 6", "tokens_per_step: 4096", (6, 1, 4096)),
+        ("--per_device_train_batch_size 2", "tokens_per_step: 4096", (2, 32, None)),
+        ("--tokens_per_step 4096", "per_device_train_batch_size: 8", (64, 1, 4096)),
+        ("--tokens_per_step 0", "tokens_per_step: 4096\nper_device_train_batch_size: 8", (8, 8, 0)),
+    ],
+)
+def test_with_a_token_budget_an_update_comes_in_one_batch_unless_a_batch_was_given_later(
+    parse, flags, profile, expected, capsys
+):
+    script_args, args, _ = parse(*flags.split(), profile=profile)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.tokens_per_step) == expected
+    assert script_args.settings["tokens_per_step"] == script_args.tokens_per_step == args.tokens_per_step
+    assert ("takes the place of tokens_per_step" in capsys.readouterr().out) == (expected[2] is None)
+
+
+def test_a_token_budget_and_a_batch_in_one_command_are_refused(parse):
+    with pytest.raises(RecipeError, match="exclude one another"):
+        parse("--tokens_per_step", "4096", "--per_device_train_batch_size", "4")
+
+
+@pytest.mark.parametrize("kind", [SFTConfig, RewardConfig])
+def test_a_token_budget_is_dpos_alone(kind, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    recipe = dict(model_name_or_path="some/model", output_dir="outputs/x", activation_checkpointing=False)
+    (tmp_path / "profile.yaml").write_text("tokens_per_step: 4096\nper_device_train_batch_size: 8\nbf16: false")
+    argv = ["recipe.py", "--config", "profile.yaml", "--use_cpu", "true"]
+    script_args, args, _ = parse_recipe(recipe, (RecipeArguments, kind, ModelConfig), argv=argv)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (8, 8)
+    assert script_args.settings["tokens_per_step"] is None
+    with pytest.raises(RecipeError, match="tokens_per_step has no effect here: only DPO"):
+        parse_recipe(recipe, (RecipeArguments, kind, ModelConfig), argv=[*argv, "--tokens_per_step", "4096"])
+
+
 @pytest.fixture(params=[RLOOConfig, PPOConfig])
 def parse_online(request, monkeypatch, tmp_path):
     """Parses a small recipe that samples answers, for one of the trainers and so many processes."""

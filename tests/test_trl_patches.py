@@ -49,6 +49,7 @@ OVERRIDDEN = [
     (GRPOTrainer, "_compute_loss", ["model", "inputs"], "the loss in ppo/trainer.py"),
     (GRPOTrainer, "training_step", ["model", "inputs", "num_items_in_batch"], "the epochs in ppo/trainer.py"),
     (GRPOTrainer, "_tokenize_prompts", ["prompts"], "the check of long prompts in ppo/checks.py"),
+    (Trainer, "training_step", ["model", "inputs", "num_items_in_batch"], "micro-batches in shared_prefix/trainer.py"),
     (Trainer, "create_optimizer", ["model"], "the critic's group of weights in ppo/trainer.py"),
     (Trainer, "_save", ["output_dir", "state_dict"], "the critic's file in ppo/trainer.py"),
     (Trainer, "_load_best_model", [], "the critic at the end of a run in ppo/trainer.py"),
@@ -125,6 +126,24 @@ def calls_of(model):
     calls = []
     model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True)
     return calls
+
+
+def test_dpo_logs_in_two_attributes_and_gathers_by_the_accelerators_methods(tmp_path):
+    """If not, look at trl_patches.unlogged: processes with different numbers of micro-batches would wait for ever."""
+    trainer = build(DPOTrainer, tiny("llama"), "LoRA", tmp_path)
+    gathered = []
+    with trl_patches.unlogged(trainer):
+        before = {key: value for key, value in vars(trainer).items() if key != "_metrics"}
+        batch = trainer.data_collator(BATCH)
+        for name in ("gather", "gather_for_metrics"):
+            vars(trainer.accelerator)[name] = lambda tensor: gathered.append(tensor) or tensor
+        trainer._compute_loss(trainer.model, batch, False)
+        changed = {key for key, value in vars(trainer).items() if before.get(key) is not value} - {"_metrics"}
+    assert changed == {"_total_train_tokens"}
+    assert len(gathered) > 10
+    assert not trainer._metrics["train"]
+    assert trainer._total_train_tokens == 0
+    assert not {"gather", "gather_for_metrics"} & vars(trainer.accelerator).keys()
 
 
 def test_dpo_calls_the_model_once_a_pass_with_labels_and_fused_lm_head(tmp_path):

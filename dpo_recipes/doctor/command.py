@@ -63,8 +63,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def _progress(started: float, text: str) -> None:
-    if sys.stderr.isatty():
-        _clear()
+    _clear()
     line = f"[{time.monotonic() - started:4.0f} s] {text}"
     sys.stderr.write(line if sys.stderr.isatty() else f"{line}\n")
     sys.stderr.flush()

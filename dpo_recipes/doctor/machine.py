@@ -9,6 +9,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from dpo_recipes.catalog import read_yaml
 from dpo_recipes.doctor.report import Finding, Part
 from dpo_recipes.launch.launch import Launch
 from dpo_recipes.machine import ask_driver, free_threads, gpu_cards, processor
@@ -57,13 +58,11 @@ def look_at_machine(launch: Launch) -> Part:
     import psutil
     import torch
 
-    part = Part("Machine", ["", ""])
     cards, names = gpu_cards(), ask_driver("name,driver_version", r"^(.+), ([\d.]+)\s*$")
     disk = shutil.disk_usage(Path.cwd()).free / 1e9
-    threads = free_threads(1)
     memory = psutil.virtual_memory()
-    part.rows += [
-        ["processor", f"{processor()}, {os.cpu_count()} cores, {threads} free threads"],
+    rows = [
+        ["processor", f"{processor()}, {os.cpu_count()} cores, {free_threads(1)} free threads"],
         ["memory", f"{memory.total / 2**30:.0f} GiB, {memory.available / 2**30:.0f} GiB free"],
         ["disk", f"{disk:.0f} GB free in this folder"],
         *(
@@ -73,11 +72,14 @@ def look_at_machine(launch: Launch) -> Part:
         ["torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"],
         ["profile", f"{launch.profile.stem}, accelerate file {launch.accelerate.stem}"],
     ]
+    part = Part("Machine", ["", ""], rows)
+    if tokens := read_yaml(launch.profile).get("tokens_per_step"):
+        # hh-rlhf has 290 tokens a pair on average.
+        part.rows.append(["micro-batch", f"{tokens:,} tokens, about {tokens // 290} pairs as in hh-rlhf"])
     if cards and not torch.cuda.is_available():
         what = f"{len(cards)} card(s) found, but torch {torch.__version__} (CUDA {torch.version.cuda}) sees none"
-        part.findings.append(
-            Finding(what, "Install a torch built for the driver's CUDA: https://pytorch.org/get-started.")
-        )
+        remedy = "Install a torch built for the driver's CUDA: https://pytorch.org/get-started."
+        part.findings.append(Finding(what, remedy))
     if disk < LEAST_DISK:
         part.findings.append(Finding(f"{disk:.0f} GB of disk free, {LEAST_DISK} needed", "Free disk space."))
     return part

@@ -12,6 +12,7 @@ from trl import DPOConfig, RewardConfig
 
 from dpo_recipes.preflight.findings import Finding, judge
 from dpo_recipes.preflight.memory import count_weights, load_config, memory_parts, size_text, sizes_text
+from dpo_recipes.shared_prefix.micro_batches import divide, divide_padded
 
 
 def estimate_cost(
@@ -38,6 +39,8 @@ def estimate_cost(
     batch = training_args.per_device_train_batch_size
     order = np.random.default_rng(training_args.seed).permutation(len(pairs))
     batches = np.split(longest[order], range(batch, len(pairs), batch))
+    if budget := settings.get("tokens_per_step"):
+        batches = [rows[part] for rows in batches for part in divide_padded(rows.tolist(), budget)]
     padded = sum(len(rows) * int(rows.max()) for rows in batches) * (2 if two_answers else 1)
     config = load_config(settings["model_name_or_path"], settings, trust_remote_code=training_args.trust_remote_code)
     at_most = {**settings, "max_length": int(longest.max()), "per_device_train_batch_size": min(batch, len(pairs))}
@@ -47,7 +50,7 @@ def estimate_cost(
     return {
         "pairs_per_epoch": len(pairs),
         "updates": count_updates(script_args, training_args, len(pairs)),
-        "batch": batch,
+        "batch": round(len(pairs) / len(batches)) if budget else batch,
         "real_tokens": real,
         "padded_tokens": padded,
         "padding_share": 1 - real / padded,
@@ -79,6 +82,18 @@ def count_updates(script_args: Any, training_args: Any, pairs: int) -> int:
         answers = pairs // prompts * training_args.generation_batch_size * training_args.num_iterations
         epoch = answers // script_args.pairs_per_update
     return math.ceil(epoch * float(training_args.num_train_epochs))
+
+
+def micro_batch_text(pairs: Dataset, training_args: Any, budget: int) -> str:
+    """Pairs and tokens of a micro-batch with this budget, on average over the pairs in the order of their rows."""
+    tokens = np.array([pairs[f"{side}_tokens"][:] for side in ("prompt", "chosen", "rejected")]).sum(axis=0)
+    batch = training_args.per_device_train_batch_size
+    batches = np.split(tokens, range(batch, len(tokens), batch))
+    count = sum(len(divide(rows.tolist(), budget)) for rows in batches)
+    return (
+        f"{len(tokens) / count:.1f} pairs of {tokens.sum() / count:,.0f} tokens on average, of {budget:,} that it may "
+        "hold; the padded tokens count where prompts are not shared"
+    )
 
 
 def this_machine(training_args: Any) -> tuple[str, int]:

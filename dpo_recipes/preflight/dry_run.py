@@ -9,7 +9,7 @@ from typing import Any
 from datasets import DatasetDict
 from trl import ModelConfig
 
-from dpo_recipes.preflight.cost import count_updates, task_of
+from dpo_recipes.preflight.cost import count_updates, micro_batch_text, task_of
 from dpo_recipes.preflight.memory import count_weights, load_config, memory_parts, size_text, sizes_text
 
 START_FOLDER = "DPO_RECIPES_DRY_RUN"
@@ -20,6 +20,12 @@ def plan_lines(script_args: Any, training_args: Any, tokenizer: Any, pairs: Data
     """Settings that differ from TRL's defaults, updates, and rough estimates of memory and disk.
 
     No weight is loaded: the model is built from its configuration on the meta device.
+
+    Args:
+        script_args: RecipeArguments of the recipe.
+        training_args: TRL config of the recipe.
+        tokenizer: Of the initial model.
+        pairs: As `fit` returns them, with the number of tokens of each side.
     """
     settings, task = script_args.settings, task_of(training_args)
     name = settings.get("model_name_or_path") or tokenizer.name_or_path
@@ -32,6 +38,7 @@ def plan_lines(script_args: Any, training_args: Any, tokenizer: Any, pairs: Data
     updates = count_updates(script_args, training_args, len(pairs["train"]))
     kept = training_args.save_total_limit or max(1, math.ceil(updates / max(1, training_args.save_steps)))
     checkpoint, result = 12 * weights["trained"], 4 * weights["trained"]
+    budget = settings.get("tokens_per_step")
     unit = "answers" if task == "online" else "pairs"
     return [
         "",
@@ -42,6 +49,7 @@ def plan_lines(script_args: Any, training_args: Any, tokenizer: Any, pairs: Data
         f"  model        {name}: {weights['frozen'] + weights['trained']:,} weights, {weights['trained']:,} trained",
         f"  update       {script_args.pairs_per_update} {unit} = {batch} a device x {training_args.world_size} "
         f"process(es) x {steps} accumulated",
+        *([f"  micro-batch  {micro_batch_text(pairs['train'], training_args, budget)}"] if budget else []),
         f"  updates      {updates:,}" + (" for each answer of a pair that is trained on" if task == "answer" else ""),
         f"  memory       about {size_text(sum(memory.values()))} a device, without the libraries: {sizes_text(memory)}",
         f"  disk         about {size_text(checkpoint * (kept + 1) + result)}: up to {kept} + 1 checkpoints of "

@@ -52,6 +52,8 @@ def memory_parts(
     optimizer = 2 if "8bit" in str(settings.get("optim")) else 8
     sequences = settings["per_device_train_batch_size"] * (2 if task in ("preference", "reward") else 1)
     tokens = sequences * _longest(settings)
+    if settings.get("tokens_per_step"):  # a pair over the budget is a micro-batch of its own
+        tokens = min(tokens, max(settings["tokens_per_step"], 2 * _longest(settings)))
     text = config.get_text_config()
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     layer = tokens * (8 * text.hidden_size + 4 * inner) * compute  # what one layer keeps for its backward pass

@@ -75,10 +75,12 @@ def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in trainer.model.parameters())
     unit = "answers" if isinstance(script_args, OnlineArguments) else "pairs"
+    budget = script_args.tokens_per_step
     say(
         f"Training {trainable:,} of {total:,} weights on {trainer.accelerator.device}. An update: "
         f"{script_args.pairs_per_update} {unit} = {trainer.args.per_device_train_batch_size} a device x "
         f"{trainer.args.world_size} process(es) x {trainer.args.gradient_accumulation_steps} accumulated."
+        + (f" Micro-batches hold up to {budget:,} tokens." if budget else "")
     )
 
 

@@ -28,6 +28,8 @@ from dpo_recipes.trl_patches import (
 
 PLAN = "shared_prefix_plan"
 """Name of the plan in a batch."""
+RESULTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
+"""Names of a model's per-token results in TRL's layout: (2 pairs, width - 1)."""
 _COLUMNS = ("sources", "positions", "predicting", "cells", "keys")
 
 
@@ -40,8 +42,8 @@ class Plan(dict[str, Any]):
         return Plan(moved)
 
     def belongs_to(self, batch: dict[str, Any]) -> bool:
-        """Says if the batch still holds the rows that the plan was made for."""
-        return bool(self["checksum"] == _checksum(batch))
+        """Says if the batch still holds the rows that the data collator made the plan for."""
+        return "checksum" not in self or bool(self["checksum"] == _checksum(batch))
 
 
 def _checksum(batch: dict[str, Any]) -> int:
@@ -49,6 +51,14 @@ def _checksum(batch: dict[str, Any]) -> int:
     ids, completions = batch["input_ids"].reshape(-1), batch["completion_mask"].reshape(-1)
     places = torch.arange(1, len(ids) + 1, device=ids.device)
     return int(((ids + 1) * places * (1 + 2 * completions)).sum())
+
+
+def lengths_of(batch: dict[str, Any]) -> list[tuple[int, int, int]]:
+    """Tokens of prompt, chosen and rejected of each pair of a padded batch."""
+    tokens, completions = (batch[name].sum(dim=1) for name in ("attention_mask", "completion_mask"))
+    prompts = (tokens - completions)[: len(tokens) // 2]
+    lengths: list[tuple[int, int, int]] = torch.stack([prompts, *completions.chunk(2)], dim=1).tolist()
+    return lengths
 
 
 def plan_pairs(lengths: Sequence[tuple[int, int, int]], width: int, *, share: bool = True) -> Plan:
@@ -131,10 +141,7 @@ class SharedPrefixCollator(DataCollatorForPreference):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's padded batch with a plan, unless truncation left no token of a completion in it."""
         batch: dict[str, Any] = super().torch_call(examples)
-        tokens, completions = (batch[name].sum(dim=1) for name in ("attention_mask", "completion_mask"))
-        prompts = (tokens - completions)[: len(examples)]
-        lengths = torch.stack([prompts, *completions.chunk(2)], dim=1).tolist()
-        plan = plan_pairs(lengths, batch["input_ids"].size(1), share=self.share)
+        plan = plan_pairs(lengths_of(batch), batch["input_ids"].size(1), share=self.share)
         plan["checksum"] = _checksum(batch)
         return {**batch, PLAN: plan} if len(plan["predicting"]) else batch
 
@@ -190,7 +197,7 @@ def _unpack(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """Hook after the model: per-token results return to TRL's (2 pairs, width - 1)."""
     if plan := getattr(kwargs.get("attention_mask"), "plan", None):
         rows, width = plan["shape"]
-        for name in ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask"):
+        for name in RESULTS:
             if (x := getattr(output, name)) is not None:
                 setattr(output, name, x.new_zeros(rows * width).index_copy(0, plan["cells"], x[0]).view(rows, width))
     return output

@@ -13,6 +13,10 @@ per-token log-probs from the result. Only the inside of that call changes:
 5. A head that is not trained takes its gradient in the forward (`head.log_probs`).
 6. A hook after the model puts the per-token results where TRL looks for them (`packing._unpack`).
 
+With `tokens_per_step` a batch is divided into micro-batches first (`micro_batches.divide`), and steps 1 to 6 are those
+of a micro-batch. Each has a backward pass of its own. TRL's loss and metrics are then computed once more, from the
+per-token results of the whole batch.
+
 Losses, metrics, the reference pass and the cache of its log-probs stay TRL's own code. What cannot be shared, or was
 not tested, runs as plain TRL, and one line says why (`support.why_not`, docs/shared_prefix.md).
 """
@@ -30,10 +34,11 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.models.pair_ids import prepare_dataset
 from dpo_recipes.models.precision import in_float32
 from dpo_recipes.shared_prefix.head import log_probs
+from dpo_recipes.shared_prefix.micro_batches import NOT_A_MEAN, Division, why_whole
 from dpo_recipes.shared_prefix.packing import PLAN, SharedPrefixCollator, install
 from dpo_recipes.shared_prefix.reference_cache import precompute_ref_logps
 from dpo_recipes.shared_prefix.support import changeable, why_not
-from dpo_recipes.trl_patches import head_function, lora_switched_by_flags
+from dpo_recipes.trl_patches import head_function, lora_switched_by_flags, prepare_inputs, unlogged
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +54,15 @@ class SharedPrefixDPOTrainer(DPOTrainer):
         shared_prefix: "auto" shares prompts where sharing was tested and the first batch agrees with plain TRL;
             otherwise it warns and is plain TRL. "true" needs only the agreement, and raises where "auto" would fall
             back. "false" is plain TRL.
+        tokens_per_step: Most tokens that go through the model at a time: p + c + r of each pair where prompts are
+            shared, else padded tokens. A batch is divided into micro-batches that fit, with the loss, the gradients and
+            the metrics of the whole batch. None or 0: a batch goes through the model whole. By default the value that
+            `parse_recipe` left in `args`.
         kwargs: Keyword arguments of DPOTrainer.
 
     Raises:
-        RecipeError: With "true", if prompts cannot be shared, or the first batch differs from plain TRL's.
+        RecipeError: With "true", if prompts cannot be shared, or the first batch differs from plain TRL's. With
+            `tokens_per_step`, if batches cannot be divided.
     """
 
     share_prompts = True
@@ -63,11 +73,18 @@ class SharedPrefixDPOTrainer(DPOTrainer):
     """Precompute reference log-probs without metrics, with LoRA switched off by its flags alone."""
 
     _prepare_dataset = prepare_dataset
+    current_gradient_accumulation_steps: float
+    loss_weights: list[float]
+    precompute_ref_logps: bool
 
-    def __init__(self, *args: Any, shared_prefix: str | bool = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, shared_prefix: str | bool = "auto", tokens_per_step: int | None = None, **kwargs: Any
+    ) -> None:
         self.shared_prefix = str(shared_prefix).lower()  # a YAML file's true is no string
         if self.shared_prefix not in ("auto", "true", "false"):
             raise RecipeError(f"shared_prefix={shared_prefix} is not auto, true or false.")
+        self.tokens_per_step = tokens_per_step
+        self.running: Division | None = None  # the batch whose micro-batches `training_step` is running
         self.sharing: bool | None = None  # not known before the model is there
         self.agrees_with_trl = False
         self.changeable: dict[Any, list[Any]] = {}  # by model, the modules that are looked at in every step
@@ -78,6 +95,13 @@ class SharedPrefixDPOTrainer(DPOTrainer):
         """Prepares models and data collator, once: DPOTrainer's `__init__` itself may compute reference log-probs."""
         if self.sharing is not None:
             return
+        if self.tokens_per_step is None:
+            self.tokens_per_step = getattr(self.args, "tokens_per_step", None)
+        if self.tokens_per_step and (reason := why_whole(self)):
+            raise RecipeError(
+                f"tokens_per_step does not go with: {reason}. Give --per_device_train_batch_size instead, the pairs "
+                "that go through the model at a time."
+            )
         self.sharing = self.shared_prefix != "false"
         self._check_models()
         if self.sharing:
@@ -92,15 +116,93 @@ class SharedPrefixDPOTrainer(DPOTrainer):
         self._install()
         return precompute_ref_logps(self, *args, **kwargs)
 
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """TRL's step. With `tokens_per_step` each micro-batch has a backward pass; gradients are synchronised once."""
+        if not self.tokens_per_step:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        steps, weights = self.current_gradient_accumulation_steps, self.loss_weights
+        with self._reference_first(prepare_inputs(self, inputs)) as inputs:
+            self.running = division = self._divide(inputs)
+            try:
+                if NOT_A_MEAN.intersection(self.loss_types):
+                    self._find_gradient(model, division)
+                loss = torch.zeros((), device=self.accelerator.device)
+                for pairs, part in zip(division.parts, division, strict=True):
+                    share, by_tokens = division.shares(pairs)
+                    self.current_gradient_accumulation_steps = steps / share  # TRL's step divides the loss by it
+                    factors = [by_tokens / share if loss == "sft" else 1 for loss in self.loss_types]
+                    self.loss_weights = [weight * x for weight, x in zip(weights, factors, strict=True)]
+                    with nullcontext() if pairs is division.parts[-1] else self.accelerator.no_sync(model):
+                        loss = loss + super().training_step(model, part, num_items_in_batch)
+            finally:
+                self.running = None
+                self.current_gradient_accumulation_steps, self.loss_weights = steps, weights
+            with torch.no_grad():
+                logged = super()._compute_loss(division.replay, inputs, False)
+            return loss if division.gradient is None else logged / steps
+
+    def _find_gradient(self, model: Any, division: Division) -> None:
+        """Finds the gradient of a batch's loss by the log-probs, where the loss is no sum over micro-batches."""
+        with torch.no_grad():
+            for part in division:
+                self._run_part(model, part, division)
+        merged = division.merged()
+        merged.log_probs.requires_grad_()
+        with unlogged(self), torch.enable_grad():
+            loss = super()._compute_loss(lambda **_: merged, division.batch, False)
+        [division.gradient] = torch.autograd.grad(loss, [merged.log_probs])
+        division.results.clear()
+
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
         """TRL's reference log-probs, by a packed row and without TRL's metrics."""
-        with self._shared(inputs, lean=self.lean_reference) as inputs:
-            return super().compute_ref_log_probs(model, inputs)
+        division, logps = self._divide(inputs), []
+        for part in division:
+            with self._shared(part, lean=self.lean_reference) as part:
+                logps.append(torch.stack(super().compute_ref_log_probs(model, part)))  # (2, pairs)
+        return tuple(division.in_order(logps))
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
         """TRL's loss, by a packed row. A subclass's `compute_loss` gets here, too."""
-        with self._shared(inputs) as inputs:
-            return super()._compute_loss(model, inputs, *args, **kwargs)
+        if not self.tokens_per_step:
+            with self._shared(inputs) as inputs:
+                return super()._compute_loss(model, inputs, return_outputs)
+        if self.running:
+            loss = self._run_part(model, inputs, self.running, detach=True)
+            return loss if self.running.gradient is None else self.running.share_of_gradient()
+        with self._reference_first(inputs) as inputs:
+            division = self._divide(inputs)
+            for part in division:
+                self._run_part(model, part, division)
+            return super()._compute_loss(partial(division.replay, model=model), inputs, return_outputs)
+
+    def _run_part(self, model: Any, part: dict[str, Any], division: Division, *, detach: bool = False) -> Any:
+        """TRL's loss of a micro-batch, unlogged. The division keeps the model's results."""
+        with self._shared(part) as part, unlogged(self):
+            return super()._compute_loss(partial(division.run, model, detach=detach), part, False)
+
+    @contextmanager
+    def _reference_first(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yields the batch with the reference model's log-probs, which TRL then takes as precomputed."""
+        precomputed = self.precompute_ref_logps
+        if not precomputed:
+            chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        self.precompute_ref_logps = True
+        try:
+            yield inputs
+        finally:
+            self.precompute_ref_logps = precomputed
+
+    def _divide(self, inputs: dict[str, Any]) -> Division:
+        """The batch, in micro-batches that fit into `tokens_per_step`."""
+        if self.tokens_per_step and self.sharing:
+            self._check_models()
+            if PLAN in inputs:
+                self._check_unchanged(inputs)
+        if self.tokens_per_step and not self.sharing:
+            inputs = {name: value for name, value in inputs.items() if name != PLAN}
+        return Division(inputs, self.tokens_per_step, share=self.share_prompts)
 
     @contextmanager
     def _shared(self, inputs: dict[str, Any], *, lean: bool = False) -> Iterator[dict[str, Any]]:
@@ -127,12 +229,15 @@ class SharedPrefixDPOTrainer(DPOTrainer):
 
     def _check_batch(self, inputs: dict[str, Any]) -> None:
         """Falls back if the batch was changed after its plan was made, or the first batch differs from plain TRL's."""
+        self._check_unchanged(inputs)
+        if self.sharing and not self.agrees_with_trl:
+            self._compare_with_trl(Division(inputs, self.tokens_per_step, share=self.share_prompts).sample())
+
+    def _check_unchanged(self, inputs: dict[str, Any]) -> None:
         # On a card every number that is read back makes it wait, so there the first batch speaks for all.
         look = not (self.agrees_with_trl and inputs["input_ids"].is_cuda)
         if self.sharing and look and not inputs[PLAN].belongs_to(inputs):
             self._fall_back("batches that were changed after the data collator")
-        if self.sharing and not self.agrees_with_trl:
-            self._compare_with_trl(inputs)
 
     def _compare_with_trl(self, inputs: dict[str, Any]) -> None:
         """Falls back if a batch's log-probs are not plain TRL's: a model may share wrongly without an error.

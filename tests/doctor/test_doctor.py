@@ -89,6 +89,7 @@ def test_cards_are_named_and_a_torch_that_sees_none_is_found(tmp_path, monkeypat
     rows = dict(part.rows)
     assert rows["card 0"] == "NVIDIA L4, 23,034 MiB, compute capability 8.9, driver 580.65.06"
     assert rows["profile"] == "local, accelerate file single_gpu"
+    assert rows["micro-batch"] == "8,192 tokens, about 28 pairs as in hh-rlhf"
     if not torch.cuda.is_available():
         assert "sees none" in part.findings[0].what
         assert "Install a torch" in part.findings[0].remedy

@@ -27,7 +27,11 @@ def flags(tiny_model, reward_model, hh_rows):
 
     def flags(name):
         online = [*ONLINE, "--reward_model_name_or_path", str(reward_model)] if name.endswith("ppo") else []
-        return ["--dataset_name", str(hh_rows), "--model_name_or_path", str(tiny_model), *FLAGS, *online]
+        flags = ["--dataset_name", str(hh_rows), "--model_name_or_path", str(tiny_model), *FLAGS, *online]
+        if name.endswith("by tokens"):  # 4 pairs in some three micro-batches
+            place = flags.index("--per_device_train_batch_size")
+            flags[place : place + 2] = ["--tokens_per_step", "400"]
+        return flags
 
     return flags
 
@@ -64,13 +68,15 @@ def start(command, cwd, log):
     "name",
     [
         "hh_rlhf_lora",
+        pytest.param("hh_rlhf_lora by tokens", marks=pytest.mark.slow),
         pytest.param("hh_rlhf_full", marks=pytest.mark.slow),
         pytest.param("hh_rlhf_qlora", marks=pytest.mark.slow),
         pytest.param("hh_rlhf_ppo", marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_resumes_bit_identically(name, flags, tmp_path):
-    train = partial(run_train, name, "--profile", "cpu", *flags(name), cwd=tmp_path)
+    given, name = flags(name), name.partition(" ")[0]
+    train = partial(run_train, name, "--profile", "cpu", *given, cwd=tmp_path)
     resume = partial(train, "--output_dir", "killed", "--resume_from_checkpoint", "true")
     whole = train("--output_dir", "whole")
     assert whole.returncode == 0, whole.stdout + whole.stderr
@@ -79,7 +85,7 @@ def test_a_killed_run_resumes_bit_identically(name, flags, tmp_path):
     step = random.Random(os.getpid()).randint(5, 10)
     log = tmp_path / "log"
     recipe = [sys.executable, str(RECIPES / f"{name}.py"), "--config", str(RECIPES / "profiles" / "cpu.yaml")]
-    process = start([*recipe, *flags(name), "--output_dir", "killed"], tmp_path, log)
+    process = start([*recipe, *given, "--output_dir", "killed"], tmp_path, log)
     wait_for(process, log, f"\n  {step:>5}  loss")
     process.kill()
     assert process.wait() == -signal.SIGKILL

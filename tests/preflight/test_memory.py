@@ -64,6 +64,32 @@ def test_memory_of_lora_on_four_bits_with_checkpointing():
     assert parts["activations"] == 2 * (3 * 400 * 10 + LAYER)
 
 
+def test_memory_of_a_token_budget_is_that_of_its_tokens():
+    weights = {"trained": 10, "frozen": 1000, "quantised": 0}
+
+    def tokens(budget, batch=64):
+        settings = SETTINGS | {"per_device_train_batch_size": batch, "tokens_per_step": budget}
+        return memory_parts(CONFIG, weights, settings, task="preference")["activations"] / (3 * LAYER * 4) * 400
+
+    assert tokens(1000) == 1000
+    assert tokens(1000, batch=2) == 400  # an update has no more
+    assert tokens(150) == 200  # a pair of 100 and 100 tokens is not divided
+    assert tokens(0) == tokens(None) == 64 * 200
+
+
+def test_a_dry_run_prints_pairs_and_tokens_of_a_micro_batch(tmp_path, tiny_model, hh_rows):
+    result = run_train(
+        *("hh-rlhf-lora", "--profile", "cpu", "--dataset_name", hh_rows, "--dry_run", "true"),
+        *("--model_name_or_path", tiny_model, "--pairs_per_update", "8", "--tokens_per_step", "600"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    [line] = re.findall(r"micro-batch +([\d.]+) pairs of ([\d,]+) tokens on average, of 600", result.stdout)
+    assert 1 <= float(line[0]) < 8
+    assert 100 < int(line[1]) <= 600
+    assert "8 pairs = 8 a device x 1 process(es) x 1 accumulated" in result.stdout
+
+
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, tiny_model, hh_rows):
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
