@@ -155,6 +155,13 @@ def test_cleaning_keeps_outputs_and_drops_what_differs_between_executions():
     assert cleaned.metadata.language_info == {"name": "python"}
 
 
+def test_an_execution_keeps_what_a_command_prints(tmp_path):
+    commands = "import subprocess\nsubprocess.run(['echo', 'printed'], check=True).returncode"
+    nbformat.write(new_notebook(cells=[new_code_cell(commands)]), tmp_path / "x.ipynb")
+    [executed] = execute(tmp_path / "x.ipynb", tmp_path).cells
+    assert [output.get("text") or output.data["text/plain"] for output in executed.outputs] == ["printed\n", "0"]
+
+
 @pytest.fixture
 def executed(tmp_path):
     """Returns a function that executes a notebook in an empty folder and compares the outputs with the stored ones."""

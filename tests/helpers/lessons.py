@@ -18,10 +18,11 @@ from nbformat import NotebookNode
 
 def execute(notebook: Path, folder: Path) -> NotebookNode:
     """Runs a notebook's cells in a folder, and returns it with their outputs; an error in a cell is raised."""
-    os.environ["IPYTHONDIR"] = str(folder / "ipython")  # no configuration of the user
-    os.environ.pop("WANDB_MODE", None)  # a library prints it
+    # ipykernel leaves out what commands print where the first one is set; a library prints the second one.
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTEST_CURRENT_TEST", "WANDB_MODE")}
     found = nbformat.read(notebook, as_version=4)
-    NotebookClient(found, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    client = NotebookClient(found, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client.execute(env=kept | {"IPYTHONDIR": str(folder / "ipython")})  # no configuration of the user
     return clean(found)
 
 
