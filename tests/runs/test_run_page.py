@@ -132,7 +132,7 @@ def test_every_section_says_what_the_files_hold(page_of):
         *("44 37.50 1.00 0.25", "The first 6 of 9 in samples.jsonl", "Temperature 0.7 May I?"),
         *("before exact reward 0.25 (cut) Yes, go ahead. after exact reward 1.00 Please do not.", "= pairs 4 4"),
         *(
-            "over max_length -3 none train 11, 22, 33",
+            "over max_length -3 none pairs.jsonl, line 11; pairs.jsonl, line 22; pairs.jsonl, line 33",
             "The longer answer wins 80%. Balance them.",
             "beta 0.3",
             "seed 5",
