@@ -168,7 +168,8 @@ def _open_subject(
     parsed = parse_namespace(namespace, recipe or Path(folder.name), profile=profile, flags=flags)
     script_args, training_args, model_args = parsed
     trained_on = run_settings(model).get("dataset_name")
-    if is_apart := bool(data) and not _is_same(data, trained_on):
+    is_apart = data is not None and not _is_same(data, trained_on)
+    if data and is_apart:
         script_args.held_out = 1.0  # all of it
         if Path(data).exists() and "eval_pairs" not in named:
             script_args.eval_pairs = None

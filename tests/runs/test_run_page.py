@@ -132,7 +132,8 @@ def test_every_section_says_what_the_files_hold(page_of):
         ),
         *("loss 0.4321 0.5432", "implicit reward of chosen 0.0804 none"),
         *("update answer tokens ended repeated", "44 37.50 1.00 0.25"),
-        *("over max_length -3 none train 11, 22, 33", "= pairs 4 4", "The longer answer wins 80%. Balance them."),
+        "over max_length -3 none pairs.jsonl, line 11; pairs.jsonl, line 22; pairs.jsonl, line 33",
+        *("= pairs 4 4", "The longer answer wins 80%. Balance them."),
         *("beta 0.3", "seed 5", "updates 1,888 from 44 on", "training 2.0 h"),
         *("873 MiB", "hardware a card", "trl 1.16.0"),
     ):
