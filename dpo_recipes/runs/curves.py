@@ -29,7 +29,7 @@ def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path, *,
     }
     rows = max(1, -(-len(curves) // 3))
     figure = Figure(figsize=(12, 3.4 * rows + 0.4), layout="constrained")
-    heading, body = figure.subfigures(2, 1, height_ratios=[0.4, 3.4 * rows])
+    heading, body = figure.subfigures(2, 1, squeeze=False, height_ratios=[0.4, 3.4 * rows]).flat
     heading.suptitle(title, y=0.6, parse_math=False)  # a name may have two $
     cells = body.subfigures(rows, 3, squeeze=False).flat  # equal ones: the page shows each by itself
     for cell, (panel, lines) in zip(cells, curves.items(), strict=False):
