@@ -185,9 +185,9 @@ def test_a_healthy_run_says_so_and_a_reward_model_shows_what_it_is_worth(page_of
     held["health"]["findings"] = []
     page = page_of({name: held[name] for name in ("settings", "metrics", "health", "done")})
     for said in (
-        *("0.930 95 % interval 0.880 to 0.950", "n = 400 after 0.930 [0.880,"),
+        *("0.930 95 % interval 0.880 to 0.950", "reward-model accuracy n = 400 0.930 [0.880,"),
         "✓ Healthy 2 health rules watched 1,888 updates, and no rule was broken.",
-        *("margin, mean ± std", "3.89 ± 1.77", "guessing has 0.693 0.119", "0.50 to 0.55 0.526 0.333 12"),
+        *("margin, mean ± std", "3.89 ± 1.77", "0 is perfect 0.119", "0.50 to 0.55 0.526 0.333 12"),
     ):
         assert said in page.words, said
     assert "before and after" not in page.words
