@@ -161,7 +161,7 @@ def main() -> None:
         print(text := as_markdown(parts, options.threads))
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
-            command = f"make bench{' ARGS=' + repr(' '.join(sys.argv[1:])) if sys.argv[1:] else ''}"
+            command = "make bench" + (f' ARGS="--only {options.only}"' if len(chosen) < len(PARTS) else "")
             (options.out / "bench.md").write_text(f"# Speed and memory\n\n    {command}\n\n{text}")
     sys.exit(f"These parts failed: {', '.join(failed)}" if failed else 0)
 
