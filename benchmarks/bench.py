@@ -35,7 +35,7 @@ PARTS = {  # with the module that holds the function of that name
     "inspecting": "data",
     "start_up": "data",
 }
-HEADER = ("what", "compared with", "ours", "theirs", "ours is better by", "rounds")
+HEADER = ("what", "compared with", "ours", "theirs", "theirs / ours", "rounds")
 OURS = "ours"
 HERE = Path(__file__).parent
 
@@ -125,7 +125,8 @@ def as_markdown(parts: dict[str, Part], threads: int) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("trl", "transformers", "torch", "datasets"))
     where = f"{time.strftime('%Y-%m-%d')}; {processor()}, {os.cpu_count()} cores, {threads} thread(s); {versions}."
     seconds = sum(part.seconds for part in parts.values())
-    notes = [f"- {name}: {part.conditions}" for name, part in parts.items()]
+    notes = ["Medians of the rounds, and the range of the ratio. Above 1 ours needs less.", ""]
+    notes += [f"- {name}: {part.conditions}" for name, part in parts.items()]
     load = f"Load averages at the end: {', '.join(f'{x:.1f}' for x in os.getloadavg())}. {seconds / 60:.0f} minutes."
     return "\n".join([*table, "", *notes, "", where, load, ""])
 
@@ -160,7 +161,7 @@ def main() -> None:
         print(text := as_markdown(parts, options.threads))
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
-            command = f"make bench{' ARGS=' + repr(' '.join(sys.argv[1:])) if sys.argv[1:] else ''}"
+            command = "make bench" + (f' ARGS="--only {options.only}"' if len(chosen) < len(PARTS) else "")
             (options.out / "bench.md").write_text(f"# Speed and memory\n\n    {command}\n\n{text}")
     sys.exit(f"These parts failed: {', '.join(failed)}" if failed else 0)
 
