@@ -59,7 +59,7 @@ class RecipeArguments(ScriptArguments):
     )
     overwrite: bool = HfArg(default=False, help="Replace the run that the output folder holds.")
     dry_run: bool = HfArg(default=False, help="Print settings, the account of the pairs and the needs; start nothing.")
-    timed_updates: int = HfArg(default=0, help="Updates that a dry run makes to estimate the time; nothing is kept.")
+    dry_run_updates: int = HfArg(default=0, help="Updates that a dry run makes to estimate the time; nothing is kept.")
     threshold: list[str] | None = field(default=None, metadata={"help": "Where the preflight warns: longer=0.8."})
     shared_prefix: str = HfArg(
         default="auto", metadata={"choices": ["auto", "true", "false"]}, help="Encode prompts once: auto where tested."

@@ -20,16 +20,7 @@ TABLE: dict[str, list[dict[str, Any]]] = tomllib.loads(Path(__file__).with_suffi
 OFF: tuple[Any, ...] = (None, False, 0, "", [], "no", "none")
 """Values that switch a setting off: a setting that has one of them is never refused for lack of effect."""
 BOOKKEEPING = (
-    *(
-        "request",
-        "output_dir",
-        "overwrite",
-        "dry_run",
-        "timed_updates",
-        "threshold",
-        "health",
-        "resume_from_checkpoint",
-    ),
+    *("request", "output_dir", "overwrite", "dry_run", "threshold", "health", "resume_from_checkpoint"),
     *("run_name", "report_to", "project", "logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "disable_tqdm"),
     "dataloader_num_",
 )

@@ -116,7 +116,7 @@ def _prepare(
     lines = [*measured.lines, *finding_lines(measured.findings)]
     if script_args.dry_run:
         say("\n".join([*lines, *plan_lines(script_args, training_args, tokenizer, measured.pairs)]))
-        if not script_args.timed_updates:
+        if not script_args.dry_run_updates:
             raise SystemExit(0)
         training_args.report_to = []
         return pairs

@@ -61,13 +61,11 @@ def collapse(metrics: Mapping[str, Any]) -> dict[str, str]:
         logged |= {"rewards/chosen": [(1, chosen["after"] - chosen["before"])], "rewards/margins": [(1, 1.0)]}
     facts = Facts(pairs_per_update=1000, max_steps=1, chosen_tokens=chosen.get("tokens", 0.0), beta=1.0)
     is_far = logged.get("probe/log_ratio", [(1, 0.0)])[0][1] > 2 * RULES["kl_runaway"]["limits"]["nats"]
-    limits = {
-        name: {
-            key: most / 2 if is_far and isinstance(most, float) else most for key, most in RULES[name]["limits"].items()
-        }
-        for name in _SIGNS
-    }
-    found = {name: getattr(rules, name)(logged, facts, **limits[name]) for name in _SIGNS}
+    found = {}
+    for name in _SIGNS:
+        limits = RULES[name]["limits"].items()
+        limits = {key: most / 2 if is_far and isinstance(most, float) else most for key, most in limits}
+        found[name] = getattr(rules, name)(logged, facts, **limits)
     signs = {name: sign for name, sign in found.items() if sign} | _fallen(metrics.get("scores", {}))
     return signs if len(signs) > 1 or any(RULES[name]["fatal"] for name in signs if name in RULES) else {}
 

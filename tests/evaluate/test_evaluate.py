@@ -179,7 +179,7 @@ def test_the_same_call_goes_on_and_says_the_same(call, run, tiny_model, monkeypa
     assert call(run, "--prompts", "8", "--output_dir", "one") == 0
     first = capsys.readouterr()
     assert "Answers of after, 2 of 2" in first.out
-    assert "Nobody judged" in first.out
+    assert "nobody judged" in first.out
     shutil.copytree("one", "two")
     Path("two/eval/answers/after.json").unlink()
     assert call(run, "--prompts", "8", "--output_dir", "two") == 0
@@ -209,7 +209,7 @@ def test_what_others_wrote_into_the_card_stays(call, run):
             card.write("\n## License\n")
     card = Path("mine/README.md").read_text()
     assert card.startswith("# mine\n\n## Evaluation\n\nBy hand.\n")
-    assert (card.count("Nobody judged"), card.count("## License")) == (1, 2)
+    assert (card.count("nobody judged"), card.count("## License")) == (1, 2)
 
 
 def test_numbers_that_are_none_are_said_and_make_no_number(call, run, tiny_model, tmp_path, capsys):
