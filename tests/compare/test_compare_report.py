@@ -614,7 +614,7 @@ def test_labels_of_a_plot_do_not_overlap_and_nothing_is_cut(crowded, width):
             assert apart, (one, other)
 
 
-def test_without_a_reward_model_its_column_and_its_plot_are_left_out(tmp_path):
+def test_without_a_reward_model_or_a_second_seed_the_report_is_silent_about_them(tmp_path):
     results = compared(betas=("0.1",), seeds=(0,), without=["ppo-0.1-0"])
     for run in results["runs"].values():
         run["reward_model"] = None
@@ -623,3 +623,6 @@ def test_without_a_reward_model_its_column_and_its_plot_are_left_out(tmp_path):
     names = [path.name for path in write_report(tmp_path, results)]
     assert names == ["report.html", "report.md", "reward_kl.svg"]
     assert "reward model's score" not in (tmp_path / "report.md").read_text()
+    assert not re.search(
+        r"interval over (1 )?seed", (tmp_path / "report.md").read_text() + (tmp_path / "report.html").read_text()
+    )
