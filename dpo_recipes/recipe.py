@@ -184,8 +184,8 @@ def _set_accumulation(script_args: RecipeArguments, training_args: TrainingArgum
         )
     pairs, processes = script_args.pairs_per_update, training_args.world_size
     _keep_one_size(script_args, training_args, given)
-    if script_args.tokens_per_step and pairs % processes == 0:
-        training_args.per_device_train_batch_size = pairs // processes
+    if script_args.tokens_per_step:
+        training_args.per_device_train_batch_size = 1 if pairs % processes else max(1, pairs // processes)
     batch = training_args.per_device_train_batch_size
     steps, rest = divmod(pairs, batch * processes)
     if rest or steps < 1:

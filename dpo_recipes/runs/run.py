@@ -61,8 +61,15 @@ def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
     In a dry run with `dry_run_updates` the folder is left alone, and `trainer.train` ends the process after them.
 
     Raises:
-        RecipeError: If another process trains in that folder, or weights of the initial model are NaN or infinite.
+        RecipeError: If another process trains in that folder, weights of the initial model are NaN or infinite, or
+            the trainer does not know `tokens_per_step`.
     """
+    budget = script_args.tokens_per_step
+    if budget and not getattr(trainer, "tokens_per_step", None):
+        raise RecipeError(
+            f"tokens_per_step={budget} has no effect on {type(trainer).__name__}. Train with SharedPrefixDPOTrainer, "
+            "which shared_prefix=false makes plain TRL, or give --tokens_per_step 0."
+        )
     _refuse_broken_model(trainer)
     add_guards(trainer)
     if script_args.dry_run:
@@ -75,7 +82,6 @@ def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in trainer.model.parameters())
     unit = "answers" if isinstance(script_args, OnlineArguments) else "pairs"
-    budget = script_args.tokens_per_step
     say(
         f"Training {trainable:,} of {total:,} weights on {trainer.accelerator.device}. An update: "
         f"{script_args.pairs_per_update} {unit} = {trainer.args.per_device_train_batch_size} a device x "

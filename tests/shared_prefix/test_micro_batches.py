@@ -13,6 +13,8 @@ from equivalence import LOSSES, assert_same, build, everything_in, examples, mod
 from trl import DPOTrainer
 
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.recipe import RecipeArguments
+from dpo_recipes.runs import start_run
 from dpo_recipes.shared_prefix import SharedPrefixDPOTrainer
 from dpo_recipes.shared_prefix.micro_batches import divide, divide_padded
 
@@ -218,6 +220,12 @@ def test_what_cannot_be_divided_is_refused(tmp_path, monkeypatch):
         build(SharedPrefixDPOTrainer, model_for("llama", "LoRA"), "LoRA", tmp_path, **given)
     with pytest.raises(RecipeError, match="the auxiliary loss of a mixture of experts"):
         build(SharedPrefixDPOTrainer, model_for("mixtral", "full"), "full", tmp_path, shared_prefix="auto")
+
+
+def test_a_trainer_that_cannot_divide_is_refused_before_it_trains(tmp_path):
+    trainer = build(DPOTrainer, model_for("llama", "LoRA"), "LoRA", tmp_path)
+    with pytest.raises(RecipeError, match="tokens_per_step=90 has no effect on DPOTrainer"):
+        start_run(trainer, RecipeArguments(tokens_per_step=BUDGET))
 
 
 # Processes
