@@ -3,7 +3,7 @@
 import re
 import runpy
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -66,6 +66,11 @@ class Subject:
     trust_remote_code: bool  # whether code that comes with a model may run
     doubts: list[str]  # about the held-out pairs
 
+    @property
+    def models(self) -> dict[str, str]:
+        """Both models by side."""
+        return {"before": self.start, "after": self.model}
+
 
 def evaluate(
     name: str,
@@ -113,18 +118,11 @@ def evaluate(
     referee = open_judge(judge, rule=subject.rule, endpoint=endpoint, cache=kept / "judgements.jsonl", prompts=asked)
     if referee and referee.scorer is None:
         _confirm(expected_cost(endpoint, asked, max_new_tokens=max_new_tokens), yes=yes)
-    models = {"before": subject.start, "after": subject.model}
-    hashes = {side: weights_hash(model) for side, model in models.items()}
+    hashes = {side: weights_hash(model) for side, model in subject.models.items()}
     sampling = Sampling(temperature, max_new_tokens)
-    found = answer_all(
-        _entries(models, hashes, seed),
-        subject.start,
-        prompts=asked,
-        pairs=subject.pairs,
-        sampling=sampling,
-        folder=kept / "answers",
-        trust_remote_code=subject.trust_remote_code,
-    )
+    options: dict[str, Any] = dict(pairs=subject.pairs, sampling=sampling, trust_remote_code=subject.trust_remote_code)
+    entries = _entries(subject.models, hashes, seed)
+    found = answer_all(entries, subject.start, prompts=asked, folder=kept / "answers", **options)
     texts = [[answer["text"] for answer in found[side]["answers"]] for side in SIDES]
     judged = referee.compare(asked, *texts) if referee else None
     answers = answer_pairs(found, asked, judged)
@@ -157,8 +155,7 @@ def _open_subject(
         folder, flags = Path(model), [*_data_flags(name, model, OF_ROWS if data else OF_DATA), *flags]
     elif data:
         namespace, model = dataset_recipe(""), name
-        own = Path(name) if run_settings(name) else Path("outputs/evaluate") / re.sub(r"\W+", "_", name.strip("/."))
-        folder = Path(output_dir or own)
+        folder = Path(output_dir or _results_folder(name))
     else:
         raise RecipeError(
             f"{name} is a model, whose pairs are not known. Name them with --dataset_name, or evaluate its recipe "
@@ -166,15 +163,41 @@ def _open_subject(
         )
     flags = [*flags, "--model_name_or_path", base or find_start(model)]
     parsed = parse_namespace(namespace, recipe or Path(folder.name), profile=profile, flags=flags)
-    script_args, training_args, model_args = parsed
-    trained_on = run_settings(model).get("dataset_name")
-    is_apart = data is not None and not _is_same(data, trained_on)
-    if data and is_apart:
-        script_args.held_out = 1.0  # all of it
+    may_be_seen = _set_held_out(parsed[0], run_settings(model), data, named)
+    return _read_subject(recipe.stem if recipe else name, model, folder, namespace, parsed, named, may_be_seen)
+
+
+def _results_folder(model: str) -> Path:
+    """The folder of a run, or for any other model one below outputs/evaluate."""
+    return Path(model) if run_settings(model) else Path("outputs/evaluate") / re.sub(r"\W+", "_", model.strip("/."))
+
+
+def _set_held_out(script_args: Any, trained: Mapping[str, Any], data: str, named: Collection[str]) -> bool:
+    """Holds out all rows of other data than the run's own, and of the run's what it has held out itself.
+
+    Returns:
+        True if the run may have been trained on prompts of the pairs that are held out now.
+    """
+    is_apart = bool(data) and not _is_same(data, trained.get("dataset_name"))
+    if is_apart:
+        script_args.held_out = 1.0
         if Path(data).exists() and "eval_pairs" not in named:
             script_args.eval_pairs = None
     elif "held_out" not in named:
-        script_args.held_out = run_settings(model).get("held_out", script_args.held_out)
+        script_args.held_out = trained.get("held_out", script_args.held_out)
+    return bool(trained.get("dataset_name")) and (is_apart or "held_out" in named)
+
+
+def _read_subject(
+    name: str,
+    model: str,
+    folder: Path,
+    namespace: Mapping[str, Any],
+    parsed: tuple[Any, ...],
+    named: Collection[str],
+    may_be_seen: bool,
+) -> Subject:
+    script_args, training_args, model_args = parsed
     if isinstance(training_args, RewardConfig):
         raise RecipeError(f"{name} makes a reward model, which its training measures: see metrics.json in {model}.")
     start, tokenizer = str(model_args.model_name_or_path), load_tokenizer(model_args, training_args)
@@ -183,7 +206,7 @@ def _open_subject(
     measured = measure_pairs(namespace["load_pairs"], script_args, training_args, tokenizer)
     say("\n".join(measured.lines))
     return Subject(
-        name=recipe.stem if recipe else name,
+        name=name,
         model=model,
         start=start,
         dataset=str(script_args.dataset_name),
@@ -192,7 +215,7 @@ def _open_subject(
         rule=namespace.get("judge"),
         folder=folder,
         trust_remote_code=training_args.trust_remote_code,
-        doubts=_seen(namespace, script_args, model) if trained_on and (is_apart or "held_out" in named) else [],
+        doubts=_seen(namespace, script_args, model) if may_be_seen else [],
     )
 
 

@@ -110,9 +110,7 @@ def _prepare(
             measured = error
     if isinstance(measured, RecipeError):
         raise measured
-    pairs = measured.pairs.remove_columns(
-        [name for name in measured.pairs["train"].column_names if name in (*MEASURES, ROW)]
-    )
+    pairs = measured.pairs.remove_columns([*{*MEASURES, ROW}.intersection(measured.pairs["train"].column_names)])
     lines = [*measured.lines, *finding_lines(measured.findings)]
     if script_args.dry_run:
         say("\n".join([*lines, *plan_lines(script_args, training_args, tokenizer, measured.pairs)]))
