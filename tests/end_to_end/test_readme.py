@@ -38,6 +38,7 @@ from manual import (
 )
 from trl import DPOConfig, ModelConfig, RLOOConfig
 
+from dpo_recipes import playground
 from dpo_recipes.catalog import recipe_setting
 from dpo_recipes.dataset_adapters import DROP_REASONS
 from dpo_recipes.dataset_adapters.ledger import Ledger
@@ -114,7 +115,7 @@ def test_each_recipe_gives_three_commands():
         assert len(docstring_commands(recipe)) == 3, recipe.name
 
 
-@pytest.mark.parametrize("command", PRINTED)
+@pytest.mark.parametrize("command", PRINTED, ids=str)
 def test_documented_command_could_run(command):
     check_command(command)
 
@@ -151,8 +152,10 @@ def workplace(tmp_path_factory, tiny_model, reward_model):
         (root / name / "askculinary" / "train.jsonl").write_text("".join(more))
         stand_ins[name] = root / name
     here = root / "here"
-    for stage, model in (("hh_rlhf_sft", tiny_model), ("imdb_sentiment_sft", tiny_model)):
-        for name, start in ((stage, model), (stage.replace("_sft", "_reward"), reward_model)):
+    of_playground = playground.build_model(root / "playground")
+    for first, model in (("hh_rlhf", tiny_model), ("imdb_sentiment", tiny_model), ("quickstart", of_playground)):
+        rewards = miniature.tiny_reward_model(root / f"{first}_reward", model)
+        for name, start in ((f"{first}_sft", model), (f"{first}_reward", rewards)):
             shutil.copytree(start, here / "outputs" / name)
             (here / "outputs" / name / "done.json").write_text('{"finished": "2026-11-28"}')
     pairs = [json.loads(line) for line in (root / "rows" / "preference_jsonl.jsonl").read_text().splitlines()]
@@ -169,7 +172,7 @@ def workplace(tmp_path_factory, tiny_model, reward_model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", RUN)
+@pytest.mark.parametrize("command", RUN, ids=str)
 def test_documented_command_runs(command, workplace, tmp_path, tiny_model):
     """As it is printed; of `train` the dry run. Local data and tiny models stand in for the Hub's: see STAND_INS."""
     here, stand_ins = workplace

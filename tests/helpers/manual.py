@@ -266,7 +266,9 @@ def why_not_run(command: str) -> str | None:
 
 
 def as_run(command: str, stand_ins: dict[str, Path]) -> list[str]:
-    """The words to run for a documented command: without `train`'s training, and with stand-ins for the Hub's names.
+    """The words to run for a documented command, with stand-ins for the Hub's names.
+
+    `train` gets `--dry_run true`, and answers end after eight tokens.
 
     Args:
         command: As it is printed.
@@ -286,6 +288,8 @@ def as_run(command: str, stand_ins: dict[str, Path]) -> list[str]:
         for key in keys[:1] if verb == "evaluate" else keys:  # the run itself names its models
             if f"--{key}" not in flags and own(theirs := str(recipe.get(key))) != theirs:
                 words += [f"--{key}", own(theirs)]
+    if verb in ("sample", "answer", "evaluate", "try") and "--max_new_tokens" not in words:
+        words += ["--max_new_tokens", "8"]
     if verb == "train":
         words += [] if "--dry_run" in words else ["--dry_run", "true"]
         if "--profile" in words:  # of a card that is not here
