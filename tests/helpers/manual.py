@@ -37,7 +37,6 @@ NOT_RUN = {
     r"\bcompare\b": "trains for minutes; tests/compare and the second notebook run it",
     r"\bevaluate quickstart\b|make evaluate$": "needs the quickstart's run, which takes minutes",
     r"--judge https?:": "needs an endpoint; tests/evaluate runs one",
-    r"--tasks": "needs lm-evaluation-harness",
     r"accelerate launch": "starts two processes; tests/launch runs the same line on small data",
     r"python tests/|python benchmarks/": "takes an hour or more",
     r"\bpage RUN": "needs a finished run; tests/runs calls it on one",
