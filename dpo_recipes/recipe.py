@@ -197,7 +197,9 @@ def _set_accumulation(script_args: RecipeArguments, training_args: TrainingArgum
 
 
 def _keep_one_size(script_args: RecipeArguments, training_args: Any, given: Mapping[str, int]) -> None:
-    """Drops the token budget where the number of pairs at a time was given later, and outside of DPO.
+    """Drops the token budget outside of DPO and where the number of pairs at a time was given later.
+
+    FSDP and DeepSpeed drop a profile's budget, too.
 
     In one place, as in a profile for all recipes, the budget is DPO's and the number of pairs the others'.
     """
@@ -205,9 +207,11 @@ def _keep_one_size(script_args: RecipeArguments, training_args: Any, given: Mapp
     if script_args.tokens_per_step and tokens == pairs == FLAG:
         raise RecipeError("tokens_per_step and per_device_train_batch_size exclude one another. Give one of them.")
     is_dpo = isinstance(training_args, DPOConfig)
-    if script_args.tokens_per_step and pairs > tokens and is_dpo:
+    sharded = "true" in map(os.environ.get, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
+    dropped = pairs > tokens or (sharded and tokens < FLAG)  # processes that share weights take equally many passes
+    if script_args.tokens_per_step and dropped and is_dpo:
         say("per_device_train_batch_size takes the place of tokens_per_step.")
-    if pairs > tokens or not is_dpo:
+    if dropped or not is_dpo:
         script_args.tokens_per_step = None
     training_args.tokens_per_step = script_args.tokens_per_step  # where SharedPrefixDPOTrainer finds it
 

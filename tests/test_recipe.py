@@ -143,6 +143,12 @@ def test_with_a_token_budget_an_update_comes_in_one_batch_unless_a_batch_was_giv
     assert ("takes the place of tokens_per_step" in capsys.readouterr().out) == (expected[2] is None)
 
 
+def test_a_profiles_token_budget_is_dropped_where_weights_are_divided_among_processes(parse, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    script_args, args, _ = parse(profile="tokens_per_step: 4096\nper_device_train_batch_size: 8")
+    assert (args.per_device_train_batch_size, script_args.tokens_per_step) == (8, None)
+
+
 def test_a_token_budget_and_a_batch_in_one_command_are_refused(parse):
     with pytest.raises(RecipeError, match="exclude one another"):
         parse("--tokens_per_step", "4096", "--per_device_train_batch_size", "4")

@@ -680,7 +680,7 @@ def test_accelerate_accepts_each_file(path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
 def test_a_profile_holds_only_what_the_machine_dictates(path: Path) -> None:
     machine = {"use_cpu", "dtype", "bf16", "fp16", "activation_checkpointing", "dataloader_pin_memory"}
-    machine |= {"per_device_train_batch_size", "per_device_eval_batch_size"}
+    machine |= {"tokens_per_step", "per_device_train_batch_size", "per_device_eval_batch_size"}
     settings = yaml.safe_load(path.read_text())
     assert settings
     assert set(settings) <= machine

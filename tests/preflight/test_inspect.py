@@ -498,7 +498,7 @@ def test_a_recipe_is_inspected_with_its_own_settings(here, hh_rows, no_weights, 
     assert data["total"]["kept"] == 120
     assert data["cost"]["updates"] == -(-data["splits"]["train"]["kept"] // 8)
     assert data["cost"]["fits"]["bytes"] == 24 * 2**30
-    assert data["cost"]["batch"] == 2, "of the profile local, which a card of 24 GB takes"
+    assert data["cost"]["batch"] == 8, "the profile local, which a card of 24 GB takes, holds 8,192 tokens at a time"
     assert f"Verdict: {data['verdict']}" in out
     assert data["verdict"] == ("warnings" if data["findings"] else "ok")
 
