@@ -175,7 +175,8 @@ def _parse(
 def _set_accumulation(script_args: RecipeArguments, training_args: TrainingArguments, given: Mapping[str, int]) -> None:
     """Sets the gradient accumulation that `pairs_per_update` needs with this batch and number of processes.
 
-    With `tokens_per_step` the pairs of an update come to a device in one batch, which the trainer divides.
+    With `tokens_per_step` any batch will do: SharedPrefixDPOTrainer takes the pairs of an update at once and divides
+    them by tokens. A plain DPOTrainer takes the batches as they are.
     """
     if training_args.gradient_accumulation_steps != 1 or training_args.auto_find_batch_size:
         raise RecipeError(
@@ -184,9 +185,9 @@ def _set_accumulation(script_args: RecipeArguments, training_args: TrainingArgum
         )
     pairs, processes = script_args.pairs_per_update, training_args.world_size
     _keep_one_size(script_args, training_args, given)
-    if script_args.tokens_per_step:
-        training_args.per_device_train_batch_size = 1 if pairs % processes else max(1, pairs // processes)
     batch = training_args.per_device_train_batch_size
+    if script_args.tokens_per_step and pairs % (batch * processes):
+        batch = training_args.per_device_train_batch_size = 1
     steps, rest = divmod(pairs, batch * processes)
     if rest or steps < 1:
         raise RecipeError(

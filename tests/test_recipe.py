@@ -126,17 +126,15 @@ def test_gradient_accumulation_follows_from_pairs_per_update(parse, pairs, batch
 @pytest.mark.parametrize(
     ("flags", "profile", "expected"),
     [
-        ("--tokens_per_step 4096", "", (64, 1, 4096)),
-        ("", "tokens_per_step: 4096\nper_device_train_batch_size: 8", (64, 1, 4096)),
-        ("--pairs_per_update 6", "tokens_per_step: 4096", (6, 1, 4096)),
+        ("--tokens_per_step 4096", "", (4, 16, 4096)),
+        ("", "tokens_per_step: 4096\nper_device_train_batch_size: 8", (8, 8, 4096)),
+        ("--pairs_per_update 6", "tokens_per_step: 4096", (1, 6, 4096)),
         ("--per_device_train_batch_size 2", "tokens_per_step: 4096", (2, 32, None)),
-        ("--tokens_per_step 4096", "per_device_train_batch_size: 8", (64, 1, 4096)),
+        ("--tokens_per_step 4096", "per_device_train_batch_size: 8", (8, 8, 4096)),
         ("--tokens_per_step 0", "tokens_per_step: 4096\nper_device_train_batch_size: 8", (8, 8, 0)),
     ],
 )
-def test_with_a_token_budget_an_update_comes_in_one_batch_unless_a_batch_was_given_later(
-    parse, flags, profile, expected, capsys
-):
+def test_a_token_budget_holds_unless_a_batch_was_given_later(parse, flags, profile, expected, capsys):
     script_args, args, _ = parse(*flags.split(), profile=profile)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.tokens_per_step) == expected
     assert script_args.settings["tokens_per_step"] == script_args.tokens_per_step == args.tokens_per_step

@@ -36,10 +36,12 @@ def estimate_cost(
     prompt, chosen, rejected = (np.array(pairs[f"{side}_tokens"][:]) for side in ("prompt", "chosen", "rejected"))
     longest = prompt + (np.maximum(chosen, rejected) if two_answers else chosen)
     real = int((2 * prompt + chosen + rejected if two_answers else longest).sum())
-    batch = training_args.per_device_train_batch_size
+    budget, batch = settings.get("tokens_per_step"), training_args.per_device_train_batch_size
+    if budget:
+        batch *= training_args.gradient_accumulation_steps  # the pairs of an update, which the trainer divides
     order = np.random.default_rng(training_args.seed).permutation(len(pairs))
     batches = np.split(longest[order], range(batch, len(pairs), batch))
-    if budget := settings.get("tokens_per_step"):
+    if budget:
         batches = [rows[part] for rows in batches for part in divide_padded(rows.tolist(), budget)]
     padded = sum(len(rows) * int(rows.max()) for rows in batches) * (2 if two_answers else 1)
     config = load_config(settings["model_name_or_path"], settings, trust_remote_code=training_args.trust_remote_code)
@@ -87,7 +89,7 @@ def count_updates(script_args: Any, training_args: Any, pairs: int) -> int:
 def micro_batch_text(pairs: Dataset, training_args: Any, budget: int) -> str:
     """Pairs and tokens of a micro-batch with this budget, on average over the pairs in the order of their rows."""
     tokens = np.array([pairs[f"{side}_tokens"][:] for side in ("prompt", "chosen", "rejected")]).sum(axis=0)
-    batch = training_args.per_device_train_batch_size
+    batch = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
     batches = np.split(tokens, range(batch, len(tokens), batch))
     count = sum(len(divide(rows.tolist(), budget)) for rows in batches)
     return (

@@ -53,6 +53,7 @@ def memory_parts(
     sequences = settings["per_device_train_batch_size"] * (2 if task in ("preference", "reward") else 1)
     tokens = sequences * _longest(settings)
     if settings.get("tokens_per_step"):  # a pair over the budget is a micro-batch of its own
+        tokens *= settings.get("gradient_accumulation_steps", 1)
         tokens = min(tokens, max(settings["tokens_per_step"], 2 * _longest(settings)))
     text = config.get_text_config()
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size

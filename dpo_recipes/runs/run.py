@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import platform
+import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,6 +21,7 @@ from trl import RewardTrainer
 
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.files import write_json, write_jsonl, write_text
+from dpo_recipes.flags import grouped
 from dpo_recipes.health.callback import HealthCallback
 from dpo_recipes.health.guards import add_guards
 from dpo_recipes.health.rules import read_findings
@@ -64,11 +66,12 @@ def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
         RecipeError: If another process trains in that folder, weights of the initial model are NaN or infinite, or
             the trainer does not know `tokens_per_step`.
     """
-    budget = script_args.tokens_per_step
-    if budget and not getattr(trainer, "tokens_per_step", None):
+    budget = getattr(trainer, "tokens_per_step", None)
+    asked = script_args.tokens_per_step and "tokens_per_step" in dict(grouped(sys.argv[1:]))
+    if asked and not budget:  # a profile's value is for the trainers that know it
         raise RecipeError(
-            f"tokens_per_step={budget} has no effect on {type(trainer).__name__}. Train with SharedPrefixDPOTrainer, "
-            "which shared_prefix=false makes plain TRL, or give --tokens_per_step 0."
+            f"tokens_per_step has no effect on {type(trainer).__name__}. Train with SharedPrefixDPOTrainer, which "
+            "shared_prefix=false makes plain TRL, or leave --tokens_per_step out."
         )
     _refuse_broken_model(trainer)
     add_guards(trainer)

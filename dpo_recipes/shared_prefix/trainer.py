@@ -57,7 +57,7 @@ class SharedPrefixDPOTrainer(DPOTrainer):
         tokens_per_step: Most tokens that go through the model at a time: p + c + r of each pair where prompts are
             shared, else padded tokens. A batch is divided into micro-batches that fit, with the loss, the gradients and
             the metrics of the whole batch. None or 0: a batch goes through the model whole. By default the value that
-            `parse_recipe` left in `args`.
+            `parse_recipe` left in `args`, and a batch is then the pairs of a whole update.
         kwargs: Keyword arguments of DPOTrainer.
 
     Raises:
@@ -84,6 +84,11 @@ class SharedPrefixDPOTrainer(DPOTrainer):
         if self.shared_prefix not in ("auto", "true", "false"):
             raise RecipeError(f"shared_prefix={shared_prefix} is not auto, true or false.")
         self.tokens_per_step = tokens_per_step
+        for config in (*args, kwargs.get("args")):
+            if tokens_per_step is None and (budget := getattr(config, "tokens_per_step", None)):
+                self.tokens_per_step = budget
+                config.per_device_train_batch_size *= config.gradient_accumulation_steps
+                config.gradient_accumulation_steps = 1
         self.running: Division | None = None  # the batch whose micro-batches `training_step` is running
         self.sharing: bool | None = None  # not known before the model is there
         self.agrees_with_trl = False
@@ -95,8 +100,6 @@ class SharedPrefixDPOTrainer(DPOTrainer):
         """Prepares models and data collator, once: DPOTrainer's `__init__` itself may compute reference log-probs."""
         if self.sharing is not None:
             return
-        if self.tokens_per_step is None:
-            self.tokens_per_step = getattr(self.args, "tokens_per_step", None)
         if self.tokens_per_step and (reason := why_whole(self)):
             raise RecipeError(
                 f"tokens_per_step does not go with: {reason}. Give --per_device_train_batch_size instead, the pairs "

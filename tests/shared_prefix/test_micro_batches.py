@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import run_command
 from equivalence import LOSSES, assert_same, build, everything_in, examples, model_for, settings_of
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.recipe import RecipeArguments
@@ -222,10 +222,24 @@ def test_what_cannot_be_divided_is_refused(tmp_path, monkeypatch):
         build(SharedPrefixDPOTrainer, model_for("mixtral", "full"), "full", tmp_path, shared_prefix="auto")
 
 
-def test_a_trainer_that_cannot_divide_is_refused_before_it_trains(tmp_path):
+def test_a_flag_for_a_trainer_that_cannot_divide_is_refused_and_a_profiles_budget_is_not(tmp_path, monkeypatch):
     trainer = build(DPOTrainer, model_for("llama", "LoRA"), "LoRA", tmp_path)
-    with pytest.raises(RecipeError, match="tokens_per_step=90 has no effect on DPOTrainer"):
+    monkeypatch.setattr("sys.argv", ["mine.py", "--tokens_per_step", str(BUDGET)])
+    with pytest.raises(RecipeError, match="tokens_per_step has no effect on DPOTrainer"):
         start_run(trainer, RecipeArguments(tokens_per_step=BUDGET))
+    monkeypatch.setattr("sys.argv", ["mine.py", "--config", "gpu.yaml"])
+    start_run(trainer, RecipeArguments(tokens_per_step=BUDGET))
+
+
+def test_the_budget_of_a_recipe_takes_the_pairs_of_an_update_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(DPOConfig, "tokens_per_step", BUDGET, raising=False)  # `parse_recipe` sets it on an instance
+    given = dict(per_device_train_batch_size=4, gradient_accumulation_steps=3, rows=ROWS)
+    trainer = build(SharedPrefixDPOTrainer, model_for("llama", "LoRA"), "LoRA", tmp_path, **given)
+    assert trainer.tokens_per_step == BUDGET
+    assert trainer.args.gradient_accumulation_steps == 1
+    assert len(next(iter(trainer.get_train_dataloader()))["input_ids"]) == 2 * 12
+    plain = build(DPOTrainer, model_for("llama", "LoRA"), "LoRA", tmp_path, **given)
+    assert len(next(iter(plain.get_train_dataloader()))["input_ids"]) == 2 * 4
 
 
 # Processes
