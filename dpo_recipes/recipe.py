@@ -58,8 +58,11 @@ class RecipeArguments(ScriptArguments):
         default=None, metadata={"choices": ["learn", "judge"]}, help="Two thirds of the training prompts, or the rest."
     )
     overwrite: bool = HfArg(default=False, help="Replace the run that the output folder holds.")
-    dry_run: bool = HfArg(default=False, help="Print settings, the account of the pairs and the needs; start nothing.")
-    dry_run_updates: int = HfArg(default=0, help="Updates that a dry run makes to estimate the time; nothing is kept.")
+    dry_run: str = HfArg(
+        default="false",
+        metadata={"nargs": "?", "const": "true"},
+        help="true: print settings, account and needs, start nothing. A number: time so many updates, too.",
+    )
     threshold: list[str] | None = field(default=None, metadata={"help": "Where the preflight warns: longer=0.8."})
     shared_prefix: str = HfArg(
         default="auto", metadata={"choices": ["auto", "true", "false"]}, help="Encode prompts once: auto where tested."
@@ -69,6 +72,21 @@ class RecipeArguments(ScriptArguments):
     )
     settings: dict[str, Any] = field(init=False, default_factory=dict)
     """All settings in force, set by `parse_recipe`; not a flag."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError unless `dry_run` is true, false or a number of updates."""
+        if not re.fullmatch("true|t|yes|y|false|f|no|n|[0-9]+", str(self.dry_run).lower()):
+            raise ValueError(f"dry_run is {self.dry_run}. Give true, false, or the number of updates to time.")
+
+    @property
+    def is_dry_run(self) -> bool:
+        """True if nothing is to be started or kept."""
+        return str(self.dry_run).lower() not in ("false", "f", "no", "n", "0")
+
+    @property
+    def timed_updates(self) -> int:
+        """Number of updates that a dry run makes to estimate the time."""
+        return int(self.dry_run) if str(self.dry_run).isdigit() else 0
 
 
 @dataclass
@@ -280,7 +298,7 @@ def _look_at_folder(script_args: RecipeArguments, training_args: TrainingArgumen
     try:
         if _is_finished(script_args, folder, asked=asked):
             say(finished_run(folder))
-            if not script_args.dry_run:
+            if not script_args.is_dry_run:
                 raise FinishedRun(0)
             return
         checkpoint = training_args.resume_from_checkpoint = _checkpoint(folder, str(wanted)) if asked else None
@@ -289,7 +307,7 @@ def _look_at_folder(script_args: RecipeArguments, training_args: TrainingArgumen
             raise RecipeError("--overwrite removes the run that --resume_from_checkpoint continues. Give one of them.")
         _refuse_another_run(folder, script_args, checkpoint=checkpoint, asked=asked)
     except RecipeError as error:
-        if not script_args.dry_run:
+        if not script_args.is_dry_run:
             raise
         say(f"This run would not start: {error}")
 

@@ -24,7 +24,7 @@ from dpo_recipes.secrecy import hide_flags
 from dpo_recipes.terminal import say
 
 # Flags that change how a result is reached, not the result.
-HOW_NOT_WHAT = ("overwrite", "resume_from_checkpoint", "dry_run", "dry_run_updates", "threshold", "hub_token")
+HOW_NOT_WHAT = ("overwrite", "resume_from_checkpoint", "dry_run", "threshold", "hub_token")
 STARTS = ("model_name_or_path", "reward_model_name_or_path")  # each may name the output of another recipe
 # Rooms that train nothing: their code may change without making a run another one. A wheel holds the recipes, too.
 TRAIN_NOTHING = {"recipes", "compare", "evaluate", "sample", "doctor", "pages"}
@@ -107,7 +107,7 @@ class Launch:
     def is_dry_run(self) -> bool:
         """Returns True if the flags ask to start nothing."""
         words = self.given().get("dry_run", ["false"]) or ["true"]  # the flag alone is yes
-        return words[-1].lower() in ("true", "t", "1", "yes", "y")
+        return words[-1].lower() not in ("false", "f", "no", "n", "0")
 
     def folder(self) -> Path:
         """The run's output folder."""
@@ -209,9 +209,9 @@ class Launch:
                     return status
                 planned[name] = place
             flags = (*self.flags, *self._named(planned))
-            if "dry_run_updates" in self.given():
+            if "".join(self.given()["dry_run"]).isdigit():
                 say(f"The time is not estimated, because that takes the weights of {' and '.join(planned)}.")
-                flags += ("--dry_run_updates", "0")
+                flags += ("--dry_run", "true")
             return replace(self, flags=flags).run()
 
     def _named(self, planned: dict[str, str]) -> list[str]:

@@ -103,7 +103,7 @@ def _prepare(
     # every process has come by: otherwise the others would hang.
     with state.main_process_first(), state.local_main_process_first():
         try:
-            if state.is_main_process and not script_args.dry_run:
+            if state.is_main_process and not script_args.is_dry_run:
                 check_start(script_args.settings, training_args)
             measured = measure_pairs(load_pairs, script_args, training_args, tokenizer, prompts_only=prompts_only)
         except RecipeError as error:
@@ -112,9 +112,9 @@ def _prepare(
         raise measured
     pairs = measured.pairs.remove_columns([*{*MEASURES, ROW}.intersection(measured.pairs["train"].column_names)])
     lines = [*measured.lines, *finding_lines(measured.findings)]
-    if script_args.dry_run:
+    if script_args.is_dry_run:
         say("\n".join([*lines, *plan_lines(script_args, training_args, tokenizer, measured.pairs)]))
-        if not script_args.dry_run_updates:
+        if not script_args.timed_updates:
             raise SystemExit(0)
         training_args.report_to = []
         return pairs
@@ -304,6 +304,6 @@ def _check_prompts(prompts: DatasetDict, script_args: Any, training_args: Any, t
         )
     if judge := script_args.reward_model_name_or_path:
         revision = script_args.settings.get("model_revision") or "main"  # TRL takes it for both models
-        options = dict(revision=revision, trust_remote_code=trust_remote_code, weights=not script_args.dry_run)
+        options = dict(revision=revision, trust_remote_code=trust_remote_code, weights=not script_args.is_dry_run)
         texts = [prompt for rows in prompts.values() for prompt in rows["prompt"][:]]
         check_reward_model(*read_reward_config(judge, **options), texts, max_completion_length=longest)

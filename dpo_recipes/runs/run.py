@@ -60,7 +60,7 @@ def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
     """Adds the guards to a built trainer and takes its output folder: call it before `trainer.train`.
 
     With `overwrite` the files that an earlier run wrote into the folder are removed. No other file is ever removed.
-    In a dry run with `dry_run_updates` the folder is left alone, and `trainer.train` ends the process after them.
+    In a dry run that times updates the folder is left alone, and `trainer.train` ends the process after them.
 
     Raises:
         RecipeError: If another process trains in that folder, weights of the initial model are NaN or infinite, or
@@ -75,8 +75,8 @@ def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
         )
     _refuse_broken_model(trainer)
     add_guards(trainer)
-    if script_args.dry_run:
-        trainer.add_callback(Stopwatch(script_args.dry_run_updates))
+    if script_args.is_dry_run:
+        trainer.add_callback(Stopwatch(script_args.timed_updates))
         return
     _add_callbacks(trainer, script_args)
     if trainer.is_world_process_zero():

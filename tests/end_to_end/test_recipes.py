@@ -218,6 +218,7 @@ ROOMS = [  # imports point from a later line to an earlier one
     {"evaluate"},
     {"compare", "doctor"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 
@@ -512,7 +513,7 @@ def test_a_copied_recipe_runs_from_another_folder_by_plain_python(tmp_path, tiny
     recipe.write_text(recipe.read_text().replace("beta=0.1", "beta=0.5"))
     result = run_command(
         *(sys.executable, recipe, "--use_cpu", "true", "--bf16", "false", "--dataset_name", hh_rows),
-        *("--model_name_or_path", tiny_model, "--max_steps", "1", "--pairs_per_update", "4", "--eval_pairs", "2"),
+        *("--model_name_or_path", tiny_model, "--max_steps", "1", "--pairs_per_update", "4", "--held_out", "0.4"),
         cwd=tmp_path,
     )
     assert result.returncode == 0, result.stdout + result.stderr

@@ -117,7 +117,7 @@ def test_a_killed_run_resumes_bit_identically(name, flags, tmp_path):
 
 
 @pytest.mark.parametrize(("epochs", "updates"), [("0.6", 5), pytest.param("1.5", 12, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("phase", ["\n      4  loss", "Log-probs before"], ids=["training", "report"])
+@pytest.mark.parametrize("phase", ["training", "report"])
 def test_a_run_of_a_part_of_an_epoch_resumes_to_the_same_weights(epochs, updates, phase, flags, tmp_path):
     """Eight updates are an epoch; the only checkpoint before the end is the third update's."""
     own = [*flags("hh_rlhf_lora"), "--num_train_epochs", epochs, "--max_steps", "-1", "--pairs_per_update", "16"]
@@ -128,7 +128,10 @@ def test_a_run_of_a_part_of_an_epoch_resumes_to_the_same_weights(epochs, updates
     log = tmp_path / "log"
     recipe = [sys.executable, str(RECIPES / "hh_rlhf_lora.py"), "--config", str(RECIPES / "profiles" / "cpu.yaml")]
     process = start([*recipe, *own, "--output_dir", "killed"], tmp_path, log)
-    wait_for(process, log, phase, seconds=300)
+    wait_for(process, log, "\n      4  loss", seconds=300)
+    while phase == "report" and not (tmp_path / "killed" / "adapter_model.safetensors").exists():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     for _ in range(2):

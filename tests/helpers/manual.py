@@ -36,6 +36,7 @@ NOT_RUN = {
     r"\bdoctor\b": "takes minutes; tests/doctor runs its parts",
     r"\bcompare\b": "trains for minutes; tests/compare and the second notebook run it",
     r"\bevaluate quickstart\b|make evaluate$": "needs the quickstart's run, which takes minutes",
+    r"lm_eval": "is lm-evaluation-harness's own command, and its tasks are at the Hub",
     r"--judge https?:": "needs an endpoint; tests/evaluate runs one",
     r"accelerate launch": "starts two processes; tests/launch runs the same line on small data",
     r"python tests/|python benchmarks/": "takes an hour or more",
@@ -236,7 +237,7 @@ def check_command(command: str) -> None:
             check_launch(rest)
         case [".venv/bin/python", file, *_] if file != "-m":
             assert (REPOSITORY / file).is_file()
-        case [".venv/bin/pre-commit", "install"]:
+        case [".venv/bin/pre-commit", "install"] | ["lm_eval", *_]:
             pass
         case _ if command.startswith("make "):
             assert len(words) > 1

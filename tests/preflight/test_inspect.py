@@ -546,7 +546,7 @@ def test_a_failure_ends_with_status_2_and_leaves_the_page(here, no_weights, hh_r
         (["ROWS", "--model_name_or_path", "MODEL", "--betta", "1"], "betta"),
         (["ROWS", "--model_name_or_path", "MODEL", "--threshold", "nothing=1"], "--threshold nothing=1 is not of"),
         (["ROWS", "--gpu", "A100"], "names no card"),
-        (["quickstart"], "train that one first"),
+        (["quickstart"], "Train it first: dpo-recipes train quickstart-sft"),
         (["own.py"], "lacks RECIPE or load_pairs"),
     ],
 )

@@ -244,7 +244,7 @@ def test_shares_are_drawn_from_0_to_1_and_other_numbers_from_0(page_of):
     held["eval"]["measures"] = {"tokens": both(30.0, 33.3)}
     (laid_out,) = page_of(held, widths=(1280,)).laid_out
     share = ["0", "0.25", "0.5", "0.75", "1"]
-    assert laid_out["axes"] == [share] * 4 + [["0", "10", "20", "30", "40"], share, ["0", "1.5", "3", "4.5"]]
+    assert laid_out["axes"] == [share] * 4 + [["0", "10", "20", "30", "40"], share, ["0", "2", "4", "6"]]
 
 
 def test_an_interval_is_drawn_inside_its_axis(page_of):
