@@ -58,11 +58,12 @@ def refuse_misspelt(names: Sequence[str], *, also: Sequence[str] = (), source: s
         source: Text of the recipe, which may bring settings of its own: a name that stands in it passes.
     """
     known = {*known_settings(), *also}
-    for name in names:
+    for flag in names:
+        *stage, name = flag.rpartition(".")  # of a comparison: --dpo.max_steps
         is_known = name in known or name.removeprefix("no_") in known or re.search(rf"\b{re.escape(name)}\b", source)
         if not is_known and (close := difflib.get_close_matches(name, known, n=2, cutoff=0.8)):
-            meant = " or ".join(f"--{each}" for each in close)
-            raise RecipeError(f"There is no setting --{name}. Did you mean {meant}?")
+            meant = " or ".join(f"--{''.join(stage)}{each}" for each in close)
+            raise RecipeError(f"There is no setting --{flag}. Did you mean {meant}?")
 
 
 def add_sampling(parser: argparse.ArgumentParser, temperature: float | None, most: int = 256, words: str = "") -> None:

@@ -22,6 +22,7 @@ from dpo_recipes.recipe import OnlineArguments
         (["train", "quickstart", "--evaluation_strategy", "no"], "Did you mean --eval_strategy?"),
         (["inspect", "hh-rlhf-lora", "--max_lenght", "1"], "Did you mean --max_length?"),
         (["compare", "quickstart", "--profle", "cpu"], "Did you mean --profile?"),
+        (["compare", "quickstart", "--dpo.max_stps", "9"], "no setting --dpo.max_stps. Did you mean --dpo.max_steps"),
         (["evaluate", "quickstart", "--max_new_token", "8"], "Did you mean --max_new_tokens?"),
     ],
 )
@@ -43,5 +44,6 @@ def test_a_flag_of_the_recipes_own_passes(tmp_path, monkeypatch):
     monkeypatch.setattr(Launch, "run", lambda self: 0)
     assert main(["train", str(recipe), "--profile", "cpu", "--betas", "1", "--no_bf16"]) == 0
     assert main(["train", str(recipe), "--profile", "cpu", "--nothing_like_it", "1"]) == 0  # its own parser refuses it
+    refuse_misspelt(["dpo.max_steps", "reward.learning_rate"])
     with pytest.raises(RecipeError, match="--betas"):
         refuse_misspelt(["betas"])
