@@ -108,6 +108,8 @@ def quiet_libraries() -> None:
     # trl 1.16 sets, and peft 0.21 reads, the old names of what transformers 5.23 calls activation checkpointing.
     warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing(_\w+)?` is", FutureWarning)
     logging.getLogger("transformers.modeling_utils").addFilter(_is_not_about_a_new_head)
+    # Checkpoints that are less than a second apart are put in order by their numbers, which is right.
+    logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "mtime may not be" not in str(record.msg))
 
 
 def _is_not_about_a_new_head(record: logging.LogRecord) -> bool:
