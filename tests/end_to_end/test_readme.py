@@ -472,6 +472,6 @@ def test_own_rows_train_as_described_and_leave_what_is_listed(tmp_path, tiny_mod
     ):
         assert heading in page
     assert samples[0]["prompt"][-1]["content"] in page
-    card = (tmp_path / "outputs/mine/README.md").read_text()
-    assert "look at the sampled answers rather than at accuracy" in page
-    assert "look at the sampled answers rather than at accuracy" in card
+    verdict = json.loads((tmp_path / "outputs/mine/metrics.json").read_text())["verdict"]["sentence"]
+    assert verdict.partition(": ")[2].split(" (")[0] in page.replace("→", "->")
+    assert "preference accuracy, summed" in (tmp_path / "outputs/mine/README.md").read_text()

@@ -264,9 +264,7 @@ def test_every_recipe_trains_under_what_a_profile_for_cards_asks_for(name, profi
     assert done["warnings"] == []
     budget = settings["tokens_per_step"] if config_of(name) is DPOConfig else None  # others count rows
     assert held["tokens_per_step"] == budget
-    assert held["per_device_train_batch_size"] == (
-        held["pairs_per_update"] if budget else settings["per_device_train_batch_size"]
-    )
+    assert held["per_device_train_batch_size"] == settings["per_device_train_batch_size"]
     assert held["bf16"] == (profile != "turing")
     losses = json.loads((run / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert all(math.isfinite(log["loss"]) for log in losses if "loss" in log)

@@ -280,7 +280,8 @@ def as_run(command: str, stand_ins: dict[str, Path]) -> list[str]:
         pattern = rf"(?<![\w/.-])({'|'.join(map(re.escape, names))})(?![\w/-])"
         return re.sub(pattern, lambda found: str(stand_ins[STAND_INS[found[1]]]), word)
 
-    words = [own(word) for word in words_of(command)]
+    plain = words_of(command)
+    words = [word if before == "--output" else own(word) for before, word in zip(["", *plain], plain, strict=False)]
     verb, name, *flags = [*words[1:], "", ""]
     if verb in ("train", "inspect", "evaluate") and (name == "mine.py" or re.fullmatch(r"[a-z0-9-]+", name)):
         recipe = runpy.run_path(str(find_recipe("preference-lora" if name == "mine.py" else name)))["RECIPE"]
