@@ -93,7 +93,7 @@ def test_one_round_of_the_loop_as_the_manual_shows_it(tmp_path, tiny_model, hh_r
     assert len(pairs) > 100
     assert all(pair["chosen"][0]["content"].startswith("Gladly") for pair in pairs)
     assert not any("Ask someone else" in pair["rejected"][0]["content"] for pair in pairs)
-    assert train[:3] == ["make", "train", "RECIPE=mixture-lora"]
+    assert train[:3] == ["make", "train", "RECIPE=preference-lora"]
     flags = shlex.split(train[3].removeprefix("ARGS="))
-    dpo("train", "mixture-lora", *flags, *SMALL, *MANY)
+    dpo("train", "preference-lora", *flags, *SMALL, *MANY)
     begins_at_ln_2_and_learns(tmp_path / "outputs/hh_rlhf_lora", tmp_path / "outputs/round2")
