@@ -73,6 +73,7 @@ def changed_settings(script_args: Any, training_args: Any) -> list[tuple[str, An
     plain = type(training_args)(output_dir="-", **{key: getattr(training_args, key) for key in machine})
     defaults = asdict(type(script_args)()) | asdict(ModelConfig()) | plain.to_dict() | machine
     defaults = json.loads(json.dumps(defaults, default=str))
-    follow = ["do_eval", "gradient_accumulation_steps", "gradient_checkpointing", "model_init_kwargs", "dry_run"]
+    follow = ["do_eval", "gradient_accumulation_steps", "gradient_checkpointing", "model_init_kwargs"]
+    follow += ["dry_run", "request"]
     settings = script_args.settings
     return [(key, settings[key]) for key in settings if key not in follow and settings[key] != defaults.get(key)]
