@@ -149,27 +149,48 @@ def _open_subject(
     """Checks the model and reads its held-out pairs."""
     named = dict(grouped(flags))
     data = next(iter(named.get("dataset_name", [])), "")
+    namespace, model, folder = _find_run(name, recipe, output_dir, has_data=bool(data))
+    given = _data_flags(name, model, OF_ROWS if data else OF_DATA) if recipe else []
+    flags = [*given, *flags, "--model_name_or_path", base or find_start(model)]
+    parsed = parse_namespace(namespace, recipe or Path(folder.name), profile=profile, flags=flags)
+    script_args, training_args, model_args = parsed
+    may_be_seen = _set_held_out(script_args, run_settings(model), data, named)
+    if isinstance(training_args, RewardConfig):
+        raise RecipeError(f"{name} makes a reward model, which its training measures: see metrics.json in {model}.")
+    start, tokenizer = str(model_args.model_name_or_path), load_tokenizer(model_args, training_args)
+    _check_related(model, tokenizer, start, trust_remote_code=training_args.trust_remote_code)
+    _limit_length(training_args, start)
+    measured = measure_pairs(namespace["load_pairs"], script_args, training_args, tokenizer)
+    say("\n".join(measured.lines))
+    return Subject(
+        name=recipe.stem if recipe else name,
+        model=model,
+        start=start,
+        dataset=str(script_args.dataset_name),
+        beta=training_args.beta if "beta" in named else run_settings(model).get("beta"),  # None: not known
+        pairs=measured.pairs["test"],
+        rule=namespace.get("judge"),
+        folder=folder,
+        trust_remote_code=training_args.trust_remote_code,
+        doubts=_seen(namespace, script_args, model) if may_be_seen else [],
+    )
+
+
+def _find_run(
+    name: str, recipe: Path | None, output_dir: str | None, *, has_data: bool
+) -> tuple[dict[str, Any], str, Path]:
+    """The namespace of the recipe or of one for the named data, the tuned model, and the folder of the results."""
     if recipe:
         namespace = runpy.run_path(str(recipe))
         model = output_dir or str(namespace["RECIPE"]["output_dir"])
-        folder, flags = Path(model), [*_data_flags(name, model, OF_ROWS if data else OF_DATA), *flags]
-    elif data:
-        namespace, model = dataset_recipe(""), name
-        folder = Path(output_dir or _results_folder(name))
-    else:
+        return namespace, model, Path(model)
+    if not has_data:
         raise RecipeError(
             f"{name} is a model, whose pairs are not known. Name them with --dataset_name, or evaluate its recipe "
             "(dpo-recipes list)."
         )
-    flags = [*flags, "--model_name_or_path", base or find_start(model)]
-    parsed = parse_namespace(namespace, recipe or Path(folder.name), profile=profile, flags=flags)
-    may_be_seen = _set_held_out(parsed[0], run_settings(model), data, named)
-    return _read_subject(recipe.stem if recipe else name, model, folder, namespace, parsed, named, may_be_seen)
-
-
-def _results_folder(model: str) -> Path:
-    """The folder of a run, or for any other model one below outputs/evaluate."""
-    return Path(model) if run_settings(model) else Path("outputs/evaluate") / re.sub(r"\W+", "_", model.strip("/."))
+    own = Path(name) if run_settings(name) else Path("outputs/evaluate") / re.sub(r"\W+", "_", name.strip("/."))
+    return dataset_recipe(""), name, Path(output_dir or own)
 
 
 def _set_held_out(script_args: Any, trained: Mapping[str, Any], data: str, named: Collection[str]) -> bool:
@@ -186,37 +207,6 @@ def _set_held_out(script_args: Any, trained: Mapping[str, Any], data: str, named
     elif "held_out" not in named:
         script_args.held_out = trained.get("held_out", script_args.held_out)
     return bool(trained.get("dataset_name")) and (is_apart or "held_out" in named)
-
-
-def _read_subject(
-    name: str,
-    model: str,
-    folder: Path,
-    namespace: Mapping[str, Any],
-    parsed: tuple[Any, ...],
-    named: Collection[str],
-    may_be_seen: bool,
-) -> Subject:
-    script_args, training_args, model_args = parsed
-    if isinstance(training_args, RewardConfig):
-        raise RecipeError(f"{name} makes a reward model, which its training measures: see metrics.json in {model}.")
-    start, tokenizer = str(model_args.model_name_or_path), load_tokenizer(model_args, training_args)
-    _check_related(model, tokenizer, start, trust_remote_code=training_args.trust_remote_code)
-    _limit_length(training_args, start)
-    measured = measure_pairs(namespace["load_pairs"], script_args, training_args, tokenizer)
-    say("\n".join(measured.lines))
-    return Subject(
-        name=name,
-        model=model,
-        start=start,
-        dataset=str(script_args.dataset_name),
-        beta=training_args.beta if "beta" in named else run_settings(model).get("beta"),  # None: not known
-        pairs=measured.pairs["test"],
-        rule=namespace.get("judge"),
-        folder=folder,
-        trust_remote_code=training_args.trust_remote_code,
-        doubts=_seen(namespace, script_args, model) if may_be_seen else [],
-    )
 
 
 def _is_same(data: str, trained_on: str | None) -> bool:
