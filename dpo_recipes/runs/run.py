@@ -190,6 +190,7 @@ def finish_run(
                 check_reloads(str(folder), model, _probe(trainer))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
+        outcome.metrics["verdict"] = verdict(outcome.metrics)
         files = _write_files(trainer, script_args, outcome, later)
         _show(folder, outcome, later.failures, files)
 
@@ -269,7 +270,7 @@ def _write_files(trainer: Trainer, script_args: RecipeArguments, outcome: Outcom
     warnings = outcome.warnings + [str(finding) for finding in read_findings(folder)]
     shown = {"table": table(outcome.header, outcome.rows) if outcome.rows else "", "note": outcome.note}
     with later.step("Writing the metrics", "evaluate"):
-        metrics = outcome.metrics | shown | {"verdict": verdict(outcome.metrics), "warnings": warnings, "cost": spent}
+        metrics = outcome.metrics | shown | {"warnings": warnings, "cost": spent}
         files.append(write_json(folder / "metrics.json", metrics))
     if outcome.answers:
         with later.step("Writing the answers", "evaluate"):
@@ -315,4 +316,4 @@ def _show(folder: Path, outcome: Outcome, failures: Sequence[str], files: Sequen
         say(side_by_side(outcome.answers[:3]) + "\n")
     kind = "LoRA adapter" if (folder / "adapter_config.json").exists() else "Model"
     say("\n".join([f"{kind:<13}{folder}", *(f"{file.name:<13} {file}" for file in files)]))
-    say(f"\n{verdict(outcome.metrics)['sentence']}")
+    say(f"\n{outcome.metrics['verdict']['sentence']}")

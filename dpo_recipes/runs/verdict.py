@@ -34,9 +34,9 @@ def verdict(metrics: Mapping[str, Any]) -> dict[str, str]:
         about = f"(95 % interval {_interval(accuracy, '.3f')}, {accuracy['n']} held-out pairs)"
         return said(word, "; ".join(filter(None, [f"{told} {about}", advice.get(word)])))
     found = metrics.get("differences", {})
-    # The caller's own scores come first, then the accuracy, then the score that training raises directly.
-    by_worth = sorted(found, key=lambda name: (name.startswith(REWARD_SCORE), found[name]["of"] != "prompts"))
-    for name in by_worth:
+    if found:
+        # The caller's own scores come first, then the accuracy, then the score that training raises directly.
+        name = min(found, key=lambda name: (name.startswith(REWARD_SCORE), found[name]["of"] != "prompts"))
         return _of_difference(name, found[name])
     if "preference_accuracy" in metrics:
         return said("not known", "there are no held-out pairs and no scores to compare both models by")
@@ -103,7 +103,7 @@ def by_interval(low: float, high: float, n: int) -> str:
 
 
 def narrowed(found: Mapping[str, Any], unit: str) -> str:
-    """How wide an interval is, and what would narrow it."""
+    """Returns the width of an interval in words, with the remedy that would narrow it."""
     if found["n"] < FEW:
         return f"{found['n']} {unit} are too few for an interval, so take {FEW} or more"
     if found["low"] == found["high"]:
