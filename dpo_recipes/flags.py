@@ -104,6 +104,11 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return values
 
 
+def says_no(word: object) -> bool:
+    """Returns True for a word by which transformers' parser understands no, whatever its case."""
+    return str(word).lower() in ("false", "f", "no", "n", "0")
+
+
 def true_or_false(text: str) -> bool:
     """The truth value that the word names."""
     if text not in ("true", "false"):

@@ -20,7 +20,7 @@ from dpo_recipes.catalog import list_recipes, read_yaml
 from dpo_recipes.dataset_adapters.ledger import HELD_OUT
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.files import check_writable, read_json
-from dpo_recipes.flags import grouped
+from dpo_recipes.flags import grouped, says_no
 from dpo_recipes.manifest import finished_run, refuse_strangers, was_cut_short
 from dpo_recipes.models.checkpoints import WEIGHTS_ALONE, checkpoints_of, incomplete_reason, latest_checkpoint
 from dpo_recipes.models.open import check_weights, full_model
@@ -75,13 +75,13 @@ class RecipeArguments(ScriptArguments):
 
     def __post_init__(self) -> None:
         """Raises ValueError unless `dry_run` is true, false or a number of updates."""
-        if not re.fullmatch("true|t|yes|y|false|f|no|n|[0-9]+", str(self.dry_run).lower()):
+        if not (says_no(self.dry_run) or re.fullmatch("true|t|yes|y|[0-9]+", str(self.dry_run).lower())):
             raise ValueError(f"dry_run is {self.dry_run}. Give true, false, or the number of updates to time.")
 
     @property
     def is_dry_run(self) -> bool:
         """True if nothing is to be started or kept."""
-        return str(self.dry_run).lower() not in ("false", "f", "no", "n", "0")
+        return not says_no(self.dry_run)
 
     @property
     def timed_updates(self) -> int:

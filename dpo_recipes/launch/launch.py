@@ -17,7 +17,7 @@ from pathlib import Path
 from dpo_recipes.catalog import find_recipe, find_settings, read_yaml, recipe_setting
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json
-from dpo_recipes.flags import grouped
+from dpo_recipes.flags import grouped, says_no
 from dpo_recipes.machine import ENVIRONMENT, default_profile, free_threads, gpu_cards
 from dpo_recipes.manifest import finished_run
 from dpo_recipes.secrecy import hide_flags
@@ -107,7 +107,7 @@ class Launch:
     def is_dry_run(self) -> bool:
         """Returns True if the flags ask to start nothing."""
         words = self.given().get("dry_run", ["false"]) or ["true"]  # the flag alone is yes
-        return words[-1].lower() not in ("false", "f", "no", "n", "0")
+        return not says_no(words[-1])
 
     def folder(self) -> Path:
         """The run's output folder."""
