@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,6 @@ from dpo_recipes.health.guards import add_guards
 from dpo_recipes.ppo import PPOConfig, PPOTrainer
 from dpo_recipes.presets import LORA
 from dpo_recipes.runs.callbacks import ProgressLines
-from dpo_recipes.shared_prefix import SharedPrefixDPOTrainer
 
 UNSHARED, NO_CHECKPOINTING = "ours, without shared prompts", "TRL, compact head, no checkpointing"
 BASELINES = {
@@ -143,8 +141,7 @@ def update(options: argparse.Namespace) -> Part:
     """An update of 64 pairs: in batches of 8 pairs, and in micro-batches of a number of tokens."""
     batches = dict(per_device_train_batch_size=8, gradient_accumulation_steps=UPDATE // 8)
     cases = {name: (name, batches) for name in (OURS, UNSHARED, NO_CHECKPOINTING)}
-    if "tokens_per_step" in signature(SharedPrefixDPOTrainer.__init__).parameters:
-        cases[BUDGET] = (OURS, dict(per_device_train_batch_size=UPDATE, tokens_per_step=TOKENS))
+    cases[BUDGET] = (OURS, dict(per_device_train_batch_size=UPDATE, tokens_per_step=TOKENS))
     with scratch():
         pairs, tokenizer, _, source = material(options)
         ways = {}
@@ -154,12 +151,11 @@ def update(options: argparse.Namespace) -> Part:
         results = in_turn(ways, rounds_of(options, 2))
     shown = {UNSHARED: BASELINES[UNSHARED], NO_CHECKPOINTING: BASELINES[COMPACT]}
     rows = compare("update of 64 pairs", results, shown)
-    if BUDGET in results:
-        rows += compare(
-            BUDGET,
-            results | {OURS: results[BUDGET], "batches": results[OURS]},
-            shown | {"batches": "batches of 8 pairs"},
-        )
+    rows += compare(
+        BUDGET,
+        results | {OURS: results[BUDGET], "batches": results[OURS]},
+        shown | {"batches": "batches of 8 pairs"},
+    )
     return Part(
         rows,
         f"8 batches of 8 pairs or a token budget, the smaller model of the step, TRL without checkpointing; {source}.",

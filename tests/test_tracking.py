@@ -254,7 +254,6 @@ def test_wandb_gets_the_results_and_the_page_if_asked(finished, tmp_path, monkey
 
 
 def test_tensorboard_gets_the_results_beside_the_curves(finished, tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     trainer = finished("tensorboard")

@@ -37,8 +37,7 @@ def estimate_cost(
     longest = prompt + (np.maximum(chosen, rejected) if two_answers else chosen)
     real = int((2 * prompt + chosen + rejected if two_answers else longest).sum())
     budget, batch = settings.get("tokens_per_step"), training_args.per_device_train_batch_size
-    if budget:
-        batch *= training_args.gradient_accumulation_steps  # the pairs of an update, which the trainer divides
+    batch *= training_args.gradient_accumulation_steps if budget else 1  # the pairs that the trainer divides
     order = np.random.default_rng(training_args.seed).permutation(len(pairs))
     batches = np.split(longest[order], range(batch, len(pairs), batch))
     if budget:
