@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl import ScriptArguments
 
-from dpo_recipes import loading
+from dpo_recipes import data_files, loading
 from dpo_recipes.dataset_adapters import hh_rlhf, preference_jsonl
 from dpo_recipes.dataset_adapters.adapting import ROW
 from dpo_recipes.dataset_adapters.ledger import Ledger
@@ -302,7 +302,11 @@ def test_a_hub_dataset_that_keeps_its_parts_in_folders_is_read_by_folder(tmp_pat
     write(tmp_path / "helpful-base" / "train.jsonl", rows(1))
     write(tmp_path / "harmless-base" / "train.jsonl", rows(1, start=1))
     load_dataset = datasets.load_dataset
-    monkeypatch.setattr(loading, "load_dataset", lambda name, *rest, **more: load_dataset(str(tmp_path), *rest, **more))
+
+    def at_the_hub(name, *rest, **more):
+        return load_dataset(str(tmp_path), *rest, **more)
+
+    monkeypatch.setattr(data_files, "load_dataset", at_the_hub)
     assert loaded("Anthropic/hh-rlhf", dataset_config="helpful-base") == {"train": ["row 0"]}
     assert "(configuration nope)" in refusal("Anthropic/hh-rlhf", dataset_config="nope")
 
@@ -311,7 +315,7 @@ def test_a_full_disk_is_not_taken_for_an_unreadable_file(tmp_path, monkeypatch):
     def full(*_, **__):
         raise datasets.exceptions.DatasetGenerationError from OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(loading, "load_dataset", full)
+    monkeypatch.setattr(data_files, "load_dataset", full)
     with pytest.raises(OSError, match="No space left"):
         load_rows(arguments(write(tmp_path / "a.jsonl", rows(1))))
 
