@@ -10,8 +10,8 @@ from collections import Counter
 from pathlib import Path
 
 PARTS = {
-    "layer": "recipe presets settings loading manifest tracking trl_patches dataset_adapters preflight shared_prefix "
-    "ppo health runs playground",
+    "layer": "recipe ending presets settings loading data_files manifest tracking trl_patches dataset_adapters "
+    "preflight shared_prefix ppo health runs playground",
     "commands": "__main__ cli flags catalog launch models sample evaluate compare pages",
     "doctor": "doctor",
 }

@@ -1,15 +1,13 @@
-"""What every recipe shares: its settings, its tokenizer, and how it ends when something is wrong."""
+"""What every recipe shares: its settings and its tokenizer."""
 
-import errno
 import os
 import re
 import sys
 import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 from transformers.hf_argparser import HfArg
@@ -18,7 +16,9 @@ from trl import DPOConfig, ModelConfig, RewardConfig, ScriptArguments, TrlParser
 
 from dpo_recipes.catalog import list_recipes, read_yaml
 from dpo_recipes.dataset_adapters.ledger import HELD_OUT
-from dpo_recipes.errors import RecipeError, UnhealthyRunError
+from dpo_recipes.ending import NO_TOKENIZER, SECRETS, unreachable
+from dpo_recipes.ending import run as run  # recipes import it from here
+from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import check_writable, read_json
 from dpo_recipes.flags import grouped, says_no
 from dpo_recipes.manifest import finished_run, refuse_strangers, was_cut_short
@@ -26,13 +26,10 @@ from dpo_recipes.models.checkpoints import WEIGHTS_ALONE, checkpoints_of, incomp
 from dpo_recipes.models.open import check_weights, full_model
 from dpo_recipes.secrecy import hide, hide_flags, secrets_of, take_secrets
 from dpo_recipes.settings import check_settings, effective_settings, settings_differences
-from dpo_recipes.terminal import duration, outlive_the_terminal, quiet_libraries, runnable, say, this_python
+from dpo_recipes.terminal import duration, say, this_python
 from dpo_recipes.tracking import check_hub, check_trackers
 
 FLAG = 2  # the place of a setting that a flag gave
-Result = TypeVar("Result")
-_SECRETS: set[str] = set()
-"""Secrets among the flags of this process; no message shows them."""
 
 SETTINGS_FILE = "settings.json"
 DONE_FILE = "done.json"
@@ -137,7 +134,7 @@ def parse_recipe(
         FinishedRun: If the output folder holds this run, finished.
     """
     argv = list(sys.argv if argv is None else argv)
-    _SECRETS.update(secrets_of(argv))
+    SECRETS.update(secrets_of(argv))
     parsed, given = _parse(recipe, dataclass_types, argv)
     sys.argv[1:] = hide_flags(sys.argv[1:])  # trackers keep the command line
     script_args = next(args for args in parsed if isinstance(args, RecipeArguments))
@@ -184,7 +181,7 @@ def _parse(
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:
         hint = " Use the profile cpu without a GPU, turing on a card without bfloat16." if "bf16" in str(error) else ""
         listed = f". `{this_python()} {argv[0]} --help` lists the settings." if Path(argv[0]).is_file() else ""
-        raise RecipeError(hide(f"{error}{hint}", _SECRETS) + listed) from error
+        raise RecipeError(hide(f"{error}{hint}", SECRETS) + listed) from error
     if not loads_by_name and (unused := {*flags, *recipe} & {entry.name for entry in fields(_LoadedByName)}):
         raise RecipeError(f"{unused.pop()} has no effect here: this recipe makes its own model. Leave it out.")
     return parsed, given
@@ -421,9 +418,9 @@ def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) ->
             file = Path(template)
             tokenizer.chat_template = file.read_text("utf-8") if file.is_file() else load(template).chat_template
     except (OSError, ValueError) as error:
-        raise RecipeError(_unreachable(name, error)) from error
+        raise RecipeError(unreachable(name, error)) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one where there is none
-        raise RecipeError(f"{_NO_TOKENIZER} ({name})")
+        raise RecipeError(f"{NO_TOKENIZER} ({name})")
     return tokenizer
 
 
@@ -441,113 +438,9 @@ def _check_kind(name: str, *, is_reward_model: bool, **options: Any) -> None:
     except RecipeError as error:
         if folder.is_dir():
             raise
-        raise RecipeError(_unreachable(name, error.__cause__ or error)) from error
+        raise RecipeError(unreachable(name, error.__cause__ or error)) from error
     if artifact.is_reward_model and not is_reward_model:
         raise RecipeError(
             f"{name} holds a reward model, whose score head is no language model's. Name the model to train with "
             "--model_name_or_path, and the one that scores with --reward_model_name_or_path."
         )
-
-
-def _unreachable(name: str, error: BaseException) -> str:
-    """The message for a model or dataset that cannot be loaded."""
-    if blamed := _blame(str(error)):
-        return blamed
-    said = str(error).splitlines()[0]
-    if Path(name).is_dir():
-        return f"Cannot load {name}: {said} Its files are damaged or of another library: save the model again."
-    return (
-        f"Cannot load {name}: {said} Without the Hub, give a local folder with --model_name_or_path, or run the "
-        "quickstart, which needs no network: dpo-recipes train quickstart."
-    )
-
-
-def run(main: Callable[[], Result]) -> Result:
-    """Returns the result of `main`, or ends the process with a message and an exit status that scripts can rely on.
-
-    The statuses: 0 done; 1 the work failed; 2 the call or the data was wrong and nothing was started; 130 or 143
-    interrupted.
-    """
-    quiet_libraries()
-    outlive_the_terminal()
-    _SECRETS.update(secrets_of(sys.argv))
-    try:
-        return main()
-    except RecipeError as error:
-        _leave(2, str(error))
-    except UnhealthyRunError as error:
-        _leave(1, str(error))
-    except KeyboardInterrupt:
-        _leave(130, "Interrupted outside of training. What was saved before is kept.")
-    except Exception as error:
-        if meaning := _meaning(error):
-            _leave(*meaning)
-        raise
-
-
-def _meaning(error: Exception) -> tuple[int, str] | None:
-    """The exit status and the message for an error of a library; None if its cause is not known."""
-    text = str(error)
-    if is_disk_full(error):
-        return 1, f"A disk is full. {_about_the_disk(error)}"
-    if blamed := _blame(text):
-        return 2, blamed
-    if isinstance(error, OSError) and "huggingface.co" in text:
-        return 2, _unreachable("the model or dataset", error)
-    if type(error).__name__ == "OutOfMemoryError":
-        return 1, (
-            f"Out of memory: {text.splitlines()[0]} Halve --tokens_per_step, or --per_device_train_batch_size where "
-            "that is 0 (the pairs per update stay the same), lower --max_length, or use a 4-bit recipe."
-        )
-    return None
-
-
-_NO_TOKENIZER = (
-    "There is no tokenizer beside the model. Save it into the model's folder: "
-    "AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)."
-)
-_BLAME = {
-    r"Couldn't instantiate the backend tokenizer": _NO_TOKENIZER,
-    r"trust_remote_code=True": "The model has code of its own, which runs only if you say so: read it, then give "
-    "--trust_remote_code true.",
-    r"api/repos/create|api/models/.*/(preupload|commit)": "The Hub refused push_to_hub. Log in with `hf auth login`, "
-    "name a repository of yours with --hub_model_id, or leave --push_to_hub out.",
-    r"Target modules .* not found|No modules were targeted": "lora_target_modules names no module of this model. Take "
-    "all-linear; a single name is a regular expression of the whole path: '.*q_proj'.",
-}
-"""The meaning of a library's error for the user, by a pattern of the error's text."""
-
-
-def _blame(text: str) -> str | None:
-    """The meaning of a library's error for the user, with its first line; None if the error is not known."""
-    return next((f"{meant} ({text.splitlines()[0]})" for sign, meant in _BLAME.items() if re.search(sign, text)), None)
-
-
-def _about_the_disk(error: Exception) -> str:
-    """Advice for a full disk, by whether the caches or the run's folder fill it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if any(re.search(r"/(datasets|huggingface_hub)/", frame.filename) for frame in frames):
-        return (
-            "That disk holds the cache of datasets and models. Free some space there, or name a folder on another disk "
-            "with the variable HF_HOME."
-        )
-    return (
-        "Complete checkpoints are kept: free some space and continue with --resume_from_checkpoint true, or keep fewer "
-        "with --save_total_limit."
-    )
-
-
-def is_disk_full(error: Exception) -> bool:
-    """Returns True if an error of Python, safetensors or torch says that a disk is full."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    # safetensors and torch.save raise errors of their own, and the last one names no reason.
-    signs = ("No space left on device", "File too large", "PytorchStreamWriter failed writing", "inline_container.cc")
-    return any(sign in str(error) for sign in signs)
-
-
-def _leave(status: int, message: str) -> NoReturn:
-    """Ends the process; the main process alone shows the message, without secrets."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        sys.stderr.write(f"{runnable(hide(message, _SECRETS))}\n")
-    raise SystemExit(status)

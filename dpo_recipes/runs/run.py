@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, ProgressCallback, Trainer
 from trl import RewardTrainer
 
+from dpo_recipes.ending import is_disk_full
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.files import write_json, write_jsonl, write_text
 from dpo_recipes.flags import grouped
@@ -33,7 +34,7 @@ from dpo_recipes.models.merge import merge_adapter, replace_adapter
 from dpo_recipes.models.open import open_model
 from dpo_recipes.models.rewards import Text, check_reloads
 from dpo_recipes.ppo.trainer import PPOTrainer
-from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, RecipeArguments, is_disk_full
+from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, RecipeArguments
 from dpo_recipes.runs.before_after import Outcome, Questions, Score, measure, not_measured
 from dpo_recipes.runs.callbacks import DeclareCheckpoints, NoUpdateAfterTheLast, ProgressLines, Stopwatch
 from dpo_recipes.runs.curves import side_by_side, table
