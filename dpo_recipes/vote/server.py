@@ -1,0 +1,198 @@
+"""The page on which people vote, built with Gradio. All that it shows follows from the votes on disk."""
+
+import asyncio
+import hashlib
+import hmac
+import html
+import os
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from socket import socket
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read by Gradio as it is imported
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI, Request, Response
+
+from dpo_recipes.terminal import say, shown
+from dpo_recipes.vote.log import QUESTIONS, SIDES, UNDO, VoteLog, standing
+
+HERE = Path(__file__).parent
+BUTTONS = {
+    "first": "Answer 1",
+    "tie": "Tie",
+    "both bad": "Both bad",
+    "second": "Answer 2",
+    "skip": "Skip",
+    UNDO: "Undo",
+}
+PLACES = ("Answer 1", "Equal", "Answer 2")
+HEADERS = {
+    # A browser asks no other host, and no other page shows this one. Gradio compiles its templates in the browser.
+    "Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
+WRONG_PASSWORD = 1.0  # seconds to the answer, so that nobody tries many
+
+
+class Booth:
+    """The pairs, in one order for all voters, and their votes."""
+
+    def __init__(self, pairs: Sequence[Mapping[str, Any]], log: VoteLog) -> None:
+        self.pairs = {pair["pair"]: pair for pair in random.Random(0).sample(list(pairs), len(pairs))}
+        self.log = log
+
+    def sides(self, voter: str, pair: str) -> tuple[str, str]:
+        """The sides of Answer 1 and Answer 2, drawn once for each voter and pair."""
+        drawn = hashlib.sha256(f"{voter}\0{pair}".encode()).digest()[0] % 2
+        return (SIDES[drawn], SIDES[1 - drawn])
+
+    def done(self, voter: str) -> list[str]:
+        """Pairs on which the voter has voted, in the order of the votes."""
+        return [pair for name, pair in standing(self.log.votes) if name == voter and pair in self.pairs]
+
+    def next(self, voter: str) -> str:
+        """The first pair on which the voter has not voted; empty if there is none."""
+        done = {*self.done(voter)}
+        return next((pair for pair in self.pairs if pair not in done), "")
+
+    def cast(self, voter: str, pair: str, choice: str, answered: Mapping[str, str | None]) -> None:
+        """Keeps a vote on a pair, or takes the voter's last one back."""
+        if choice == UNDO:
+            if done := self.done(voter):
+                self.log.append(voter=voter, pair=done[-1], vote=UNDO)
+        elif pair in self.pairs:
+            first, second = self.sides(voter, pair)
+            by_place = {"first": first, "second": second, **dict(zip(PLACES, (first, "tie", second), strict=True))}
+            given = {name: by_place[place] for name, place in answered.items() if place in by_place}
+            self.log.append(voter=voter, pair=pair, vote=by_place.get(choice, choice), first=first, questions=given)
+
+
+def serve(pairs: Sequence[Mapping[str, Any]], log: VoteLog, listener: socket, *, password: str | None) -> None:
+    """Serves the page until the process gets a signal, which it raises again as KeyboardInterrupt."""
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    app = build_app(Booth(pairs, log), password=password)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+    say(f"Vote at http://{host}:{port} (Ctrl-C ends it and writes the result)")
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def build_app(booth: Booth, *, password: str | None) -> FastAPI:
+    """The application: Gradio's, which asks for name and password if there is one, without requests to other hosts."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    async def is_welcome(name: str, given: str) -> bool:
+        if name.strip() and hmac.compare_digest(given.encode(), str(password).encode()):
+            return True
+        await asyncio.sleep(WRONG_PASSWORD)
+        return False
+
+    @app.middleware("http")
+    async def add_headers(request: Request, call_next: Any) -> Response:
+        response: Response = await call_next(request)
+        response.headers.update(HEADERS)
+        return response
+
+    welcome = "Any name of your own, and the password that you were given."
+    gr.mount_gradio_app(
+        app,
+        build_page(booth),
+        "/",
+        **({"auth": is_welcome, "auth_message": welcome} if password else {}),
+        **dict.fromkeys(("run_history", "ssr_mode", "pwa", "mcp_server", "enable_monitoring"), False),
+        footer_links=[],
+        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=(HERE / "vote.css").read_text(encoding="utf-8"),
+        head=f"<script>{(HERE / 'vote.js').read_text(encoding='utf-8')}</script>",
+    )
+    return app
+
+
+def build_page(booth: Booth) -> gr.Blocks:
+    """The components, and what each click does. A browser sends the pair that it shows, so no click is for another."""
+    with gr.Blocks(title="Vote", analytics_enabled=False) as page:
+        with gr.Column(elem_id="welcome") as welcome:
+            gr.HTML("<h1>Which answer is better?</h1><p>Your name keeps your place, also after a pause.</p>")
+            name = gr.Textbox(label="Your name", max_lines=1, max_length=60, autofocus=True, elem_id="name")
+            start = gr.Button("Start", variant="primary", elem_id="start")
+        with gr.Column(visible=False, elem_id="booth") as column:
+            stage = gr.HTML(elem_id="stage")
+            with gr.Column(elem_id="questions"):
+                gr.HTML("<p>If you like, say more before you vote:</p>")
+                kinds = [gr.Radio(PLACES, label=words) for words in QUESTIONS.values()]
+            with gr.Row(elem_id="buttons"):
+                buttons = {
+                    choice: gr.Button(words, elem_id=f"vote-{choice.replace(' ', '-')}")
+                    for choice, words in BUTTONS.items()
+                }
+        voter, pair = (gr.Textbox(visible="hidden", elem_id=each) for each in ("voter", "pair"))
+        outputs = [welcome, column, stage, voter, pair, *kinds]
+        quiet: dict[str, Any] = dict(outputs=outputs, queue=False, show_progress="hidden", api_visibility="private")
+
+        def show(who: str) -> list[Any]:
+            key = booth.next(who) if who else ""
+            drawn = draw(booth, who, key) if who else ""
+            return [gr.update(visible=not who), gr.update(visible=bool(who)), drawn, who, key, *[None] * len(kinds)]
+
+        def enter(typed: str, request: gr.Request) -> list[Any]:
+            return show(_voter(request.username or typed))
+
+        def reload(request: gr.Request) -> Any:
+            who = _voter(request.username or request.query_params.get("voter", ""))
+            return show(who) if who else gr.skip()
+
+        def click(choice: str) -> Any:
+            def cast(request: gr.Request, who: str, key: str, *answered: str | None) -> list[Any]:
+                who = _voter(request.username or who)
+                if who:
+                    booth.cast(who, key, choice, dict(zip(QUESTIONS, answered, strict=True)))
+                return show(who)
+
+            return cast
+
+        page.load(reload, None, **quiet)
+        for event in (start.click, name.submit):
+            event(enter, name, **quiet).then(None, voter, js="keepVoter")
+        for choice, button in buttons.items():
+            button.click(click(choice), [voter, pair, *kinds], **quiet).then(None, None, js="showTop")
+    return page
+
+
+def _voter(name: str) -> str:
+    return " ".join(shown(name).split())[:60]
+
+
+def draw(booth: Booth, voter: str, key: str) -> str:
+    """The HTML of a pair and of the voter's progress, in which every text is escaped."""
+    done, total = len(booth.done(voter)), len(booth.pairs)
+    progress = (
+        f'<progress max="{total}" value="{done}"></progress><p class="soft">{done} of {total}, {_text(voter)}</p>'
+    )
+    drawn = f"<header>{progress}</header>"
+    if not key:
+        return f"{drawn}<h1>That was the last pair. Thank you.</h1><p>Undo shows it again.</p>"
+    pair = booth.pairs[key]
+    drawn += f'<div class="prompt">{_prompt(pair["prompt"])}</div><div class="answers">'
+    for place, side in enumerate(booth.sides(voter, key), start=1):
+        text = _text(pair[side]) or "<i>(empty)</i>"
+        drawn += f'<section class="answer"><h2>Answer {place}</h2><p class="text">{text}</p></section>'
+    return f"{drawn}</div>"
+
+
+def _prompt(prompt: Any) -> str:
+    """The turns of a prompt; the role of its only turn goes without saying."""
+    turns = [{"role": "", "content": prompt}] if isinstance(prompt, str) else prompt
+    roles = [f"<small>{_text(turn['role'])}</small>" if len(turns) > 1 else "" for turn in turns]
+    return "".join(
+        f'<p class="text">{role}{_text(turn["content"])}</p>' for role, turn in zip(roles, turns, strict=True)
+    )
+
+
+def _text(text: Any) -> str:
+    """Text as HTML that shows it as it is; no brace or dollar sign is left that Gradio's templates could read."""
+    escaped = html.escape(shown(text if isinstance(text, str) else str(text)))
+    return escaped.translate({ord(sign): f"&#{ord(sign)};" for sign in "{}$@`"})
