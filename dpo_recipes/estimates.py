@@ -86,18 +86,18 @@ def estimate(statistic: Statistic, seeds: Seeds, *, resamples: int = RESAMPLES, 
 def two_way(values: Array) -> Estimate:
     """The mean of judgements with a 95 % interval over prompts and judges, as `n` prompts.
 
-    The bootstrap draws prompts and judges anew, each on its own (Owen 2007, "The pigeonhole bootstrap"). Where it is
-    narrower than Wilson's interval of as many prompts, as with few prompts or equal judgements, that one counts.
+    The bootstrap draws prompts and judges anew, each on its own (Owen 2007, "The pigeonhole bootstrap"), and adds up how
+    far their judgements are from the mean, so that a judge of few prompts moves it little. Where it is narrower than
+    Wilson's interval of as many prompts, as with few prompts or equal judgements, that one counts.
 
     Args:
         values: Each between 0 and 1, NaN where a judge gave none. Shape (prompts, judges).
     """
     values = values[~np.isnan(values).all(axis=1)]
-    known, rng = ~np.isnan(values), np.random.default_rng(0)
+    found, rng = float(np.nanmean(values)), np.random.default_rng(0)
     prompts, judges = (rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) for n in values.shape)
-    total, count = (np.einsum("bp,pj,bj->b", prompts, each, judges) for each in (np.nan_to_num(values), known * 1.0))
-    low, high = np.quantile(total[count > 0] / count[count > 0], (0.025, 0.975))
-    found = float(np.nanmean(values))
+    off = np.einsum("bp,pj,bj->b", prompts, np.nan_to_num(values - found), judges) / (~np.isnan(values)).sum()
+    low, high = np.clip(found + np.quantile(off, (0.025, 0.975)), 0, 1)
     alone = wilson(found * len(values), len(values))
     return Estimate(found, min(float(low), alone.low), max(float(high), alone.high), len(values))
 

@@ -1,11 +1,8 @@
-"""The page on which people vote, built with Gradio. All that it shows follows from the votes on disk."""
+"""Serves the page on which people vote: Gradio's components, and what each click does."""
 
 import asyncio
-import hashlib
 import hmac
-import html
 import os
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from socket import socket
@@ -18,7 +15,8 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 
 from dpo_recipes.terminal import say, shown
-from dpo_recipes.vote.log import QUESTIONS, SIDES, UNDO, VoteLog, standing
+from dpo_recipes.vote.booth import PLACES, Booth, draw
+from dpo_recipes.vote.log import QUESTIONS, UNDO, VoteLog
 
 HERE = Path(__file__).parent
 BUTTONS = {
@@ -29,46 +27,12 @@ BUTTONS = {
     "skip": "Skip",
     UNDO: "Undo",
 }
-PLACES = ("Answer 1", "Equal", "Answer 2")
 HEADERS = {
     # A browser asks no other host, and no other page shows this one. Gradio compiles its templates in the browser.
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
 }
 WRONG_PASSWORD = 1.0  # seconds to the answer, so that nobody tries many
-
-
-class Booth:
-    """The pairs, in one order for all voters, and their votes."""
-
-    def __init__(self, pairs: Sequence[Mapping[str, Any]], log: VoteLog) -> None:
-        self.pairs = {pair["pair"]: pair for pair in random.Random(0).sample(list(pairs), len(pairs))}
-        self.log = log
-
-    def sides(self, voter: str, pair: str) -> tuple[str, str]:
-        """The sides of Answer 1 and Answer 2, drawn once for each voter and pair."""
-        drawn = hashlib.sha256(f"{voter}\0{pair}".encode()).digest()[0] % 2
-        return (SIDES[drawn], SIDES[1 - drawn])
-
-    def done(self, voter: str) -> list[str]:
-        """Pairs on which the voter has voted, in the order of the votes."""
-        return [pair for name, pair in standing(self.log.votes) if name == voter and pair in self.pairs]
-
-    def next(self, voter: str) -> str:
-        """The first pair on which the voter has not voted; empty if there is none."""
-        done = {*self.done(voter)}
-        return next((pair for pair in self.pairs if pair not in done), "")
-
-    def cast(self, voter: str, pair: str, choice: str, answered: Mapping[str, str | None]) -> None:
-        """Keeps a vote on a pair, or takes the voter's last one back."""
-        if choice == UNDO:
-            if done := self.done(voter):
-                self.log.append(voter=voter, pair=done[-1], vote=UNDO)
-        elif pair in self.pairs:
-            first, second = self.sides(voter, pair)
-            by_place = {"first": first, "second": second, **dict(zip(PLACES, (first, "tie", second), strict=True))}
-            given = {name: by_place[place] for name, place in answered.items() if place in by_place}
-            self.log.append(voter=voter, pair=pair, vote=by_place.get(choice, choice), first=first, questions=given)
 
 
 def serve(pairs: Sequence[Mapping[str, Any]], log: VoteLog, listener: socket, *, password: str | None) -> None:
@@ -164,35 +128,3 @@ def build_page(booth: Booth) -> gr.Blocks:
 
 def _voter(name: str) -> str:
     return " ".join(shown(name).split())[:60]
-
-
-def draw(booth: Booth, voter: str, key: str) -> str:
-    """The HTML of a pair and of the voter's progress, in which every text is escaped."""
-    done, total = len(booth.done(voter)), len(booth.pairs)
-    progress = (
-        f'<progress max="{total}" value="{done}"></progress><p class="soft">{done} of {total}, {_text(voter)}</p>'
-    )
-    drawn = f"<header>{progress}</header>"
-    if not key:
-        return f"{drawn}<h1>That was the last pair. Thank you.</h1><p>Undo shows it again.</p>"
-    pair = booth.pairs[key]
-    drawn += f'<div class="prompt">{_prompt(pair["prompt"])}</div><div class="answers">'
-    for place, side in enumerate(booth.sides(voter, key), start=1):
-        text = _text(pair[side]) or "<i>(empty)</i>"
-        drawn += f'<section class="answer"><h2>Answer {place}</h2><p class="text">{text}</p></section>'
-    return f"{drawn}</div>"
-
-
-def _prompt(prompt: Any) -> str:
-    """The turns of a prompt; the role of its only turn goes without saying."""
-    turns = [{"role": "", "content": prompt}] if isinstance(prompt, str) else prompt
-    roles = [f"<small>{_text(turn['role'])}</small>" if len(turns) > 1 else "" for turn in turns]
-    return "".join(
-        f'<p class="text">{role}{_text(turn["content"])}</p>' for role, turn in zip(roles, turns, strict=True)
-    )
-
-
-def _text(text: Any) -> str:
-    """Text as HTML that shows it as it is; no brace or dollar sign is left that Gradio's templates could read."""
-    escaped = html.escape(shown(text if isinstance(text, str) else str(text)))
-    return escaped.translate({ord(sign): f"&#{ord(sign)};" for sign in "{}$@`"})
