@@ -86,9 +86,9 @@ def estimate(statistic: Statistic, seeds: Seeds, *, resamples: int = RESAMPLES, 
 def two_way(values: Array) -> Estimate:
     """The mean of judgements with a 95 % interval over prompts and judges, as `n` prompts.
 
-    The bootstrap draws prompts and judges anew, each on its own (Owen 2007, "The pigeonhole bootstrap"), and adds up how
-    far their judgements are from the mean, so that a judge of few prompts moves it little. Where it is narrower than
-    Wilson's interval of as many prompts, as with few prompts or equal judgements, that one counts.
+    The bootstrap draws prompts and judges anew, each on its own (Owen 2007, "The pigeonhole bootstrap"), and adds up
+    how far their judgements are from the mean, so that a judge of few prompts moves it little. Where it is narrower
+    than Wilson's interval of as many prompts, as with few prompts or equal judgements, that one counts.
 
     Args:
         values: Each between 0 and 1, NaN where a judge gave none. Shape (prompts, judges).

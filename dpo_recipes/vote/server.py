@@ -32,6 +32,11 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
 }
+COLOURS = {  # of the page that asks for the password, which Gradio shows without the style sheet
+    **{"body_background_fill": "#fbfaf7", "body_background_fill_dark": "#14171c"},
+    **{"button_primary_background_fill": "#006ba8", "button_primary_background_fill_dark": "#006ba8"},
+    **{"background_fill_secondary": "#fbfaf7", "background_fill_secondary_dark": "#14171c"},
+}
 WRONG_PASSWORD = 1.0  # seconds to the answer, so that nobody tries many
 
 
@@ -69,7 +74,7 @@ def build_app(booth: Booth, *, password: str | None) -> FastAPI:
         **({"auth": is_welcome, "auth_message": welcome} if password else {}),
         **dict.fromkeys(("run_history", "ssr_mode", "pwa", "mcp_server", "enable_monitoring"), False),
         footer_links=[],
-        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(**COLOURS),
         css=(HERE / "vote.css").read_text(encoding="utf-8"),
         head=f"<script>{(HERE / 'vote.js').read_text(encoding='utf-8')}</script>",
     )

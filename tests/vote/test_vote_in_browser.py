@@ -160,9 +160,8 @@ def test_a_server_for_other_machines_asks_for_the_password_and_keeps_it_nowhere(
         with visitor(browser, "phone") as (page, _):
             page.goto(f"http://127.0.0.1:{port}/")
             for given, passed in (("wrong", False), (PASSWORD, True)):
-                name, password = page.locator("input, textarea").all()[:2]
-                name.fill("ann")
-                password.fill(given)
+                page.get_by_label("username").fill("ann")
+                page.get_by_label("password").fill(given)
                 page.get_by_role("button", name="Login").click()
                 if passed:
                     done(page, 0)
