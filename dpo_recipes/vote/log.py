@@ -31,7 +31,7 @@ class VoteLog:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RecipeError(f"Another `dpo-recipes vote` writes {path}. Stop it first, or vote there.") from error
+            raise RecipeError(f"Another `vote` command writes {path}. Stop it first, or vote there.") from error
         self.votes, self.torn = read_votes(path)
         self._lock = threading.Lock()
         if (data := path.read_bytes()) and not data.endswith(b"\n"):

@@ -190,6 +190,7 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
     counts = ", ".join(f"{account[key]} {words}" for key, words in left_out.items())
     changes = f"{repeated['changed']} votes changed, {repeated['same']} given again, {found['undone']} undone"
     rows = {
+        "Against": found["against"],
         "Win rate": f"{rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]" if rate else "not known",
         "Agreement": f"not known: {alpha['why']}" if alpha["alpha"] is None else f"alpha {alpha['alpha']:.3f}",
         "Votes": ", ".join(f"{count} {choice}" for choice, count in found["votes"].items()),

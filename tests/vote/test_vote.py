@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 
 import pytest
+from browser import seen
 from hostile_pages import HOSTILE, Page
 from lora_runs import save_lora_run
 
@@ -18,7 +19,7 @@ from dpo_recipes.vote import vote as voting
 from dpo_recipes.vote.answers import load_answers, read_pairs
 from dpo_recipes.vote.booth import Booth, draw
 from dpo_recipes.vote.log import VoteLog, read_votes, repeats, standing
-from dpo_recipes.vote.results import agreement, measure, next_pairs, verdict
+from dpo_recipes.vote.results import agreement, measure, next_pairs, verdict, write_result
 
 NAN = float("nan")
 
@@ -79,7 +80,7 @@ def test_a_vote_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(log, tmp
 
 
 def test_a_second_process_cannot_write_the_same_votes(log, tmp_path):
-    with pytest.raises(RecipeError, match="Another `dpo-recipes vote` writes"):
+    with pytest.raises(RecipeError, match="Another `vote` command writes"):
         VoteLog(tmp_path / "votes.jsonl")
 
 
@@ -248,7 +249,9 @@ def test_pairs_go_by_majority_and_everything_else_is_counted():
     assert account == counts
 
 
-def test_the_result_is_on_the_page_and_in_a_file_and_its_pairs_are_read(tmp_path, capsys):
+@pytest.fixture
+def voted(tmp_path):
+    """A run on whose 40 pairs one voter has voted, once about an answer that it no longer gives."""
     run = write_run(tmp_path / "run", [sample(number, after=f"No {number}.") for number in range(40)])
     folder = run / "votes" / "initial_model"
     load_answers(str(run), None, folder / "answers.json", data={}, prompts=99, temperature=None)
@@ -257,6 +260,19 @@ def test_the_result_is_on_the_page_and_in_a_file_and_its_pairs_are_read(tmp_path
         log.append(**cast("ann", key, "after"))
     log.append(**cast("ann", "gone", "after"))
     claim(run, "votes")
+    return run
+
+
+def test_the_votes_on_the_page_fit_a_screen_and_a_phone(voted):
+    write_result(voted, "initial_model", "outputs/" + "unbroken" * 20)
+    for width in (1280, 390):
+        laid_out = seen(voted / "report.html", width)
+        assert laid_out["cut"] == []
+        assert laid_out["width"] == width
+
+
+def test_the_result_is_on_the_page_and_in_a_file_and_its_pairs_are_for_training(voted, capsys):
+    run, folder = voted, voted / "votes" / "initial_model"
     assert cli.main(["vote", str(run), "--result"]) == 0
     printed = capsys.readouterr().out
     for told in ("Better: voters give", "not known: it takes two voters", "1 votes are about answers that the run no"):
