@@ -8,6 +8,7 @@ from typing import Any
 
 import krippendorff
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from dpo_recipes.dataset_adapters import DROP_REASONS, Drop, as_messages, check_pair
@@ -23,10 +24,7 @@ WORTH = {"before": 0.0, "tie": 0.5, "both bad": 0.5, "after": 1.0}  # in the win
 LABELS = {
     "win_rate": ("win rate", 3, "share of votes for the tuned model; ties and two bad answers count one half"),
     "left": ("preferences for the first answer shown", 3, "0.5 if its place did not matter"),
-    **{
-        name: (words.lower(), 3, "share of answers to this question for the tuned model")
-        for name, words in QUESTIONS.items()
-    },
+    **{name: (words.lower(), 3, "for the tuned model; equal counts one half") for name, words in QUESTIONS.items()},
 }
 
 
@@ -70,16 +68,9 @@ def write_result(run: Path, name: str, against: str | None) -> dict[str, Any]:
 def measure(votes: Sequence[Vote]) -> dict[str, Any]:
     """Win rates, agreement and verdict of the votes that count."""
     cast = [vote for vote in votes if vote["vote"] in WORTH]
-    rate = _two_way([(vote["pair"], vote["voter"], WORTH[vote["vote"]]) for vote in cast])
-    by_voter = Counter(vote["voter"] for vote in cast)
+    rate, by_voter = _two_way(cast), Counter(vote["voter"] for vote in cast)
     decided = [vote for vote in cast if vote["vote"] in SIDES]
     first = sum(vote["vote"] == vote["first"] for vote in decided)
-    answered = {
-        name: _two_way(
-            [(each["pair"], each["voter"], WORTH[given]) for each in cast if (given := each["questions"].get(name))]
-        )
-        for name in QUESTIONS
-    }
     alpha, why = agreement(cast)
     return {
         "verdict": verdict(rate, len(by_voter)),
@@ -88,26 +79,26 @@ def measure(votes: Sequence[Vote]) -> dict[str, Any]:
         "votes": {choice: sum(vote["vote"] == choice for vote in votes) for choice in CHOICES},
         "voters": sorted(by_voter.values(), reverse=True),  # their numbers of votes; names stay in votes.jsonl
         "left": asdict(wilson(first, len(decided))) if decided else None,
-        "questions": {name: {"after": estimate} for name, estimate in answered.items() if estimate},
+        "questions": {name: {"after": found} for name in QUESTIONS if (found := _two_way(cast, name))},
     }
 
 
-def _table(cells: Sequence[tuple[str, str, float]]) -> NDArray[np.float64]:
-    """Values by pair and voter, NaN where a voter gave none. Shape (pairs, voters)."""
-    rows, columns = (list(dict.fromkeys(cell[place] for cell in cells)) for place in (0, 1))
-    values = np.full((len(rows), len(columns)), np.nan)
-    for pair, voter, value in cells:
-        values[rows.index(pair), columns.index(voter)] = value
-    return values
+def _table(votes: Sequence[Vote], question: str | None = None) -> NDArray[np.float64]:
+    """The worth of each vote, or of its answer to a question, NaN where there is none. Shape (pairs, voters)."""
+    choices = [vote["questions"].get(question) if question else vote["vote"] for vote in votes]
+    cells = [(vote["pair"], vote["voter"], WORTH.get(choice)) for vote, choice in zip(votes, choices, strict=True)]
+    table = pd.DataFrame(cells, columns=["pair", "voter", "worth"]).dropna().pivot(index="pair", columns="voter")
+    return np.asarray(table.to_numpy(dtype=np.float64))
 
 
-def _two_way(cells: Sequence[tuple[str, str, float]]) -> dict[str, Any] | None:
-    return asdict(two_way(_table(cells))) if cells else None
+def _two_way(votes: Sequence[Vote], question: str | None = None) -> dict[str, Any] | None:
+    table = _table(votes, question)
+    return asdict(two_way(table)) if table.size else None
 
 
 def agreement(votes: Sequence[Vote]) -> tuple[float | None, str]:
     """Krippendorff's alpha of the votes, ordinal (before, equal, after), and if it is not known the reason why."""
-    values = _table([(vote["pair"], vote["voter"], WORTH[vote["vote"]]) for vote in votes])
+    values = _table(votes)
     if values.shape[1] < 2:
         return None, "it takes two voters"
     shared = values[(~np.isnan(values)).sum(axis=1) > 1]
@@ -199,7 +190,7 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
     }
     warnings = {
         "torn": "lines of votes.jsonl were cut short by a kill and are left out",
-        "of_other_answers": "votes are about answers that the run no longer gives and are left out",
+        "of_other_answers": "votes are about answers that are no longer compared and are left out",
         "equal": "prompts have equal answers and were not shown",
     }
     told = [f"{found[key]} {words}." for key, words in warnings.items() if found[key]]

@@ -275,7 +275,7 @@ def test_the_result_is_on_the_page_and_in_a_file_and_its_pairs_are_for_training(
     run, folder = voted, voted / "votes" / "initial_model"
     assert cli.main(["vote", str(run), "--result"]) == 0
     printed = capsys.readouterr().out
-    for told in ("Better: voters give", "not known: it takes two voters", "1 votes are about answers that the run no"):
+    for told in ("Better: voters give", "not known: it takes two voters", "1 votes are about answers that are"):
         assert told in printed
     found = json.loads((run / "votes.json").read_text())["initial_model"]
     assert found["win_rate"]["mean"] == 1.0
