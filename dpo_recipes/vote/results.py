@@ -115,7 +115,7 @@ def verdict(rate: Mapping[str, Any] | None, voters: int) -> dict[str, str]:
         return said("not known", "nobody has voted")
     of = f"{rate['n']} prompts, {voters} voter{'s' * (voters > 1)}"
     told = (
-        f"voters give the tuned model a win rate of {rate['mean']:.3f}, where equal models have 0.5 "
+        f"win rate by votes {rate['mean']:.3f}, where equal models have 0.5 "
         f"(95 % interval [{rate['low']:.3f}, {rate['high']:.3f}], {of})"
     )
     word = by_interval(rate["low"] - 0.5, rate["high"] - 0.5, rate["n"])

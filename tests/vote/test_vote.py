@@ -251,7 +251,7 @@ def test_pairs_go_by_majority_and_everything_else_is_counted():
 
 @pytest.fixture
 def voted(tmp_path):
-    """A run on whose 40 pairs one voter has voted, once about an answer that it no longer gives."""
+    """A run on whose 40 pairs one voter has voted, once on a pair that is gone."""
     run = write_run(tmp_path / "run", [sample(number, after=f"No {number}.") for number in range(40)])
     folder = run / "votes" / "initial_model"
     load_answers(str(run), None, folder / "answers.json", data={}, prompts=99, temperature=None)
@@ -275,13 +275,13 @@ def test_the_result_is_on_the_page_and_in_a_file_and_its_pairs_are_for_training(
     run, folder = voted, voted / "votes" / "initial_model"
     assert cli.main(["vote", str(run), "--result"]) == 0
     printed = capsys.readouterr().out
-    for told in ("Better: voters give", "not known: it takes two voters", "1 votes are about answers that are"):
+    for told in ("Better: win rate by votes", "not known: it takes two voters", "1 votes are about answers that are"):
         assert told in printed
     found = json.loads((run / "votes.json").read_text())["initial_model"]
     assert found["win_rate"]["mean"] == 1.0
     assert "ann" not in (run / "votes.json").read_text()
     words = Page((run / "report.html").read_text()).words
-    assert "▲ Better voters give the tuned model a win rate of 1.000" in words
+    assert "▲ Better win rate by votes 1.000" in words
     assert (
         "agreement of the voters, Krippendorff\N{RIGHT SINGLE QUOTATION MARK}s alpha it takes two voters not known"
         in words

@@ -180,7 +180,7 @@ def test_a_server_for_other_machines_asks_for_the_password_and_keeps_it_nowhere(
         stranger.close()
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 0
-    assert "Not known: voters give" in (run.parent / "printed").read_text()
+    assert "Not known: win rate by votes" in (run.parent / "printed").read_text()
     assert (run / "report.html").exists()
     files = [path for path in run.parent.rglob("*") if path.is_file()]
     assert files
