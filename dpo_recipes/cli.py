@@ -18,6 +18,7 @@ from dpo_recipes.models import command as models
 from dpo_recipes.sample import command as sample
 from dpo_recipes.secrecy import hide, secrets_of
 from dpo_recipes.terminal import outlive_the_terminal, quiet_libraries, runnable
+from dpo_recipes.vote import command as vote
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,6 +64,6 @@ def build_parser() -> ArgumentParser:
     parser.set_defaults(call=lambda options, flags: parser.print_help(), takes_flags=False)
     subparser: Any = partial(ArgumentParser, allow_abbrev=False)  # argparse's stubs want a class
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=subparser)
-    for room in (catalog, launch, evaluate, compare, sample, models, doctor):
+    for room in (catalog, launch, evaluate, compare, sample, vote, models, doctor):
         room.add_parser(commands)
     return parser

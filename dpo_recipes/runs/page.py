@@ -24,7 +24,7 @@ _SHOWN = 6  # prompts with both answers
 def write_run_page(folder: str | Path) -> Path:
     """Writes a page from the files of a run and returns its path; sections without their file are left out."""
     folder = Path(folder)
-    names = ("settings", "preflight", "metrics", "health", "done", "eval")
+    names = ("settings", "preflight", "metrics", "health", "done", "eval", "votes")
     held = {name: read_json(folder / f"{name}.json") for name in names}
     curves, samples = folder / "curves.png", read_jsonl(folder / "samples.jsonl")
     drawn = curves.read_bytes() if curves.exists() else b""

@@ -77,7 +77,7 @@ def sample(
     if fault := _contradiction(options["temperature"], num_samples, pairs=pairs, judge=judge, first_words=first_words):
         raise RecipeError(fault)
     check_writable(target.parent)
-    asked = _read_prompts(dataset, pairs=pairs, first_words=first_words)
+    asked = read_prompts(dataset, pairs=pairs, first_words=first_words)
     if judge:
         prompts = [row["prompt"] for row in asked]
         room = dict(max_completion_length=options["max_new_tokens"], labels=(1, 2))
@@ -108,7 +108,7 @@ def _contradiction(temperature: float, num_samples: int, *, pairs: bool, judge: 
     return None
 
 
-def _read_prompts(
+def read_prompts(
     script_args: RecipeArguments, *, pairs: bool, first_words: tuple[int, int] | None
 ) -> list[dict[str, Any]]:
     """Reads the `prompt` of every row, and for pairs its `chosen` answer; without pairs each prompt comes once."""

@@ -36,6 +36,7 @@ NOT_RUN = {
     r"\bdoctor\b": "takes minutes; tests/doctor runs its parts",
     r"\bcompare\b": "trains for minutes; tests/compare and the second notebook run it",
     r"\bevaluate quickstart\b|make evaluate$": "needs the quickstart's run, which takes minutes",
+    r"\bvotes?\b|merge outputs/quickstart": "needs a run that people have voted on; tests/vote votes on one",
     r"lm_eval": "is lm-evaluation-harness's own command, and its tasks are at the Hub",
     r"--judge https?:": "needs an endpoint; tests/evaluate runs one",
     r"accelerate launch": "starts two processes; tests/launch runs the same line on small data",
@@ -231,7 +232,7 @@ def check_command(command: str) -> None:
             check_flags(find_recipe("hh-rlhf-lora" if "/" in options.model else options.model), flags)
         case [".venv/bin/dpo-recipes", "copy", name, *_]:
             assert find_recipe(name).is_file()
-        case [".venv/bin/dpo-recipes", "answer" | "doctor" | "list" | "merge" | "page" | "sample" | "try", *_]:
+        case [".venv/bin/dpo-recipes", "answer" | "doctor" | "list" | "merge" | "page" | "sample" | "try" | "vote", *_]:
             build_parser().parse_args(words[1:])
         case [".venv/bin/accelerate", "launch", *rest]:
             check_launch(rest)

@@ -1,0 +1,1 @@
+"""Lets people judge answers blind in a browser; their votes are a win rate and pairs for a next round."""
