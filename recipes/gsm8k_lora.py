@@ -23,7 +23,7 @@ from trl import DPOConfig, ModelConfig, get_peft_config, get_quantization_config
 
 RECIPE = dict(
     # Data
-    dataset_name="example_model_solutions.jsonl",  # OpenAI's, of GSM8K's test questions; or pairs of your own
+    dataset_name="example_model_solutions.jsonl",  # OpenAI's, of GSM8K's test questions; or your own: docs/verifier.md
     max_length=1024,  # tokens, prompt and completion; oldest turns go first, a completion is never cut
     # Model
     model_name_or_path="Qwen/Qwen2.5-1.5B-Instruct",
@@ -49,16 +49,16 @@ RECIPE = dict(
 )
 
 
-def check(prompt: list[dict[str, str]], answer: str, reference: str) -> bool | None:
-    """The judge of `sample`: True if the answer ends in the reference's number, None if the reference has none."""
-    return is_right(answer, reference)
-
-
 def load_pairs(script_args: RecipeArguments) -> DatasetDict:
     """Preference pairs in a train and a test split that share no prompt."""
     dataset = load_rows(script_args)
     dataset_adapter = recognise(dataset["train"])  # pairs as they are, or right against wrong solutions
     return split_pairs({split: dataset_adapter(rows) for split, rows in dataset.items()})
+
+
+def check(prompt: list[dict[str, str]], answer: str, reference: str) -> bool | None:
+    """The judge of `sample`: True if the answer ends in the reference's number, None if the reference has none."""
+    return is_right(answer, reference)
 
 
 def main() -> None:

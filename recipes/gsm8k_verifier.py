@@ -50,15 +50,15 @@ RECIPE = dict(
 )
 
 
+def load_pairs(script_args: RecipeArguments) -> DatasetDict:
+    """A right and a wrong solution of one question in each pair; no question is in both splits."""
+    return right_against_wrong(load_questions(script_args))
+
+
 def load_questions(script_args: RecipeArguments) -> DatasetDict:
     """Questions with marked solutions, in a train and a test split that share no question."""
     marked = {split: marked_solutions(rows) for split, rows in load_rows(script_args).items()}
     return split_pairs(marked, script_args.held_out)
-
-
-def load_pairs(script_args: RecipeArguments) -> DatasetDict:
-    """A right and a wrong solution of one question in each pair; no question is in both splits."""
-    return right_against_wrong(load_questions(script_args))
 
 
 def main() -> None:
@@ -66,6 +66,9 @@ def main() -> None:
     script_args, training_args, model_args = parse_recipe(RECIPE, (RecipeArguments, RewardConfig, ModelConfig))
     tokenizer = load_tokenizer(model_args, training_args)
     pairs = prepare_pairs(load_pairs, script_args, training_args, tokenizer)
+    questions = load_questions(script_args)[
+        "test"
+    ]  # also those without a right or a wrong solution, which make no pair
 
     trainer = RewardTrainer(
         model=model_args.model_name_or_path,
@@ -78,8 +81,7 @@ def main() -> None:
     )
     start_run(trainer, script_args)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    # Best of N is measured on all held-out questions, also on those without a right or a wrong solution.
-    finish_run(trainer, script_args, merge=True, candidates=load_questions(script_args)["test"])
+    finish_run(trainer, script_args, merge=True, candidates=questions)  # best of N, against chance and a majority vote
 
 
 if __name__ == "__main__":

@@ -38,10 +38,19 @@ from dpo_recipes.recipe import RecipeArguments, argument_classes, parse_recipe
 NAMES = sorted(path.stem for path in RECIPES.glob("*.py"))
 PROFILES = sorted(path.stem for path in (RECIPES / "profiles").glob("*.yaml"))
 HH_RLHF = ["hh_rlhf_full", "hh_rlhf_lora", "hh_rlhf_qlora", "hh_rlhf_sft"]
-REWARD = ["hh_rlhf_reward", "imdb_sentiment_reward", "quickstart_reward"]
+REWARD = ["gsm8k_verifier", "hh_rlhf_reward", "imdb_sentiment_reward", "quickstart_reward"]
 ONLINE = ["hh_rlhf_ppo", "hh_rlhf_rloo", "imdb_sentiment_ppo", "quickstart_ppo", "quickstart_rloo"]
-SIBLINGS = {"hh": "hh_rlhf_lora", "imdb": "imdb_sentiment_lora", "quickstart": "quickstart"}  # DPO, by the first word
-ON_DATASETS = [*HH_RLHF, "mixture_lora", "oasst1_lora", "preference_lora", "shp_lora", "ultrafeedback_qlora"]
+SIBLINGS = {"gsm8k": "gsm8k_lora", "hh": "hh_rlhf_lora", "imdb": "imdb_sentiment_lora", "quickstart": "quickstart"}
+"""DPO recipes by the first word of a name."""
+ON_DATASETS = [
+    *HH_RLHF,
+    "gsm8k_lora",
+    "mixture_lora",
+    "oasst1_lora",
+    "preference_lora",
+    "shp_lora",
+    "ultrafeedback_qlora",
+]
 
 
 def test_there_are_recipes_and_profiles():
@@ -227,7 +236,7 @@ def rows_for(name, rows_of):
     """What a recipe is given in these tests as --dataset_name."""
     if name == "mixture_lora":
         return f"{rows_of['hh']}:60+{rows_of['shp']}+{rows_of['ultrafeedback']}:40"
-    return str(rows_of[name.split("_")[0]])
+    return str(rows_of["marked" if name == "gsm8k_lora" else name.split("_")[0]])
 
 
 STAND_INS = {
