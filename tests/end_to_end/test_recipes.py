@@ -417,6 +417,47 @@ def test_a_reward_model_reloads_whole_and_scores_as_it_did(kind, tmp_path, tiny_
     assert "WARNING: The reward model" not in result.stdout
 
 
+def test_a_verifier_that_learned_nothing_is_no_better_than_chance_in_words(tmp_path, tiny_model):
+    """A random score head, not trained, on questions whose right solutions look like the wrong ones."""
+    rows = [
+        {"question": f"{n} + {n % 7} = ?", "ground_truth": f"A: {n + n % 7}"}
+        | {f"model_{k}": {"is_correct": k == n % 4, "solution": f"A: {n + n % 7 + (k - n % 4)}"} for k in range(4)}
+        for n in range(400)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run_train(
+        *("gsm8k-verifier", "--profile", "cpu", "--dataset_name", "rows.jsonl", "--model_name_or_path", tiny_model),
+        *("--output_dir", "run", "--max_steps", "1", "--pairs_per_update", "4", "--learning_rate", "0"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    run = tmp_path / "run"
+    metrics = json.loads((run / "metrics.json").read_text())
+    found = metrics["best_of"]
+    asked, ways = found["questions"], found["by_size"]["4"]
+    assert 50 < asked == ways["best_of"]["n"] < 120, "a fifth of the questions"
+    assert (ways["chance"]["mean"], ways["oracle"]["mean"]) == (0.25, 1.0)
+    assert ways["majority"]["mean"] == pytest.approx(0.25), "all four say something else"
+    gain = ways["over_chance"]
+    assert gain["low"] <= 0, "nothing was learned"
+    assert metrics["verdict"]["word"] in ("not known", "worse")
+    assert "a random one has 0.250" in metrics["verdict"]["sentence"]
+    [warning] = [text for text in metrics["warnings"] if "The best of 4 answers by this reward model is" in text]
+    assert f"as far as {asked} questions show" in warning
+    printed = f"right answers, best of 4 by the reward model +{ways['best_of']['mean']:.3f} \\["
+    for shown in (result.stdout, (run / "README.md").read_text()):
+        assert re.search(printed, shown)
+    page = (run / "report.html").read_text()
+    assert "<h2>Best of N</h2>" in page
+    for label in (
+        "right answers, majority vote of 2",
+        "right answers, any of 4 (oracle)",
+        "best of 4 less a random one",
+    ):
+        assert label in page
+        assert label in result.stdout
+
+
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
