@@ -35,8 +35,8 @@ def read_function(name: str, *, columns: bool = False) -> Callable[..., Any]:
         raise RecipeError(f"{file} has no function {function}. Write def {function}(prompt, answer) -> float there.")
     if not columns and (more := columns_of(found)):
         raise RecipeError(
-            f"{function} in {file} needs {', '.join(more)} besides the prompt and the answer, which only `dpo-recipes "
-            "sample` has. Name a function of two arguments."
+            f"{function} in {file} needs {', '.join(more)} besides the prompt and the answer, and only the verb sample "
+            "has columns of the dataset. Name a function of two arguments."
         )
     return found
 

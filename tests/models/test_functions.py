@@ -20,6 +20,6 @@ def test_a_function_that_needs_columns_is_refused_where_there_are_none(tmp_path)
     assert names_function(name)
     assert read_function(name, columns=True)("", "", "") == 0.0
     with pytest.raises(
-        RecipeError, match=r"needs reference besides the prompt and the answer, which only `dpo-recipes"
+        RecipeError, match="needs reference besides the prompt and the answer, and only the verb sample has"
     ):
         read_function(name)
