@@ -40,6 +40,8 @@ from dpo_recipes.terminal import say
 
 AT_A_TIME = 8  # batches between two writes
 Rows = list[dict[str, Any]]
+Marker = Callable[[Sequence[dict[str, Any]], Sequence[str]], NDArray[np.float64]]
+"""Scores one answer to each row; NaN for an answer that cannot be judged."""
 
 
 def sample(
@@ -92,7 +94,6 @@ def sample(
         prompts = [row["prompt"] for row in asked]
         room = dict(max_completion_length=options["max_new_tokens"], labels=(1, 2))
         check_reward_model(*read_reward_config(judge), prompts, **room)
-    score = partial(_checked, check, columns) if check else partial(_scored, str(judge))
     loaded, tokenizer = open_model(model, trust_remote_code=trust_remote_code)
     asked = _keep(asked, lambda row: check_prompt(loaded.config, tokenizer, row["prompt"]), "prompts")
     settings = options | {"num_samples": num_samples}
@@ -100,7 +101,13 @@ def sample(
     step = max(1, AT_A_TIME * options["batch_size"] // num_samples)  # prompts between two writes
     with in_steps(answer, asked, target, step=step, model=model, settings=settings) as done:
         lines = [{**row, **answered} for row, answered in zip(asked, done, strict=True)]
-        made = _own_rejected(lines) if pairs else _ranked(lines, score) if judge else lines
+        made = (
+            _own_rejected(lines)
+            if pairs
+            else _ranked(lines, partial(_checked, check, columns) if check else judge)
+            if judge
+            else lines
+        )
         write_jsonl(target, made, listed=False)  # the user's, in a run's folder too
     cut = sum(not ended for line in lines for ended in line["ended"])
     say(f"{len(asked)} prompts, {len(asked) * num_samples} answers, {cut} of them cut short")
@@ -196,13 +203,8 @@ def _own_rejected(lines: Rows) -> list[Any]:
     return _keep(own, check_pair, "pairs", same_answer_again=_repeated(lines))
 
 
-def _scored(judge: str, lines: Rows, texts: Sequence[str]) -> NDArray[np.float64]:
-    """Scores of an answer to each line by a model."""
-    return model_judge(judge)([line["prompt"] for line in lines], texts)
-
-
 def _checked(
-    check: Callable[..., Any], columns: Sequence[str], lines: Rows, texts: Sequence[str]
+    check: Callable[..., Any], columns: Sequence[str], lines: Sequence[dict[str, Any]], texts: Sequence[str]
 ) -> NDArray[np.float64]:
     """Scores of an answer to each line by a function of the user's; NaN where it gives none."""
     given = (
@@ -212,10 +214,10 @@ def _checked(
     return np.array([*given], dtype=float)
 
 
-def _ranked(lines: Rows, score: Callable[[Rows, Sequence[str]], NDArray[np.float64]]) -> list[Any]:
+def _ranked(lines: Rows, judge: str | Marker) -> list[Any]:
     """Makes a pair of every two answers of a line that the judge scores differently; other pairs are counted."""
-    asked = [(line, text) for line in lines for text in dict.fromkeys(line["completions"])]
-    given = score([line for line, _ in asked], [text for _, text in asked])
+    asked, texts = zip(*((line, text) for line in lines for text in dict.fromkeys(line["completions"])), strict=True)
+    given = judge(asked, texts) if callable(judge) else model_judge(judge)([line["prompt"] for line in asked], texts)
     scores, unknown = iter(given.tolist()), int(np.isnan(given).sum())
     ranked = []
     for line in lines:
