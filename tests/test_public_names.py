@@ -11,6 +11,7 @@ NAMES = {
     "dataset_adapters": [
         *("Drop", "Message", "Pair", "Row", "adapt", "as_messages", "check_pair", "rename_columns", "recognise"),
         *("hh_rlhf", "oasst1", "plain_text", "preference_jsonl", "prompts_alone", "shp", "ultrafeedback_binarized"),
+        *("is_right", "marked_solutions", "right_against_wrong"),
     ],
     "health": ["HealthCallback"],
     "loading": ["load_rows", "mix_pairs", "split_pairs"],

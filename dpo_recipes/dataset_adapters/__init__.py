@@ -42,4 +42,9 @@ from dpo_recipes.dataset_adapters.adapting import keep_pairs as keep_pairs
 from dpo_recipes.dataset_adapters.adapting import map_rows as map_rows
 from dpo_recipes.dataset_adapters.adapting import number as number
 from dpo_recipes.dataset_adapters.adapting import rename_columns as rename_columns
+from dpo_recipes.dataset_adapters.gsm8k import final_answer as final_answer
+from dpo_recipes.dataset_adapters.gsm8k import gsm8k as gsm8k
+from dpo_recipes.dataset_adapters.gsm8k import is_right as is_right
+from dpo_recipes.dataset_adapters.gsm8k import marked_solutions as marked_solutions
+from dpo_recipes.dataset_adapters.gsm8k import right_against_wrong as right_against_wrong
 from dpo_recipes.dataset_adapters.oasst import oasst1 as oasst1

@@ -25,6 +25,7 @@ from dpo_recipes.dataset_adapters.adapting import (
     rename_columns,
     require_columns,
 )
+from dpo_recipes.dataset_adapters.gsm8k import gsm8k, is_gsm8k
 from dpo_recipes.dataset_adapters.oasst import oasst1
 from dpo_recipes.errors import RecipeError
 
@@ -48,6 +49,8 @@ def recognise(dataset: Dataset) -> Callable[[Dataset], Dataset]:
         return ultrafeedback_binarized
     if "conversations" in names and "prompt" not in names:
         return sharegpt_pairs
+    if is_gsm8k(dataset):
+        return gsm8k
     dialogues = "prompt" not in names and matches(dataset, "chosen", r"\A\s*Human:(?s:.*)\n\nAssistant:")
     return hh_rlhf if dialogues else preference_jsonl
 

@@ -330,7 +330,7 @@ def _has_rich_messages(dataset: Dataset, column: str) -> bool:
     return isinstance(inner, Json) or matches(dataset, column, _SERIALISED)
 
 
-def _code_hash(read_pair: Callable[[Row], Pair]) -> str:
+def _code_hash(read_pair: Callable[..., Any]) -> str:
     """Returns a hash of the code behind a map: datasets keys its cache on the *name* of an imported function alone."""
     module = inspect.getmodule(getattr(read_pair, "func", read_pair))  # of a partial
     # A function typed into a shell has no file; datasets hashes those by value.

@@ -113,6 +113,10 @@ def _rows(index: int) -> dict[str, list[dict[str, Any]]]:
         ],
         **{key: [{"prompt": question, "chosen": good, "rejected": bad}] for key in ("preference_jsonl", "recognise")},
         "plain_text": [{"prompt": film, "chosen": f" and {topic} alone, is a joy.", "rejected": " drags to its end."}],
+        "marked_solutions": [
+            {"question": question, "ground_truth": f"A: {index + 1}"}
+            | {f"model_{mark}": {"is_correct": mark, "solution": f"A: {index + mark}"} for mark in (True, False)}
+        ],
         "prompts_alone": [{"text": f"{film} is a joy from its beginning to its end.", "label": 1}],
     }
 

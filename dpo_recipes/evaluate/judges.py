@@ -1,7 +1,6 @@
 """Judges of two answers: a rule, a function, a reward model, or a language model at an endpoint."""
 
 import re
-import runpy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from dpo_recipes.estimates import wins
 from dpo_recipes.evaluate.answers import Scorer, exact_judge
 from dpo_recipes.evaluate.endpoint import Endpoint, check_address
 from dpo_recipes.evaluate.pairwise import Judged, ask_all, share
+from dpo_recipes.models.functions import names_function, read_function
 from dpo_recipes.models.rewards import Text, check_reward_model, model_judge, read_reward_config
 
 ADDRESS = re.compile("https?://", re.IGNORECASE)
@@ -61,8 +61,8 @@ def open_judge(
             raise RecipeError(f"{name} is an endpoint, which may have many models. Name one with --judge_model.")
         asked = Endpoint(name.rstrip("/"), **endpoint)
         return Judge(f"{asked.model} at {asked.url}", lambda *answers: ask_all(asked, *answers, cache=cache))
-    if ".py:" in name or name.endswith(".py"):
-        return _by_score(name, exact_judge(_read_function(name)))
+    if names_function(name):
+        return _by_score(name, exact_judge(read_function(name)))
     short = [prompt if isinstance(prompt, str) else [{**turn, "content": ""} for turn in prompt] for prompt in prompts]
     check_reward_model(*read_reward_config(name), short, labels=(1, 2))  # a text that is too long is scored cut
     return _by_score(f"the reward model {name}", model_judge(name))
@@ -74,19 +74,6 @@ def _by_score(name: str, scorer: Scorer) -> Judge:
         return Judged(wins(other, one), (one, other))
 
     return Judge(name, compare, scorer)
-
-
-def _read_function(name: str) -> Callable[[Any, str], float]:
-    file, _, function = name.rpartition(":")
-    if not function or not Path(file).is_file():
-        raise RecipeError(f"There is no file {file or name}, or no function is named: --judge FILE.py:FUNCTION.")
-    try:
-        found: Callable[[Any, str], float] | None = runpy.run_path(file).get(function)
-    except SyntaxError as error:
-        raise RecipeError(f"{file}, line {error.lineno}: {error.msg}.") from error
-    if found is None or not callable(found):
-        raise RecipeError(f"{file} has no function {function}. Write def {function}(prompt, answer) -> float there.")
-    return found
 
 
 def agreement(judged: Sequence[float], annotators: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def account_lines(ledger: Ledger, *, limit: str, kept: str = "pairs") -> list[st
     add(f"  {len(rest)} other reasons", others, if_any=True)
     add("  held out of train as test", (account.moved for account in accounts), sign="+", if_any=True)
     add("  left out by drawing a sample", (-account.not_sampled for account in accounts), if_any=True)
-    add("  messages that the pairs are made of", (-account.in_pairs for account in accounts), if_any=True)
+    add("  rows that the pairs are made of", (-account.in_pairs for account in accounts), if_any=True)
     add("  pairs made of them", (account.pairs_made for account in accounts), sign="+", if_any=True)
     add(kept, (account.kept for account in accounts))
     add("  of these, shortened by their oldest turns", (account.shortened for account in accounts))

@@ -15,6 +15,7 @@ from dpo_recipes.estimates import Array, Estimate, mean_with_interval, wins
 from dpo_recipes.health.guards import ReferenceGuard
 from dpo_recipes.health.probe import repeated
 from dpo_recipes.models import rewards
+from dpo_recipes.models.best_of import best_of
 from dpo_recipes.models.generation import generate
 from dpo_recipes.models.likelihood import (
     PreferenceLogps,
@@ -40,12 +41,13 @@ SMALL = 100e6  # weights; a smaller model leaves room for more answers at a time
 
 @dataclass
 class Questions:
-    """Prompts, sampling and scores of both models' answers. `finish_run` explains each field under its name."""
+    """Prompts, sampling and scores of both models' answers, and marked answers. `finish_run` explains each field."""
 
     score: Score | None
     prompts: Sequence[Text] | None
     max_new_tokens: int
     temperatures: Sequence[float]
+    candidates: Sequence[Mapping[str, Any]] | Dataset | None = None
 
 
 @dataclass
@@ -79,6 +81,8 @@ def measure(trainer: Trainer, script_args: RecipeArguments, strata: str | None, 
     outcome = not_measured(trainer)
     if isinstance(trainer, RewardTrainer):
         _measure_reward_model(trainer, strata, outcome)
+        if questions.candidates and trainer.is_world_process_zero() and not sharded(trainer):
+            _measure_best_of(trainer, questions.candidates, outcome)
         return outcome
     online, preference = isinstance(script_args, OnlineArguments), isinstance(trainer, DPOTrainer)
     if trainer.eval_dataset is not None and not _held_out(trainer):
@@ -119,6 +123,37 @@ def _measure_reward_model(trainer: RewardTrainer, strata: str | None, outcome: O
         outcome.rows.append([said, f"{row['right']:.3f} of {row['n']}"])
     outcome.note = f"(95 % intervals; {len(margins)} held-out pairs.)"
     outcome.warnings = _chance_warning(accuracy[ALL])
+
+
+def _measure_best_of(
+    trainer: RewardTrainer, candidates: Sequence[Mapping[str, Any]] | Dataset, outcome: Outcome
+) -> None:
+    """Adds how often the answer that the model scores highest is right, against other ways to choose one."""
+    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+    asked = [(row["prompt"], text) for row in candidates for text in row["completions"]]
+    scores = iter(rewards.score(model, tokenizer, *zip(*asked, strict=True)).tolist())
+    given = [[next(scores) for _ in row["completions"]] for row in candidates]
+    votes = [row["votes"] for row in candidates] if "votes" in candidates[0] else None
+    found = outcome.metrics["best_of"] = best_of(given, [row["right"] for row in candidates], votes)
+    if found["pairs"]:
+        outcome.rows.append([LABELS["right_ahead"], Estimate(**found["pairs"])])
+    for size, ways in found["by_size"].items():
+        named = {LABELS[way].format(n=size): Estimate(**share) for way, share in ways.items()}
+        one = {LABELS["one_answer"]: Estimate(**ways["chance"])}  # of one answer all ways choose the same
+        outcome.rows += [[name, share] for name, share in (one if size == "1" else named).items()]
+    outcome.note += f" Best of N: {found['questions']} held-out questions, bootstrap over them."
+    outcome.warnings += _best_of_warning(found["by_size"])
+
+
+def _best_of_warning(by_size: Mapping[str, Any]) -> list[str]:
+    size, ways = list(by_size.items())[-1]
+    gain = Estimate(**ways["over_chance"])
+    if size == "1" or gain.low > 0:
+        return []
+    return [
+        f"The best of {size} answers by this reward model is {'worse' if gain.high < 0 else 'no better'} than a random "
+        f"one, as far as {gain.n} questions show (difference in right answers {gain}). Choose no answers with it."
+    ]
 
 
 def _strata(trainer: Trainer, strata: str | None) -> dict[str, NDArray[np.bool_]]:

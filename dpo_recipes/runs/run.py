@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, ProgressCallback, Trainer
 from trl import RewardTrainer
@@ -154,6 +155,7 @@ def finish_run(
     prompts: Sequence[Text] | None = None,
     max_new_tokens: int = 128,
     temperatures: Sequence[float] = (0.0,),
+    candidates: Sequence[Mapping[str, Any]] | Dataset | None = None,
 ) -> None:
     """Saves the trained weights, checks them, measures the model against the reference model, and writes the files.
 
@@ -170,6 +172,8 @@ def finish_run(
             RLOO.
         max_new_tokens: Length in tokens at which an answer is cut.
         temperatures: Temperatures of the answers; 0 is greedy.
+        candidates: For a reward model, marked answers to prompts that it has not seen: `prompt`, `completions`, `right`
+            and, for a majority vote, `votes`. The best of N answers by its score is measured against chance.
 
     Raises:
         UnhealthyRunError: If a trained weight is NaN or infinite; curves and page are written, and nothing else.
@@ -180,7 +184,8 @@ def finish_run(
     _save(trainer, folder)
     outcome = not_measured(trainer)
     with later.step("Measuring the model", "evaluate", together=trainer.args.world_size > 1):
-        outcome = measure(trainer, script_args, strata, Questions(score, prompts, max_new_tokens, temperatures))
+        questions = Questions(score, prompts, max_new_tokens, temperatures, candidates)
+        outcome = measure(trainer, script_args, strata, questions)
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         if merge and isinstance(model, PeftModel):

@@ -14,7 +14,8 @@ _SIGNS = ("degenerate_text", "kl_runaway", "likelihood_collapse", "no_end")  # r
 def verdict(metrics: Mapping[str, Any]) -> dict[str, str]:
     """The verdict on a finished run, from what metrics.json holds.
 
-    The number that decides is the first of: a reward model's accuracy against a coin; the first score of the caller's
+    The number that decides is the first of: the gain of the best of N answers over a random one, for the largest N; a
+    reward model's accuracy against a coin; the first score of the caller's
     own, at the highest temperature, as the paired difference of both models' answers to the same prompts; the paired
     difference of the preference accuracy on the held-out pairs. The score that PPO or RLOO raises directly can show a
     run to be worse, and never to be better. A model whose text is lost is destroyed, whatever the number says.
@@ -24,6 +25,8 @@ def verdict(metrics: Mapping[str, Any]) -> dict[str, str]:
     """
     if signs := collapse(metrics):
         return destroyed(signs)
+    if sizes := metrics.get("best_of", {}).get("by_size"):
+        return _of_best(*list(sizes.items())[-1])
     if accuracy := metrics.get("reward_accuracy", {}).get("all"):
         word = by_interval(accuracy["low"] - 0.5, accuracy["high"] - 0.5, accuracy["n"])
         advice = {
@@ -122,6 +125,18 @@ def _of_difference(name: str, found: Mapping[str, Any]) -> dict[str, str]:
     told = (
         f"{name}: {found['before']:.3f} -> {found['after']:.3f} "
         f"(95 % interval of the difference {_interval(found, '+.3f')}, {found['n']} {unit})"
+    )
+    return said(word, "; ".join(filter(None, [told, more])))
+
+
+def _of_best(size: str, ways: Mapping[str, Any]) -> dict[str, str]:
+    found = ways["over_chance"]
+    word = by_interval(found["low"], found["high"], found["n"])
+    more = f"no better than chance as far as this shows; {narrowed(found, 'questions')}" if word == "not known" else ""
+    told = (
+        f"{LABELS['best_of'].format(n=size)} {ways['best_of']['mean']:.3f}, where a random one has "
+        f"{ways['chance']['mean']:.3f} (95 % interval of the difference {_interval(found, '+.3f')}, {found['n']} "
+        "questions)"
     )
     return said(word, "; ".join(filter(None, [told, more])))
 

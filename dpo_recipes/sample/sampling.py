@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm.auto import tqdm, trange
 
 from dpo_recipes.dataset_adapters import (
@@ -23,10 +26,12 @@ from dpo_recipes.dataset_adapters import (
     prompts_alone,
     recognise,
 )
+from dpo_recipes.dataset_adapters.adapting import ROW, require_columns
 from dpo_recipes.dataset_adapters.ledger import Ledger
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import check_writable, read_jsonl, write_jsonl
 from dpo_recipes.loading import load_rows
+from dpo_recipes.models.functions import columns_of, names_function, read_function
 from dpo_recipes.models.generation import check_prompt, generate
 from dpo_recipes.models.open import open_model
 from dpo_recipes.models.rewards import check_reward_model, model_judge, read_reward_config
@@ -35,6 +40,8 @@ from dpo_recipes.terminal import say
 
 AT_A_TIME = 8  # batches between two writes
 Rows = list[dict[str, Any]]
+Marker = Callable[[Sequence[dict[str, Any]], Sequence[str]], NDArray[np.float64]]
+"""Scores one answer to each row; NaN for an answer that cannot be judged."""
 
 
 def sample(
@@ -61,8 +68,11 @@ def sample(
         pairs: Write `{prompt, chosen, rejected}`: the dataset's chosen answer, and the model's own as the rejected one.
             Without it `{prompt, completions, ended}`, a line for each distinct prompt.
         num_samples: Answers to each prompt.
-        judge: A reward model, or a classifier with two labels as `score` reads it. Write a pair of every two answers to
-            a prompt that it scores differently, and the difference as their `preference_strength`.
+        judge: A reward model, a classifier with two labels as `score` reads it, or FILE.py:FUNCTION. Write a pair of
+            every two answers to a prompt that it scores differently, and the difference as their `preference_strength`.
+            The function gets a prompt, an answer, and by name each column of the dataset that a further argument names:
+            `check(prompt, answer, reference)`. It returns a number, True or False; None for an answer that it cannot
+            judge, which is left out and counted.
         first_words: Least and most words of a prompt. The prompts are plain text to go on with: the first words of the
             dataset's prompts, their number drawn by a hash of the text.
         trust_remote_code: As in `open_model`.
@@ -77,8 +87,10 @@ def sample(
     if fault := _contradiction(options["temperature"], num_samples, pairs=pairs, judge=judge, first_words=first_words):
         raise RecipeError(fault)
     check_writable(target.parent)
-    asked = read_prompts(dataset, pairs=pairs, first_words=first_words)
-    if judge:
+    check = read_function(judge, columns=True) if judge and names_function(judge) else None
+    columns = columns_of(check) if check else []
+    asked = read_prompts(dataset, pairs=pairs, first_words=first_words, columns=columns)
+    if judge and not check:
         prompts = [row["prompt"] for row in asked]
         room = dict(max_completion_length=options["max_new_tokens"], labels=(1, 2))
         check_reward_model(*read_reward_config(judge), prompts, **room)
@@ -89,7 +101,13 @@ def sample(
     step = max(1, AT_A_TIME * options["batch_size"] // num_samples)  # prompts between two writes
     with in_steps(answer, asked, target, step=step, model=model, settings=settings) as done:
         lines = [{**row, **answered} for row, answered in zip(asked, done, strict=True)]
-        made = _own_rejected(lines) if pairs else _ranked(lines, judge) if judge else lines
+        made = (
+            _own_rejected(lines)
+            if pairs
+            else _ranked(lines, partial(_checked, check, columns) if check else judge)
+            if judge
+            else lines
+        )
         write_jsonl(target, made, listed=False)  # the user's, in a run's folder too
     cut = sum(not ended for line in lines for ended in line["ended"])
     say(f"{len(asked)} prompts, {len(asked) * num_samples} answers, {cut} of them cut short")
@@ -109,9 +127,12 @@ def _contradiction(temperature: float, num_samples: int, *, pairs: bool, judge: 
 
 
 def read_prompts(
-    script_args: RecipeArguments, *, pairs: bool, first_words: tuple[int, int] | None
+    script_args: RecipeArguments, *, pairs: bool, first_words: tuple[int, int] | None, columns: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """Reads the `prompt` of every row, and for pairs its `chosen` answer; without pairs each prompt comes once."""
+    """Reads the `prompt` of every row, and for pairs its `chosen` answer; without pairs each prompt comes once.
+
+    Rows keep these columns of the dataset, and `reference`, by which others may mark the answers.
+    """
     rows = load_rows(script_args)["train"]
     alone = not pairs and "prompt" in rows.column_names and not {"chosen", "rejected"} & set(rows.column_names)
     dataset_adapter = plain_text if first_words else preference_jsonl if alone else recognise(rows)
@@ -119,10 +140,15 @@ def read_prompts(
         kept = dataset_adapter(prompts_alone(rows) if alone else rows)
     _account(len(kept), "rows", {reason: drop.count for reason, drop in ledger.total().dropped.items()})
     found: list[dict[str, Any]] = kept.select_columns(["prompt", "chosen"] if pairs else ["prompt"]).to_list()
+    if columns:
+        require_columns(rows, columns, name="The judge")
+    if more := [name for name in rows.column_names if name in ("reference", *columns)]:
+        others = dict(zip(rows[ROW], rows.select_columns(more), strict=True))
+        found = [{**others[name], **row} for name, row in zip(kept[ROW], found, strict=True)]
     if first_words:
         for row in found:
             row["prompt"] = " ".join(row["prompt"].split()[: random.Random(row["prompt"]).randint(*first_words)])
-    return found if pairs else list({json.dumps(row): row for row in found}.values())
+    return found if pairs else list({json.dumps(row["prompt"]): row for row in found}.values())
 
 
 def _answer(model: Any, tokenizer: Any, rows: Rows, *, num_samples: int, **options: Any) -> Rows:
@@ -177,18 +203,31 @@ def _own_rejected(lines: Rows) -> list[Any]:
     return _keep(own, check_pair, "pairs", same_answer_again=_repeated(lines))
 
 
-def _ranked(lines: Rows, judge: str) -> list[Any]:
+def _checked(
+    check: Callable[..., Any], columns: Sequence[str], lines: Sequence[dict[str, Any]], texts: Sequence[str]
+) -> NDArray[np.float64]:
+    """Scores of an answer to each line by a function of the user's; NaN where it gives none."""
+    given = (
+        check(line["prompt"], text, **{name: line[name] for name in columns})
+        for line, text in zip(lines, texts, strict=True)
+    )
+    return np.array([*given], dtype=float)
+
+
+def _ranked(lines: Rows, judge: str | Marker) -> list[Any]:
     """Makes a pair of every two answers of a line that the judge scores differently; other pairs are counted."""
-    asked = [(line["prompt"], text) for line in lines for text in dict.fromkeys(line["completions"])]
-    scores = iter(model_judge(judge)([prompt for prompt, _ in asked], [text for _, text in asked]).tolist())
+    asked, texts = zip(*((line, text) for line in lines for text in dict.fromkeys(line["completions"])), strict=True)
+    given = judge(asked, texts) if callable(judge) else model_judge(judge)([line["prompt"] for line in asked], texts)
+    scores, unknown = iter(given.tolist()), int(np.isnan(given).sum())
     ranked = []
     for line in lines:
         scored = [(next(scores), text) for text in dict.fromkeys(line["completions"])]
+        scored = [both for both in scored if not math.isnan(both[0])]
         best_first = sorted(scored, key=lambda both: -both[0])
         for (high, chosen), (low, rejected) in itertools.combinations(best_first, 2):
             pair = {"prompt": line["prompt"], "chosen": chosen, "rejected": rejected}
             ranked.append(pair | {"preference_strength": high - low})
-    return _keep(ranked, _check_ranked, "pairs", same_answer_again=_repeated(lines))
+    return _keep(ranked, _check_ranked, "pairs", same_answer_again=_repeated(lines), not_judged=unknown)
 
 
 def _repeated(lines: Rows) -> int:
@@ -219,6 +258,7 @@ def _keep(rows: Sequence[Any], check: Callable[[Any], None], what: str, **droppe
 
 def _account(kept: int, what: str, dropped: Mapping[str, int]) -> None:
     meant = DROP_REASONS | {"same_answer_again": "the same answer to the same prompt again"}
+    meant |= {"not_judged": "an answer that the judge cannot judge"}
     left_out = [f"  {meant.get(reason, reason):<54} -{count}" for reason, count in dropped.items() if count]
     say("\n".join([f"{kept} {what}{', and left out:' if left_out else ''}", *left_out]))
     if not kept:

@@ -229,7 +229,7 @@ def test_the_account_of_messages_is_readable():
     with Ledger() as ledger:
         split_pairs({"train": oasst1(Dataset.from_list(tree()))})
     text = "\n".join(" ".join(line.split()) for line in account_lines(ledger, limit=""))
-    assert "messages that the pairs are made of -10" in text
+    assert "rows that the pairs are made of -10" in text
     assert "pairs made of them +5" in text
     assert "an earlier message is missing or left out -3" in text
 

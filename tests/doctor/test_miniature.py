@@ -46,9 +46,12 @@ def test_a_recipe_parses_with_its_miniature_flags(name, folder, tmp_path, monkey
     assert name.startswith("quickstart") == ("--dataset_name" not in flags)
 
 
-@pytest.mark.parametrize("adapter", ["hh_rlhf", "shp", "oasst1", "ultrafeedback_binarized", "preference_jsonl"])
+@pytest.mark.parametrize(
+    "adapter", ["gsm8k", "hh_rlhf", "shp", "oasst1", "ultrafeedback_binarized", "preference_jsonl"]
+)
 def test_a_dataset_adapter_keeps_all_rows_that_are_written_for_it(adapter, tmp_path):
-    rows = load_rows(RecipeArguments(dataset_name=str(write_rows(tmp_path)[adapter])))["train"]
+    file = write_rows(tmp_path)["marked_solutions" if adapter == "gsm8k" else adapter]
+    rows = load_rows(RecipeArguments(dataset_name=str(file)))["train"]
     with Ledger() as ledger:
         pairs = getattr(dataset_adapters, adapter)(rows)
     assert len(pairs) == 120

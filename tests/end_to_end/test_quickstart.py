@@ -5,12 +5,17 @@ import shlex
 import shutil
 from statistics import mean
 
+import numpy as np
 import pytest
 from commands import REPOSITORY, run_command
 from manual import README, commands, shown_output
 from PIL import Image
 
 from dpo_recipes import playground
+from dpo_recipes.models.best_of import best_of
+from dpo_recipes.models.generation import generate
+from dpo_recipes.models.open import open_model
+from dpo_recipes.models.rewards import model_judge
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quickstart")]  # one worker: `first` is trained once
 
@@ -92,6 +97,19 @@ def test_the_reward_model_is_learned_and_raised(first):
     assert measured["reward_accuracy"]["faults = 1"]["mean"] > 0.75
     assert measured["calibration"]["log_loss"] < 0.3
     assert measured["warnings"] == []
+    gain = best_of_four(folder / "outputs")["over_chance"]
+    assert gain["low"] > 0.05, "the best of 4 by the reward model is right more often than a random one"
+
+
+def best_of_four(outputs):
+    """The four ways to choose one of 4 answers of the SFT model; the exact reward says which answers are right."""
+    model, tokenizer = open_model(str(outputs / "quickstart_sft"))
+    asked = [prompt for prompt in playground.evaluation_prompts()[:100] for _ in range(4)]
+    sampling = dict(max_new_tokens=playground.MAX_NEW_TOKENS, temperature=1.0, batch_size=64)
+    texts = [answer["text"] for answer in generate(model, tokenizer, asked, **sampling)]
+    right = [playground.reward(*both) == 1 for both in zip(asked, texts, strict=True)]
+    scores = model_judge(outputs / "quickstart_reward")(asked, texts)
+    return best_of(scores.reshape(-1, 4), np.reshape(right, (-1, 4)))["by_size"]["4"]
 
 
 def test_the_quickstart_makes_the_chatbot_safe(first, tmp_path, dpo_recipes):

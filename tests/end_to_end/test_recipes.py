@@ -38,10 +38,19 @@ from dpo_recipes.recipe import RecipeArguments, argument_classes, parse_recipe
 NAMES = sorted(path.stem for path in RECIPES.glob("*.py"))
 PROFILES = sorted(path.stem for path in (RECIPES / "profiles").glob("*.yaml"))
 HH_RLHF = ["hh_rlhf_full", "hh_rlhf_lora", "hh_rlhf_qlora", "hh_rlhf_sft"]
-REWARD = ["hh_rlhf_reward", "imdb_sentiment_reward", "quickstart_reward"]
+REWARD = ["gsm8k_verifier", "hh_rlhf_reward", "imdb_sentiment_reward", "quickstart_reward"]
 ONLINE = ["hh_rlhf_ppo", "hh_rlhf_rloo", "imdb_sentiment_ppo", "quickstart_ppo", "quickstart_rloo"]
-SIBLINGS = {"hh": "hh_rlhf_lora", "imdb": "imdb_sentiment_lora", "quickstart": "quickstart"}  # DPO, by the first word
-ON_DATASETS = [*HH_RLHF, "mixture_lora", "oasst1_lora", "preference_lora", "shp_lora", "ultrafeedback_qlora"]
+SIBLINGS = {"gsm8k": "gsm8k_lora", "hh": "hh_rlhf_lora", "imdb": "imdb_sentiment_lora", "quickstart": "quickstart"}
+"""DPO recipes by the first word of a name."""
+ON_DATASETS = [
+    *HH_RLHF,
+    "gsm8k_lora",
+    "mixture_lora",
+    "oasst1_lora",
+    "preference_lora",
+    "shp_lora",
+    "ultrafeedback_qlora",
+]
 
 
 def test_there_are_recipes_and_profiles():
@@ -227,7 +236,7 @@ def rows_for(name, rows_of):
     """What a recipe is given in these tests as --dataset_name."""
     if name == "mixture_lora":
         return f"{rows_of['hh']}:60+{rows_of['shp']}+{rows_of['ultrafeedback']}:40"
-    return str(rows_of[name.split("_")[0]])
+    return str(rows_of["marked" if name == "gsm8k_lora" else name.split("_")[0]])
 
 
 STAND_INS = {
@@ -406,6 +415,47 @@ def test_a_reward_model_reloads_whole_and_scores_as_it_did(kind, tmp_path, tiny_
     assert measured["margin"]["mean"] > 0.2
     assert "reward-model accuracy   " in result.stdout
     assert "WARNING: The reward model" not in result.stdout
+
+
+def test_a_verifier_that_learned_nothing_is_no_better_than_chance_in_words(tmp_path, tiny_model):
+    """A random score head, not trained, on questions whose right solutions look like the wrong ones."""
+    rows = [
+        {"question": f"{n} + {n % 7} = ?", "ground_truth": f"A: {n + n % 7}"}
+        | {f"model_{k}": {"is_correct": k == n % 4, "solution": f"A: {n + n % 7 + (k - n % 4)}"} for k in range(4)}
+        for n in range(400)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run_train(
+        *("gsm8k-verifier", "--profile", "cpu", "--dataset_name", "rows.jsonl", "--model_name_or_path", tiny_model),
+        *("--output_dir", "run", "--max_steps", "1", "--pairs_per_update", "4", "--learning_rate", "0"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    run = tmp_path / "run"
+    metrics = json.loads((run / "metrics.json").read_text())
+    found = metrics["best_of"]
+    asked, ways = found["questions"], found["by_size"]["4"]
+    assert 50 < asked == ways["best_of"]["n"] < 120, "a fifth of the questions"
+    assert (ways["chance"]["mean"], ways["oracle"]["mean"]) == (0.25, 1.0)
+    assert ways["majority"]["mean"] == pytest.approx(0.25), "all four say something else"
+    gain = ways["over_chance"]
+    assert gain["low"] <= 0, "nothing was learned"
+    assert metrics["verdict"]["word"] in ("not known", "worse")
+    assert "a random one has 0.250" in metrics["verdict"]["sentence"]
+    [warning] = [text for text in metrics["warnings"] if "The best of 4 answers by this reward model is" in text]
+    assert f"as far as {asked} questions show" in warning
+    printed = f"right answers, best of 4 by the reward model +{ways['best_of']['mean']:.3f} \\["
+    for shown in (result.stdout, (run / "README.md").read_text()):
+        assert re.search(printed, shown)
+    page = (run / "report.html").read_text()
+    assert "<h2>Best of N</h2>" in page
+    for label in (
+        "right answers, majority vote of 2",
+        "right answers, any of 4 (oracle)",
+        "best of 4 less a random one",
+    ):
+        assert label in page
+        assert label in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ NOT_RUN = {
     r"accelerate launch": "starts two processes; tests/launch runs the same line on small data",
     r"python tests/|python benchmarks/": "takes an hour or more",
     r"\bpage RUN": "needs a finished run; tests/runs calls it on one",
+    r"openai/gsm8k": "needs GSM8K's questions from the Hub; tests/sample runs such a judge",
     r"--report_to wandb": "needs wandb, which may be missing; tests/test_tracking.py runs it where it is installed",
 }
 """Commands that no test runs as printed, by a pattern, with the reason. Their flags are checked all the same."""
@@ -55,6 +56,8 @@ STAND_INS = {  # data and models at the Hub, and words for the user's own, by th
     "trl-lib/ultrafeedback_binarized": "ultrafeedback_binarized",
     "stanfordnlp/imdb": "prompts_alone",
     "outputs/imdb_sentiment_pairs.jsonl": "plain_text",
+    **dict.fromkeys(("example_model_solutions.jsonl", "outputs/gsm8k_samples.jsonl"), "marked_solutions"),
+    "outputs/gsm8k_pairs.jsonl": "preference_jsonl",
     str(RECIPES / "data" / "pharma"): "preference_jsonl",  # its pairs are too long for a model that reads bytes
     "siebert/sentiment-roberta-large-english": "model_reward",
     **dict.fromkeys(("A_REWARD_MODEL", "NAME_OF_A_REWARD_MODEL", "ITS_NAME"), "model_reward"),

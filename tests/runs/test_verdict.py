@@ -108,6 +108,29 @@ def test_a_reward_model_is_compared_with_a_coin(low, high, n, word):
     assert f"reward-model accuracy {found['mean']:.3f}, where a coin has 0.5" in said["sentence"]
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "n", "word", "more"),
+    [
+        (0.02, 0.2, 200, "better", "questions)."),
+        (-0.2, -0.02, 200, "worse", "questions)."),
+        (-0.02, 0.05, 200, "not known", "; no better than chance as far as this shows; the interval is 0.070 wide"),
+        (0.02, 0.2, 20, "not known", "20 questions are too few for an interval"),
+    ],
+)
+def test_a_verifier_is_compared_with_a_random_answer_by_the_largest_n(low, high, n, word, more):
+    gains = {"1": {"over_chance": dict(mean=0.0, low=0.0, high=0.0, n=n)}}
+    gains["4"] = {
+        "over_chance": dict(mean=0.1, low=low, high=high, n=n),
+        "best_of": dict(mean=0.5),
+        "chance": dict(mean=0.4),
+    }
+    accuracy = {"all": {"mean": 0.9, "low": 0.8, "high": 1.0, "n": 400}}
+    said = verdict({"best_of": {"by_size": gains}, "reward_accuracy": accuracy})
+    assert said["word"] == word
+    assert "right answers, best of 4 by the reward model 0.500, where a random one has 0.400" in said["sentence"]
+    assert more in said["sentence"]
+
+
 def test_nothing_measured_is_not_known_and_says_why():
     said = verdict({"preference_accuracy": {}})
     assert said == {"word": "not known", "sentence": f"Not known: {NO_PAIRS}."}

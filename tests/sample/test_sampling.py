@@ -130,6 +130,57 @@ def test_own_answers_become_the_rejected_side_and_those_that_make_no_pair_are_co
     assert [pair["prompt"][0]["content"] for pair in pairs] == QUESTIONS[1:]
 
 
+CHECK = """
+def check(prompt, answer, reference, least=0):
+    assert prompt[0]["content"].startswith("Question")
+    return None if len(answer) % 3 == 2 else len(answer) % 3 == int(reference)
+"""
+
+
+@pytest.fixture
+def checked():
+    """Flags that sample answers to questions with references, and a file with a function that marks them."""
+    Path("check.py").write_text(CHECK)
+    questions = write("questions.jsonl", [{"question": q, "answer": str(n % 2)} for n, q in enumerate(QUESTIONS)])
+    flags = ["--dataset_name", questions, "--num_samples", "4", "--max_new_tokens", "8", "--columns"]
+    return [*flags, "prompt=question,reference=answer"]
+
+
+def test_a_function_of_ones_own_marks_answers_by_the_columns_that_it_names(checked, tiny_model, capsys):
+    assert main(["sample", str(tiny_model), *checked]) == 0
+    lines = read("samples.jsonl")
+    assert [line["reference"] for line in lines] == ["0", "1"] * 3, "kept, so that the answers can be marked later"
+    assert main(["sample", str(tiny_model), *checked, "--judge", "check.py:check"]) == 0
+    expected, unknown = set(), 0
+    for line in lines:
+        kinds = {text: len(text) % 3 for text in line["completions"]}
+        right, wrong = (
+            [text for text in kinds if kinds[text] == mark]
+            for mark in sorted({0, 1}, key=lambda m: m != int(line["reference"]))
+        )
+        unknown += sum(kind == 2 for kind in kinds.values())
+        expected |= {(line["prompt"][0]["content"], a, b) for a in right for b in wrong}
+    pairs = read("pairs.jsonl")
+    assert {(pair["prompt"][0]["content"], pair["chosen"], pair["rejected"]) for pair in pairs} == expected
+    assert len(pairs) == len(expected) > 0
+    assert {pair["preference_strength"] for pair in pairs} == {1.0}
+    assert unknown
+    assert re.search(rf"^  an answer that the judge cannot judge +-{unknown}$", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("judge", "columns", "message"),
+    [
+        ("check.py:check", "prompt=question", "The judge needs the columns reference, got"),
+        ("check.py:nothing", "prompt=question", "check.py has no function nothing"),
+        ("other.py:check", "prompt=question", "There is no file other.py"),
+    ],
+)
+def test_a_judge_that_cannot_judge_is_refused_before_a_model_is_loaded(judge, columns, message, checked, capsys):
+    assert main(["sample", "no model is loaded", *checked[:-1], columns, "--judge", judge]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ['[{"role": "user", "content": "Why', '[{"role": "user", "content": "Why?"}]'])
 def test_an_answer_that_looks_like_messages_stays_text(text):
     sides = {"prompt": [{"role": "user", "content": "Q?"}], "chosen": [{"role": "assistant", "content": "A."}]}
