@@ -2,3 +2,4 @@
 
 from dpo_recipes.ppo.config import PPOConfig as PPOConfig
 from dpo_recipes.ppo.trainer import PPOTrainer as PPOTrainer
+from dpo_recipes.ppo.rloo import RLOOTrainer as RLOOTrainer
