@@ -81,8 +81,9 @@ class RecipeArguments(ScriptArguments):
         if self.tokens_per_step not in (None, "auto"):
             if not str(self.tokens_per_step).isdecimal():
                 raise ValueError(
-                    f"tokens_per_step is {self.tokens_per_step}. It counts tokens at a time: 8192 to begin with on a card "
-                    "of 24 GB, auto for as many as memory allows, 0 to count rows with per_device_train_batch_size."
+                    f"tokens_per_step is {self.tokens_per_step}. It counts tokens at a time: 8192 to begin with on a "
+                    "card of 24 GB, auto for as many as memory allows, 0 to count rows with "
+                    "per_device_train_batch_size."
                 )
             self.tokens_per_step = int(self.tokens_per_step)
 

@@ -170,7 +170,8 @@ def skip_epochs(trainer: Trainer) -> None:
 @contextmanager
 def unlogged(trainer: DPOTrainer | GRPOTrainer | RLOOTrainer) -> Iterator[None]:
     """Lets a trainer compute a loss, inside the block, without logging and without waiting for other processes."""
-    kept = {name: vars(trainer)[name] for name in ("_metrics", "_total_train_tokens", "_moved") if name in vars(trainer)}
+    names = {"_metrics", "_total_train_tokens", "_moved"} & vars(trainer).keys()
+    kept = {name: vars(trainer)[name] for name in names}
     gathers = dict.fromkeys(("gather", "gather_for_metrics", "reduce"), lambda tensor, *_, **__: tensor)
     trainer._metrics = {mode: defaultdict(list) for mode in trainer._metrics}
     if "_moved" in kept:

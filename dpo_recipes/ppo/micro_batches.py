@@ -28,7 +28,7 @@ class Shares(NamedTuple):
 
 def take_budget(args: Any) -> int | None:
     """The token budget that `parse_recipe` left in a config, whose batches become whole updates; None without one."""
-    budget: int | None = getattr(args, "tokens_per_step", None)
+    budget: Any = getattr(args, "tokens_per_step", None)
     if not budget:
         return None
     if budget == "auto":
@@ -38,7 +38,7 @@ def take_budget(args: Any) -> int | None:
     args.per_device_train_batch_size *= args.gradient_accumulation_steps
     args.steps_per_generation //= args.gradient_accumulation_steps
     args.gradient_accumulation_steps = 1
-    return budget
+    return int(budget)
 
 
 def refuse_whole(trainer: Any) -> None:
@@ -99,7 +99,7 @@ def parts_of(trainer: Any, mask: Tensor, kept: int) -> list[tuple[Tensor, slice]
     """
     rows, width = torch.arange(len(mask), device=mask.device), mask.shape[1]
     if not trainer.tokens_per_step:
-        return [(each, slice(0, width)) for each in rows.split(trainer.args.per_device_train_batch_size)]
+        return [(each, slice(0, width)) for each in torch.split(rows, trainer.args.per_device_train_batch_size)]
     prompt, parts = width - kept, []
     relative = all(_has_relative_positions(each.config) for each in trainer.model.modules() if hasattr(each, "config"))
     left = mask[:, :prompt].sum(dim=1).clamp(min=1) if relative else torch.full_like(mask[:, 0], prompt)
@@ -111,12 +111,21 @@ def parts_of(trainer: Any, mask: Tensor, kept: int) -> list[tuple[Tensor, slice]
 
 
 def _has_relative_positions(config: Any) -> bool:
-    rope = getattr(config, "rope_parameters", None) or {}
-    return bool(rope) and not {"dynamic", "longrope"} & {str(rope.get("rope_type")), *map(str, rope.values())}
+    """Says if a model computes the same without padding on the left, wherever its tokens are."""
+    rope = str(getattr(config, "rope_parameters", None) or "dynamic")
+    others = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    return not ("dynamic" in rope or "longrope" in rope or others)
 
 
 def divided_logps(
-    trainer: Any, compute: Callable[..., Any], model: Any, ids: Tensor, mask: Tensor, kept: int, *args: Any, **given: Any
+    trainer: Any,
+    compute: Callable[..., Any],
+    model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    kept: int,
+    *args: Any,
+    **given: Any,
 ) -> Any:
     """Results of TRL's method for log-probs. Without gradients its batch is divided as in training.
 
@@ -156,13 +165,14 @@ def divided_loss(
         loss_of: The loss of answers, given the model, the answers, and their shares of the update.
     """
     inputs = without_padding(inputs)
-    mask, kept = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1), inputs["completion_mask"].shape[1]
-    tokens, answers = inputs["completion_mask"].sum().clamp(min=1), len(mask)
+    completions = inputs["completion_mask"]
+    mask, kept = torch.cat([inputs["prompt_mask"], completions], dim=1), completions.shape[1]
+    tokens, answers = max(1, int(completions.sum())), len(mask)
     replay, total = _Replay(answers, kept), torch.zeros((), device=mask.device)
     parts = parts_of(trainer, mask, kept)
     for number, (rows, columns) in enumerate(parts, start=1):
         part = _select(inputs, rows, columns, answers)
-        shares = Shares(len(rows) / answers, part["completion_mask"].sum() / tokens)
+        shares = Shares(len(rows) / answers, int(part["completion_mask"].sum()) / tokens)
         early = torch.is_grad_enabled() and number < len(parts)
         with unlogged(trainer), trainer.accelerator.no_sync(model) if early else nullcontext():
             loss = loss_of(replay.recorder(model, rows, part["completion_mask"].shape[1]), part, shares)

@@ -237,7 +237,7 @@ class PPOTrainer(GRPOTrainer):
             accumulated = self.current_gradient_accumulation_steps  # GRPO scaled its own part
             if self._trains_critic_alone():
                 loss = loss * 0.0  # `training_step` removes the gradient; DDP waits for one of every weight
-        # bnpo is a mean over the tokens of a batch, grpo and dr_grpo one over its answers, dapo over a rollout's tokens.
+        # bnpo is a mean over a batch's tokens, dapo over a rollout's; grpo and dr_grpo are means over answers.
         share = {"bnpo": shares.tokens, "dapo": 1.0}.get(self.loss_type, shares.answers)
         total: Tensor = loss * share + value_loss * (shares.tokens * self.args.vf_coef / accumulated)
         return total

@@ -1,6 +1,5 @@
-"""Decides by the memory estimate: activation checkpointing, and the tokens of a micro-batch with tokens_per_step=auto."""
+"""Decides by the memory estimate: activation checkpointing, and with tokens_per_step=auto the budget of tokens."""
 
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -101,10 +100,11 @@ def choose(
         settings: `activation_checkpointing` and `tokens_per_step`, each `auto` or a value.
         most: Tokens of a whole update.
     """
+    budget: Any
     asked, budget = settings["activation_checkpointing"], settings.get("tokens_per_step")
     sizes = range(STEP, most + STEP, STEP)
+    size: Any = budget
     for checkpointing in [False, True] if asked == "auto" else [bool(asked)]:
-        size = budget
         if budget == "auto":
             size = sizes[max(0, bisect_right(sizes, have, key=lambda n: total(checkpointing, n)) - 1)]
         enough = budget != "auto" or size >= min(BUSY, sizes[-1])

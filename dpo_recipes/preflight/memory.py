@@ -91,7 +91,7 @@ def tokens_at_a_time(settings: Mapping[str, Any], task: str) -> int:
     if not settings.get("tokens_per_step"):
         return tokens
     # A row over the budget is a micro-batch of its own.
-    return min(tokens * settings.get("gradient_accumulation_steps", 1), max(settings["tokens_per_step"], row))
+    return int(min(tokens * settings.get("gradient_accumulation_steps", 1), max(settings["tokens_per_step"], row)))
 
 
 def _kept_by_a_layer(
@@ -130,7 +130,8 @@ def _online_parts(
     """
     parts = {}
     if "vf_coef" in settings:
-        parts["critic"] = sum(memory_parts(config, weights, settings, task="reward").values())
+        own = {**settings, "longest_pair": _longest(settings)}  # one sequence a row
+        parts["critic"] = sum(memory_parts(config, weights, own, task="reward").values())
     if name := settings.get("reward_model_name_or_path"):
         reward_model = count_weights(load_config(name, settings), {}, task="reward")
         parts["reward model"] = float(stored * sum(reward_model.values()))

@@ -75,6 +75,8 @@ class SharedPrefixDPOTrainer(DPOTrainer):
     """Precompute reference log-probs without metrics, with LoRA switched off by its flags alone."""
 
     _prepare_dataset = prepare_dataset
+    _metrics: Any
+    _total_train_tokens: Any
     current_gradient_accumulation_steps: float
     loss_weights: list[float]
     precompute_ref_logps: bool
@@ -94,7 +96,7 @@ class SharedPrefixDPOTrainer(DPOTrainer):
                 self.budget_is_estimated = getattr(config, "budget_is_estimated", False)
                 config.per_device_train_batch_size *= config.gradient_accumulation_steps
                 config.gradient_accumulation_steps = 1
-        if self.tokens_per_step == "auto":
+        if str(self.tokens_per_step) == "auto":
             raise RecipeError("tokens_per_step=auto needs prepare_pairs, which finds the number. Give a number.")
         self.running: Division | None = None  # the batch whose micro-batches `training_step` is running
         self.sharing: bool | None = None  # not known before the model is there
