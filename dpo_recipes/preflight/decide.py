@@ -69,21 +69,35 @@ def decide(
         return ""
     device, size = card or this_machine(training_args)
     given = settings | row_lengths(rows, settings, task) | {"world_size": training_args.world_size}
-
-    def total(checkpointing: bool, budget: Any) -> float:
-        asked = {"activation_checkpointing": checkpointing, "gradient_checkpointing": False, "tokens_per_step": budget}
-        return sum(memory_parts(config, weights, given | asked, task=task).values())
-
-    checkpointing, budget = choose(
-        total, (1 - MARGIN) * size, settings, most=tokens_at_a_time(given | {"tokens_per_step": MOST}, task)
-    )
+    checkpointing, budget, needs = fit(config, weights, given, size, task=task)
     _set(script_args, training_args, checkpointing, budget)
-    needs = size_text(total(checkpointing, budget))
     return (
         f"activation checkpointing {'on' if checkpointing else 'off'}"
         + (f", tokens_per_step {budget:,}" if budget else "")
-        + f": about {needs} of the {size_text(size)} of {device}, {MARGIN:.0%} of which are to stay free"
+        + f": about {size_text(needs)} of the {size_text(size)} of {device}, {MARGIN:.0%} of which are to stay free"
     )
+
+
+def fit(
+    config: Any, weights: Mapping[str, int], settings: Mapping[str, Any], size: int, *, task: str
+) -> tuple[bool, int | None, float]:
+    """Activation checkpointing and the budget that `choose` finds for a device of this size, and the bytes needed.
+
+    Args:
+        config: The configuration of the model.
+        weights: As `count_weights` returns them.
+        settings: As `memory_parts` takes them. `activation_checkpointing` and `tokens_per_step` may be `auto`.
+        size: Bytes of the device.
+        task: As `task_of` names it.
+    """
+
+    def total(checkpointing: bool, budget: Any) -> float:
+        asked = {"activation_checkpointing": checkpointing, "gradient_checkpointing": False, "tokens_per_step": budget}
+        return sum(memory_parts(config, weights, {**settings, **asked}, task=task).values())
+
+    most = tokens_at_a_time({**settings, "tokens_per_step": MOST}, task)  # tokens of a whole update
+    chosen = choose(total, (1 - MARGIN) * size, settings, most=most)
+    return *chosen, total(*chosen)
 
 
 def choose(
