@@ -44,8 +44,9 @@ class RecipeArguments(ScriptArguments):
     """The few settings that no TRL dataclass has a field for."""
 
     pairs_per_update: int = HfArg(default=64, help="Pairs per optimizer step; gradient accumulation follows from it.")
-    tokens_per_step: int | None = HfArg(
-        default=None, help="DPO: most tokens at a time; divides the pairs of an update. 0 counts pairs instead."
+    tokens_per_step: int | str | None = HfArg(
+        default=None,
+        help="DPO, PPO, RLOO: most tokens at a time; divides an update. auto: as memory allows. 0 counts rows instead.",
     )
     eval_pairs: int = HfArg(default=512, help="Held-out pairs to evaluate on, drawn by seed where there are more.")
     held_out: float = HfArg(default=HELD_OUT, help="Share of the prompts to hold out of data without a test split.")
@@ -71,9 +72,17 @@ class RecipeArguments(ScriptArguments):
     """All settings in force, set by `parse_recipe`; not a flag."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError unless `dry_run` is true, false or a number of updates."""
+        """Raises ValueError unless `dry_run` is true, false or a number of updates, and `tokens_per_step` a budget."""
         if not (says_no(self.dry_run) or re.fullmatch("true|t|yes|y|[0-9]+", str(self.dry_run).lower())):
             raise ValueError(f"dry_run is {self.dry_run}. Give true, false, or the number of updates to time.")
+        if self.tokens_per_step not in (None, "auto"):
+            if not str(self.tokens_per_step).isdecimal():
+                raise ValueError(
+                    f"tokens_per_step is {self.tokens_per_step}. It counts tokens at a time: 8192 to begin with on a "
+                    "card of 24 GB, auto for as many as memory allows, 0 to count rows with "
+                    "per_device_train_batch_size."
+                )
+            self.tokens_per_step = int(self.tokens_per_step)
 
     @property
     def is_dry_run(self) -> bool:
@@ -148,6 +157,8 @@ def parse_recipe(
     for model_args in (args for args in parsed if isinstance(args, ModelConfig)):
         _set_model(script_args, training_args, model_args, keep_dtype=given.get("dtype") == FLAG)
     script_args.settings = effective_settings(parsed) | {"request": os.environ.get("DPO_RECIPES_REQUEST")}
+    if "activation_checkpointing" not in given:
+        script_args.settings["activation_checkpointing"] = "auto"  # `preflight.decide` sets it by the memory estimate
     if to_train:
         _look_at_folder(script_args, training_args)
         if script_args.settings["request"]:  # by the launcher, which has said that they are loaded
@@ -213,23 +224,24 @@ def _set_accumulation(script_args: RecipeArguments, training_args: TrainingArgum
 
 
 def _keep_one_size(script_args: RecipeArguments, training_args: Any, given: Mapping[str, int]) -> None:
-    """Drops the token budget outside of DPO and where the number of pairs at a time was given later.
+    """Drops the token budget where updates cannot be divided or the number of rows at a time was given later.
 
     FSDP and DeepSpeed drop a profile's budget, too.
 
-    In one place, as in a profile for all recipes, the budget is DPO's and the number of pairs the others'.
+    In one place, as in a profile for all recipes, the budget is DPO's and the number of rows the others'.
     """
     tokens, pairs = (given.get(name, -1) for name in ("tokens_per_step", "per_device_train_batch_size"))
     if script_args.tokens_per_step and tokens == pairs == FLAG:
         raise RecipeError("tokens_per_step and per_device_train_batch_size exclude one another. Give one of them.")
     is_dpo = isinstance(training_args, DPOConfig)
+    is_online = isinstance(script_args, OnlineArguments)
     sharded = "true" in map(os.environ.get, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
     dropped = pairs > tokens or (sharded and tokens < FLAG)  # processes that share weights take equally many passes
-    if script_args.tokens_per_step and dropped and is_dpo:
+    if script_args.tokens_per_step and dropped and (is_dpo or is_online):
         say("per_device_train_batch_size takes the place of tokens_per_step.")
-    if dropped or not is_dpo:
+    if dropped or not (is_dpo or (is_online and tokens > pairs)):
         script_args.tokens_per_step = None
-    training_args.tokens_per_step = script_args.tokens_per_step  # where SharedPrefixDPOTrainer finds it
+    training_args.tokens_per_step = script_args.tokens_per_step  # where the trainers find it
 
 
 def _set_rollout(script_args: OnlineArguments, training_args: Any, given: Mapping[str, int]) -> None:

@@ -22,7 +22,7 @@ OFF: tuple[Any, ...] = (None, False, 0, "", [], "no", "none")
 BOOKKEEPING = (
     *("request", "output_dir", "overwrite", "dry_run", "threshold", "health", "resume_from_checkpoint"),
     *("run_name", "report_to", "project", "logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "disable_tqdm"),
-    "dataloader_num_",
+    *("dataloader_num_", "tokens_per_step", "activation_checkpointing", "gradient_checkpointing"),
 )
 """Beginnings of the names of settings that do not change what is trained. Two runs may differ in these settings."""
 FINITE = {"is": "(-inf, inf)", "say": "Give a finite number, or leave the setting out."}

@@ -23,7 +23,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Trainer
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
-from trl import DPOTrainer, GRPOTrainer
+from trl import DPOTrainer, GRPOTrainer, RLOOTrainer
 from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_logprob import _addmm_fp32 as addmm_fp32
 
@@ -168,11 +168,14 @@ def skip_epochs(trainer: Trainer) -> None:
 
 
 @contextmanager
-def unlogged(trainer: DPOTrainer) -> Iterator[None]:
-    """Lets DPOTrainer compute a loss, inside the block, without logging and without waiting for other processes."""
-    kept = {name: getattr(trainer, name) for name in ("_metrics", "_total_train_tokens")}
-    gathers = dict.fromkeys(("gather", "gather_for_metrics"), lambda tensor: tensor)
+def unlogged(trainer: DPOTrainer | GRPOTrainer | RLOOTrainer) -> Iterator[None]:
+    """Lets a trainer compute a loss, inside the block, without logging and without waiting for other processes."""
+    names = {"_metrics", "_total_train_tokens", "_moved"} & vars(trainer).keys()
+    kept = {name: vars(trainer)[name] for name in names}
+    gathers = dict.fromkeys(("gather", "gather_for_metrics", "reduce"), lambda tensor, *_, **__: tensor)
     trainer._metrics = {mode: defaultdict(list) for mode in trainer._metrics}
+    if "_moved" in kept:
+        trainer._moved = []
     vars(trainer.accelerator).update(gathers)
     try:
         yield

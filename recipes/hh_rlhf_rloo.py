@@ -16,11 +16,12 @@ Make it yours: `dpo-recipes copy hh-rlhf-rloo`, then change RECIPE, and `load_pa
 from datasets import DatasetDict
 from dpo_recipes.dataset_adapters import hh_rlhf
 from dpo_recipes.loading import load_rows, split_pairs
+from dpo_recipes.ppo import RLOOTrainer
 from dpo_recipes.preflight import prepare_prompts
 from dpo_recipes.presets import LORA
 from dpo_recipes.recipe import OnlineArguments, load_tokenizer, parse_recipe, run
 from dpo_recipes.runs import finish_run, start_run
-from trl import ModelConfig, RLOOConfig, RLOOTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, RLOOConfig, get_peft_config, get_quantization_config
 
 RECIPE = dict(
     # Data

@@ -13,11 +13,12 @@ Make it yours: start from hh-rlhf-rloo instead, which reads a dataset and a real
 
 from datasets import DatasetDict
 from dpo_recipes import playground
+from dpo_recipes.ppo import RLOOTrainer
 from dpo_recipes.preflight import prepare_prompts
 from dpo_recipes.presets import LORA
 from dpo_recipes.recipe import OnlineArguments, load_tokenizer, parse_recipe, run
 from dpo_recipes.runs import finish_run, start_run
-from trl import ModelConfig, RLOOConfig, RLOOTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, RLOOConfig, get_peft_config, get_quantization_config
 
 RECIPE = dict(
     # Data

@@ -6,15 +6,18 @@ import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 
 from dpo_recipes.catalog import read_yaml
 from dpo_recipes.doctor.report import Finding, Part
+from dpo_recipes.doctor.sizes import SIZES
 from dpo_recipes.launch.launch import Launch
 from dpo_recipes.machine import ask_driver, free_threads, gpu_cards, processor
 
 CONSTRAINTS = Path(__file__).parent.parent.parent / "constraints.txt"  # exists in a clone, not in an installed wheel
+EXAMPLE = "qwen2.5-1.5b"  # the model of hh-rlhf-lora
 LEAST_DISK = 20  # GB: an install with CUDA, a 1.5B model and the checkpoints of one run
 
 
@@ -73,7 +76,10 @@ def look_at_machine(launch: Launch) -> Part:
         ["profile", f"{launch.profile.stem}, accelerate file {launch.accelerate.stem}"],
     ]
     part = Part("Machine", ["", ""], rows)
-    if tokens := read_yaml(launch.profile).get("tokens_per_step"):
+    profile = read_yaml(launch.profile)
+    size = memory.total if profile.get("use_cpu") or not cards else min(mib for mib, _ in cards) * 2**20
+    part.rows.append(["memory decides", _what_fits(profile, size)])
+    if tokens := profile.get("tokens_per_step"):
         # hh-rlhf has 290 tokens a pair on average.
         part.rows.append(["micro-batch", f"{tokens:,} tokens, about {tokens // 290} pairs as in hh-rlhf"])
     if cards and not torch.cuda.is_available():
@@ -83,6 +89,28 @@ def look_at_machine(launch: Launch) -> Part:
     if disk < LEAST_DISK:
         part.findings.append(Finding(f"{disk:.0f} GB of disk free, {LEAST_DISK} needed", "Free disk space."))
     return part
+
+
+def _what_fits(profile: Mapping[str, Any], size: int) -> str:
+    """What the memory estimate decides for hh-rlhf-lora under this profile, on a device with so many bytes."""
+    from transformers import AutoConfig
+
+    from dpo_recipes.preflight.decide import fit
+    from dpo_recipes.preflight.memory import count_weights, size_text
+    from dpo_recipes.presets import LORA
+
+    config, budget = AutoConfig.for_model(**SIZES[EXAMPLE]), profile.get("tokens_per_step")
+    settings: dict[str, Any] = LORA | {"activation_checkpointing": "auto", "max_length": 1024} | profile
+    settings["per_device_train_batch_size"] = 64  # a whole update
+    weights = count_weights(config, settings)
+    budgets = [*([budget] if budget else []), "auto"]
+    found = [fit(config, weights, {**settings, "tokens_per_step": each}, size, task="preference") for each in budgets]
+    parts = [
+        f"tokens_per_step {tokens:,}{' (auto)' if asked == 'auto' else ''} with activation checkpointing "
+        f"{'on' if checkpointing else 'off'}, about {size_text(needs)}"
+        for asked, (checkpointing, tokens, needs) in zip(budgets, found, strict=True)
+    ]
+    return f"{EXAMPLE} with LoRA: {'; '.join(parts)} of {size_text(size)}"
 
 
 def _read_pins() -> dict[str, str]:

@@ -19,7 +19,7 @@ the optimizer and checkpoints see it. docs/ppo.md explains the metrics and what 
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from dpo_recipes.ppo.checks import RolloutCheck, check_online
 from dpo_recipes.ppo.config import PPOConfig
 from dpo_recipes.ppo.critic import CRITIC, CRITIC_FILE, add_critic, without_critic
 from dpo_recipes.ppo.math import clipped_value_loss, gae, token_rewards, without_padding
+from dpo_recipes.ppo.micro_batches import Shares, divided_logps, divided_loss, parts_of, refuse_whole, take_budget
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +88,12 @@ class PPOTrainer(GRPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = PPOConfig(f"{name.split('/')[-1]}-PPO")
+        self.tokens_per_step = take_budget(args)
         super().__init__(model, reward_funcs, args=args, **kwargs)
         if isinstance(self.processing_class, ProcessorMixin):
             raise ValueError("The critic reads text alone, and this is a model of images. Use TRL's GRPOTrainer.")
+        if self.tokens_per_step:
+            refuse_whole(self)
         self.updates_per_rollout = _updates_per_rollout(args)
         check_online(self)
         add_critic(self, critic, **{name: kwargs.get(name) for name in ("quantization_config", "peft_config")})
@@ -138,24 +142,29 @@ class PPOTrainer(GRPOTrainer):
         self._scores = scores.split(len(prompts))[self.accelerator.process_index]
         return rewards
 
+    @torch.no_grad()
     def _policy_logps(self, batch: dict[str, Any]) -> Tensor:
         """Log-probs of the completion tokens by the policy as it is. Shape (batch, tokens)."""
-        kept = batch["completion_ids"].shape[1]
-        logps_of = self._get_per_token_logps_and_entropies
-        return self._in_batches(batch, lambda each: logps_of(self.model, *each.values(), kept)[0])
-
-    def _state_values(self, batch: dict[str, Any]) -> Tensor:
-        """Critic's values of the states before the completion tokens. Shape (batch, tokens)."""
-        kept = batch["completion_ids"].shape[1]
-        return self._in_batches(batch, lambda each: self.model(**each, values_only=True))[:, -kept - 1 : -1]
+        ids, mask, kept = _whole(batch)
+        at_a_time = self.args.per_device_train_batch_size
+        logps: Tensor = self._get_per_token_logps_and_entropies(self.model, ids, mask, kept, at_a_time)[0]
+        return logps
 
     @torch.no_grad()
-    def _in_batches(self, batch: dict[str, Any], compute: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
-        """Result of `compute` on prompts with completions, as many at a time as in training."""
-        whole = (torch.cat([batch[f"prompt_{part}"], batch[f"completion_{part}"]], dim=1) for part in ("ids", "mask"))
-        parts = zip(*(torch.split(tensor, self.args.per_device_train_batch_size) for tensor in whole), strict=True)
+    def _state_values(self, batch: dict[str, Any]) -> Tensor:
+        """Critic's values of the states before the completion tokens. Shape (batch, tokens)."""
+        ids, mask, kept = _whole(batch)
+        values = torch.zeros(ids.shape, device=ids.device)
         with self.accelerator.autocast():
-            return torch.cat([compute({"input_ids": ids, "attention_mask": mask}) for ids, mask in parts])
+            for rows, columns in parts_of(self, mask, kept):
+                tokens = dict(input_ids=ids[rows, columns], attention_mask=mask[rows, columns])
+                part = self.model(**tokens, values_only=True)
+                values = values.to(part.dtype)
+                values[rows, columns] = part
+        return values[:, -kept - 1 : -1]
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **given: Any) -> Any:
+        return divided_logps(self, super()._get_per_token_logps_and_entropies, *args, **given)
 
     def _scores_of(self, batch: dict[str, Any]) -> Tensor:
         """Checked scores of this process's answers, less the penalty for a missing end token. Shape (batch,)."""
@@ -209,7 +218,12 @@ class PPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """GRPO's clipped surrogate on per-token advantages, and the value loss of the same forward."""
-        inputs = without_padding(inputs)
+        if self.tokens_per_step:
+            return divided_loss(self, model, inputs, self._loss)
+        return self._loss(model, without_padding(inputs), Shares())
+
+    def _loss(self, model: Any, inputs: dict[str, Any], shares: Shares) -> Tensor:
+        """Part of an update's loss that some of its answers make."""
         loss, output = self._clipped_surrogate(model, inputs)
         mask, clip = inputs["completion_mask"].float(), self.args.cliprange_value
         kept = mask.shape[1]
@@ -223,7 +237,9 @@ class PPOTrainer(GRPOTrainer):
             accumulated = self.current_gradient_accumulation_steps  # GRPO scaled its own part
             if self._trains_critic_alone():
                 loss = loss * 0.0  # `training_step` removes the gradient; DDP waits for one of every weight
-        total: Tensor = loss + value_loss * (self.args.vf_coef / accumulated)
+        # bnpo is a mean over a batch's tokens, dapo over a rollout's; grpo and dr_grpo are means over answers.
+        share = {"bnpo": shares.tokens, "dapo": 1.0}.get(self.loss_type, shares.answers)
+        total: Tensor = loss * share + value_loss * (shares.tokens * self.args.vf_coef / accumulated)
         return total
 
     def _clipped_surrogate(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
@@ -302,6 +318,12 @@ class PPOTrainer(GRPOTrainer):
     def _load_best_model(self) -> None:
         with self.without_critic():  # stays as it is: nothing is learned after this
             super()._load_best_model()
+
+
+def _whole(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
+    """Token ids and mask of prompts with answers, and the columns of the answers."""
+    ids, mask = (torch.cat([batch[f"prompt_{part}"], batch[f"completion_{part}"]], dim=1) for part in ("ids", "mask"))
+    return ids, mask, batch["completion_ids"].shape[1]
 
 
 def _updates_per_rollout(args: PPOConfig) -> int:

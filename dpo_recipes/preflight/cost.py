@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import psutil
-import torch
 from datasets import Dataset
 from trl import DPOConfig, RewardConfig
 
+from dpo_recipes.preflight.decide import row_lengths, this_machine
 from dpo_recipes.preflight.findings import Finding, judge
 from dpo_recipes.preflight.memory import count_weights, load_config, memory_parts, size_text, sizes_text
 from dpo_recipes.shared_prefix.micro_batches import divide, divide_padded
@@ -44,7 +43,8 @@ def estimate_cost(
         batches = [rows[part] for rows in batches for part in divide_padded(rows.tolist(), budget)]
     padded = sum(len(rows) * int(rows.max()) for rows in batches) * (2 if two_answers else 1)
     config = load_config(settings["model_name_or_path"], settings, trust_remote_code=training_args.trust_remote_code)
-    at_most = {**settings, "max_length": int(longest.max()), "per_device_train_batch_size": min(batch, len(pairs))}
+    at_most = {**settings, "max_length": int(longest.max()), **row_lengths(pairs, settings, task)}
+    at_most["per_device_train_batch_size"] = min(training_args.per_device_train_batch_size, len(pairs))
     memory = memory_parts(config, count_weights(config, settings, task=task), at_most, task=task)
     total = sum(memory.values())
     name, size = card or this_machine(training_args)
@@ -95,14 +95,6 @@ def micro_batch_text(pairs: Dataset, training_args: Any, budget: int) -> str:
         f"{len(tokens) / count:.1f} pairs of {tokens.sum() / count:,.0f} tokens on average, of {budget:,} that it may "
         "hold; the padded tokens count where prompts are not shared"
     )
-
-
-def this_machine(training_args: Any) -> tuple[str, int]:
-    """The device that the run would use, and its bytes: the smallest card, or the main memory."""
-    cards = 0 if training_args.use_cpu else torch.cuda.device_count()
-    if cards:
-        return "this machine's card", min(torch.cuda.get_device_properties(card).total_memory for card in range(cards))
-    return "this machine", psutil.virtual_memory().total
 
 
 def cost_findings(cost: Mapping[str, Any], thresholds: Mapping[str, float]) -> list[Finding]:

@@ -10,6 +10,7 @@ from datasets import DatasetDict
 from trl import ModelConfig
 
 from dpo_recipes.preflight.cost import count_updates, micro_batch_text, task_of
+from dpo_recipes.preflight.decide import row_lengths
 from dpo_recipes.preflight.memory import count_weights, load_config, memory_parts, size_text, sizes_text
 
 START_FOLDER = "DPO_RECIPES_DRY_RUN"
@@ -33,7 +34,8 @@ def plan_lines(script_args: Any, training_args: Any, tokenizer: Any, pairs: Data
     if folder := os.environ.get(START_FOLDER):
         _leave_start(folder, config, tokenizer, task=task)
     weights = count_weights(config, settings, task=task)
-    memory = memory_parts(config, weights, settings | {"world_size": training_args.world_size}, task=task)
+    lengths = row_lengths(pairs["train"], settings, task)
+    memory = memory_parts(config, weights, settings | lengths | {"world_size": training_args.world_size}, task=task)
     batch, steps = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
     updates = count_updates(script_args, training_args, len(pairs["train"]))
     kept = training_args.save_total_limit or max(1, math.ceil(updates / max(1, training_args.save_steps)))

@@ -18,7 +18,8 @@ from dpo_recipes.files import write_json
 from dpo_recipes.loading import load_rows, split_pairs
 from dpo_recipes.models.rewards import context_length
 from dpo_recipes.preflight import off_distribution, page, signals
-from dpo_recipes.preflight.cost import cost_findings, cost_lines, estimate_cost
+from dpo_recipes.preflight.cost import cost_findings, cost_lines, estimate_cost, task_of
+from dpo_recipes.preflight.decide import decide
 from dpo_recipes.preflight.findings import finding_lines, judge, judged, refuse_failures
 from dpo_recipes.preflight.memory import load_config
 from dpo_recipes.preflight.prepare import measure_pairs, tokenizer_to_measure
@@ -66,8 +67,10 @@ def inspect(
     off = None
     if with_model:
         off = off_distribution.measure(measured.pairs, model, read_by, revision=model_args.model_revision, seed=seed)
-    settings = script_args.settings | _precision_on_device(profile, given)
-    cost = estimate_cost(measured.pairs["train"], script_args, training_args, settings=settings, card=card)
+    script_args.settings |= _precision_on_device(profile, given)
+    rows, settings, task = measured.pairs["train"], script_args.settings, task_of(training_args)
+    decided = decide(script_args, training_args, rows, name=model, task=task, card=card)
+    cost = estimate_cost(rows, script_args, training_args, settings=settings, card=card)
     thresholds = measured.data["thresholds"]
     findings = [*measured.findings, *cost_findings(cost, thresholds)]
     findings += judge("off_distribution", off["rejected"]["far"], 1, thresholds) if off else []
@@ -76,7 +79,15 @@ def inspect(
     more = {"recipe": recipe and recipe.stem, "part": part, "cost": cost, "signals": found, "off_distribution": off}
     data = measured.data | more | judged(findings)
     head = ", ".join(filter(None, (f"{script_args.dataset_name} for {model}", part)))
-    lines = [head, *measured.lines, "", *cost_lines(cost), "", *finding_lines(findings)]
+    lines = [
+        head,
+        *measured.lines,
+        "",
+        *cost_lines(cost),
+        *([f"decided   {decided}"] if decided else []),
+        "",
+        *finding_lines(findings),
+    ]
     folder = Path(training_args.output_dir)
     files = write_json(folder / "preflight.json", data), page.write_page(folder / "preflight.html", data)
     say("\n".join([*lines, f"Verdict: {data['verdict']}. The whole account: {files[0]}, {files[1]}"]))

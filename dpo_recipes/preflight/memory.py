@@ -8,9 +8,12 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, HfArgumentParser
 from trl import ModelConfig, get_peft_config
 
+from dpo_recipes.flags import says_no
+
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 FOUR_BIT = 0.52  # bytes a weight: 4 bits and the quantised scales
 TILE = (4096, 32768)  # tokens, vocabulary: what trl 1.16 holds of the logits at a time
+NORMS_OF_HEADS = {"qwen3", "gemma3_text"}  # architectures that normalise queries and keys
 CPU_TILES = 9  # float32 tiles in the backward pass of trl/kernels/chunked_logprob.py; a GPU's kernel works in place
 
 
@@ -43,38 +46,78 @@ def memory_parts(
     Args:
         config: The configuration of the model.
         weights: As `count_weights` returns them.
-        settings: All settings in force; for `online` also `world_size`.
+        settings: All settings in force; for `online` also `world_size`. `longest_pair` is the tokens of the longest
+            pair as it goes through the model; by default twice `max_length`.
         task: As `task_of` names it. A pair is two sequences; a reference model is held where DPO, or an online trainer
             whose beta is above 0, trains all weights.
     """
     stored = BYTES.get(str(settings.get("dtype")), 4)
     compute = 2 if settings.get("bf16") or settings.get("fp16") else 4
     optimizer = 2 if "8bit" in str(settings.get("optim")) else 8
-    sequences = settings["per_device_train_batch_size"] * (2 if task in ("preference", "reward") else 1)
-    tokens = sequences * _longest(settings)
-    if settings.get("tokens_per_step"):  # a pair over the budget is a micro-batch of its own
-        tokens *= settings.get("gradient_accumulation_steps", 1)
-        tokens = min(tokens, max(settings["tokens_per_step"], 2 * _longest(settings)))
+    shared = shares_prompts(settings, task)
+    tokens = tokens_at_a_time(settings, task)
     text = config.get_text_config()
-    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    layer = tokens * (8 * text.hidden_size + 4 * inner) * compute  # what one layer keeps for its backward pass
-    at_rest = tokens * text.hidden_size * compute * text.num_hidden_layers
+    layer = tokens * _kept_by_a_layer(text, weights, settings, compute=compute, shared=shared)
+    at_rest = tokens * text.hidden_size * compute
     checkpointing = settings.get("activation_checkpointing") or settings.get("gradient_checkpointing")
     tile = min(tokens, TILE[0]) * min(text.vocab_size, TILE[1])
     has_reference = task == "preference" or (task == "online" and settings.get("beta"))
     reference = weights["trained"] if has_reference and not weights["frozen"] else 0
+    layers = text.num_hidden_layers
     parts = {
         "frozen weights": stored * (weights["frozen"] - weights["quantised"] + reference)
         + FOUR_BIT * weights["quantised"],
         "trained weights": 4.0 * weights["trained"],
         "gradients": 4.0 * weights["trained"],
         "optimizer": float(optimizer * weights["trained"]),
-        "activations": float(at_rest + layer if checkpointing else layer * text.num_hidden_layers),
+        "activations": float(3 * at_rest + (layers * at_rest + layer if checkpointing else layers * layer)),
         "logits": float(tile * (4 * CPU_TILES if settings.get("use_cpu") else compute)) if task != "reward" else 0.0,
     }
     if task == "online":
         parts |= _online_parts(config, weights, settings, stored=stored)
     return {part: size for part, size in parts.items() if size}
+
+
+def shares_prompts(settings: Mapping[str, Any], task: str) -> bool:
+    """Says if a run with these settings shares prompts, unless its model or device was not tested."""
+    return task == "preference" and not says_no(settings.get("shared_prefix", "auto")) and not settings.get("fp16")
+
+
+def tokens_at_a_time(settings: Mapping[str, Any], task: str) -> int:
+    """Most tokens that go through the model at a time."""
+    longest = _longest(settings)
+    row = settings.get("longest_pair") or 2 * longest if task in ("preference", "reward") else longest
+    tokens = int(settings["per_device_train_batch_size"] * row)
+    if not settings.get("tokens_per_step"):
+        return tokens
+    # A row over the budget is a micro-batch of its own.
+    return int(min(tokens * settings.get("gradient_accumulation_steps", 1), max(settings["tokens_per_step"], row)))
+
+
+def _kept_by_a_layer(
+    text: Any, weights: Mapping[str, int], settings: Mapping[str, Any], *, compute: int, shared: bool
+) -> float:
+    """Bytes that a layer keeps of each token for its backward pass.
+
+    Norms compute in float32. Frozen norms keep their input, trained ones its normalised values, too. Without shared
+    prompts keys and values are repeated for each query head, and each token has a row of the mask; with them a prompt's
+    are kept for either completion, here of as many tokens as both completions.
+    """
+    width, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    size = getattr(text, "head_dim", None) or width // text.num_attention_heads
+    queries, keys = text.num_attention_heads * size, _key_heads(text) * size
+    gemma = text.model_type.startswith("gemma")
+    norms = (4 if gemma and text.model_type != "gemma" else 2) * width
+    norms += queries + keys if text.model_type in NORMS_OF_HEADS else 0
+    attention = 3 * queries + 3 * keys if shared else 4 * queries + _longest(settings)  # the output is kept twice
+    middle = (6 if "gelu_new" in str(getattr(text, "activation_function", "")) else 4) * inner
+    numbers = 2 * width + attention + middle
+    numbers += 7 * settings.get("lora_r", 16) if weights["frozen"] else 0
+    return float(compute * numbers + 4 * norms * (1 if weights["frozen"] else 2))
+
+
+def _key_heads(text: Any) -> int:
+    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
 
 
 def _online_parts(
@@ -87,15 +130,17 @@ def _online_parts(
     """
     parts = {}
     if "vf_coef" in settings:
-        parts["critic"] = sum(memory_parts(config, weights, settings, task="reward").values())
+        own = {**settings, "longest_pair": _longest(settings)}  # one sequence a row
+        parts["critic"] = sum(memory_parts(config, weights, own, task="reward").values())
     if name := settings.get("reward_model_name_or_path"):
         reward_model = count_weights(load_config(name, settings), {}, task="reward")
         parts["reward model"] = float(stored * sum(reward_model.values()))
     text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     answers = settings["generation_batch_size"] / settings["world_size"]
-    parts["keys and values"] = answers * _longest(settings) * text.num_hidden_layers * 2 * heads * width * stored
+    parts["keys and values"] = (
+        answers * _longest(settings) * text.num_hidden_layers * 2 * _key_heads(text) * width * stored
+    )
     return parts
 
 

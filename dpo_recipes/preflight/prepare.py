@@ -19,6 +19,8 @@ from dpo_recipes.loading import drop_prompts_in_test, keep_part, prompt_hashes
 from dpo_recipes.manifest import claim
 from dpo_recipes.models.rewards import check_reward_model, context_length, read_reward_config
 from dpo_recipes.preflight import account
+from dpo_recipes.preflight.cost import task_of
+from dpo_recipes.preflight.decide import decide
 from dpo_recipes.preflight.dry_run import plan_lines
 from dpo_recipes.preflight.findings import Finding, finding_lines, judged, refuse_failures, set_thresholds
 from dpo_recipes.preflight.memory import load_config
@@ -111,7 +113,9 @@ def _prepare(
     if isinstance(measured, RecipeError):
         raise measured
     pairs = measured.pairs.remove_columns([*{*MEASURES, ROW}.intersection(measured.pairs["train"].column_names)])
-    lines = [*measured.lines, *finding_lines(measured.findings)]
+    name = script_args.settings.get("model_name_or_path") or tokenizer.name_or_path
+    decided = decide(script_args, training_args, measured.pairs["train"], name=name, task=task_of(training_args))
+    lines = [*measured.lines, *finding_lines(measured.findings), *([f"Memory: {decided}."] if decided else [])]
     if script_args.is_dry_run:
         say("\n".join([*lines, *plan_lines(script_args, training_args, tokenizer, measured.pairs)]))
         if not script_args.timed_updates:

@@ -83,6 +83,7 @@ def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
     _add_callbacks(trainer, script_args)
     if trainer.is_world_process_zero():
         _take_folder(Path(trainer.args.output_dir), script_args)
+    trainer.on_halved = partial(_store_budget, trainer, script_args)
     start_tracking(trainer, script_args.settings)
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in trainer.model.parameters())
@@ -131,6 +132,13 @@ def _take_folder(folder: Path, script_args: RecipeArguments) -> None:
     write_json(folder / SETTINGS_FILE, script_args.settings)
     packages = sorted(f"{item.metadata['Name']}=={item.version}" for item in distributions())
     write_text(folder / "environment.txt", "\n".join(packages) + "\n")
+
+
+def _store_budget(trainer: Trainer, script_args: RecipeArguments, budget: int) -> None:
+    """Writes a budget that was halved in training into the settings, so that a resumed run takes it."""
+    script_args.settings["tokens_per_step"] = budget
+    if trainer.is_world_process_zero():
+        write_json(Path(trainer.args.output_dir) / SETTINGS_FILE, script_args.settings)
 
 
 def _lock(folder: Path) -> None:

@@ -75,6 +75,20 @@ def why_whole(trainer: DPOTrainer) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
+class RandomState:
+    """The state of torch's random numbers, on the host and on the current card."""
+
+    def __init__(self) -> None:
+        self.host, self.card = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+    def restore(self) -> None:
+        """Goes back to the state, and gives the memory of freed tensors back to the card."""
+        torch.set_rng_state(self.host)
+        if self.card is not None:
+            torch.cuda.set_rng_state(self.card)
+            torch.cuda.empty_cache()
+
+
 @dataclass
 class Division:
     """A padded batch in micro-batches.

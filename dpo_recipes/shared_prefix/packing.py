@@ -247,22 +247,24 @@ def attend(
     """
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None:
         return attend_varlen(query, key, value, plan, scale=scale, window=window)
-    key, value = (repeat_kv(x, query.size(1) // x.size(1)) for x in (key, value))
+    grouped = query.size(1) // key.size(1)
     # Split, not sliced: the backward of a split is one concatenation, that of each slice a row of zeros.
     queries = torch.split(query, [n for p, c, r in plan["lengths"] for n in (p + c, r)], dim=2)
     keys, values = (torch.split(x, [n for each in plan["lengths"] for n in each], dim=2) for x in (key, value))
+    sdpa = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=grouped > 1)
     outputs = []
     for segment, q in enumerate(queries):
         prompt, own = 3 * (segment // 2), 3 * (segment // 2) + 1 + segment % 2
         k, v = (torch.cat([x[prompt], x[own]], dim=2) for x in (keys, values))
         n, m = q.size(2), k.size(2)
         if softcap is not None:
+            k, v = (repeat_kv(x, grouped) for x in (k, v))
             scores = softcap * torch.tanh(q @ k.transpose(2, 3) * scale / softcap) + _mask(q, m, plan, window)
             outputs.append(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v)
         elif n == m and m <= (window or m):
-            outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale))
+            outputs.append(sdpa(q, k, v, is_causal=True))
         elif n:
-            outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(q, m, plan, window), scale=scale))
+            outputs.append(sdpa(q, k, v, attn_mask=_mask(q, m, plan, window)))
     return torch.cat(outputs, dim=2)
 
 

@@ -21,8 +21,9 @@ Losses, metrics, the reference pass and the cache of its log-probs stay TRL's ow
 not tested, runs as plain TRL, and one line says why (`support.why_not`, docs/shared_prefix.md).
 """
 
+import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -34,7 +35,7 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.models.pair_ids import prepare_dataset
 from dpo_recipes.models.precision import in_float32
 from dpo_recipes.shared_prefix.head import log_probs
-from dpo_recipes.shared_prefix.micro_batches import NOT_A_MEAN, Division, why_whole
+from dpo_recipes.shared_prefix.micro_batches import NOT_A_MEAN, Division, RandomState, why_whole
 from dpo_recipes.shared_prefix.packing import PLAN, SharedPrefixCollator, install
 from dpo_recipes.shared_prefix.reference_cache import precompute_ref_logps
 from dpo_recipes.shared_prefix.support import changeable, why_not
@@ -57,7 +58,8 @@ class SharedPrefixDPOTrainer(DPOTrainer):
         tokens_per_step: Most tokens that go through the model at a time: p + c + r of each pair where prompts are
             shared, else padded tokens. A batch is divided into micro-batches that fit, with the loss, the gradients and
             the metrics of the whole batch. None or 0: a batch goes through the model whole. By default the value that
-            `parse_recipe` left in `args`, and a batch is then the pairs of a whole update.
+            `parse_recipe` left in `args`, and a batch is then the pairs of a whole update. `auto` is for recipes:
+            `prepare_pairs` finds the number.
         kwargs: Keyword arguments of DPOTrainer.
 
     Raises:
@@ -73,6 +75,8 @@ class SharedPrefixDPOTrainer(DPOTrainer):
     """Precompute reference log-probs without metrics, with LoRA switched off by its flags alone."""
 
     _prepare_dataset = prepare_dataset
+    _metrics: Any
+    _total_train_tokens: Any
     current_gradient_accumulation_steps: float
     loss_weights: list[float]
     precompute_ref_logps: bool
@@ -84,11 +88,16 @@ class SharedPrefixDPOTrainer(DPOTrainer):
         if self.shared_prefix not in ("auto", "true", "false"):
             raise RecipeError(f"shared_prefix={shared_prefix} is not auto, true or false.")
         self.tokens_per_step = tokens_per_step
+        self.budget_is_estimated = self.halved = False
+        self.on_halved: Callable[[int], None] = lambda budget: None
         for config in (*args, kwargs.get("args")):
             if tokens_per_step is None and (budget := getattr(config, "tokens_per_step", None)):
                 self.tokens_per_step = budget
+                self.budget_is_estimated = getattr(config, "budget_is_estimated", False)
                 config.per_device_train_batch_size *= config.gradient_accumulation_steps
                 config.gradient_accumulation_steps = 1
+        if str(self.tokens_per_step) == "auto":
+            raise RecipeError("tokens_per_step=auto needs prepare_pairs, which finds the number. Give a number.")
         self.running: Division | None = None  # the batch whose micro-batches `training_step` is running
         self.sharing: bool | None = None  # not known before the model is there
         self.agrees_with_trl = False
@@ -120,9 +129,42 @@ class SharedPrefixDPOTrainer(DPOTrainer):
         return precompute_ref_logps(self, *args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
-        """TRL's step. With `tokens_per_step` each micro-batch has a backward pass; gradients are synchronised once."""
+        """TRL's step. With `tokens_per_step` each micro-batch has a backward pass; gradients are synchronised once.
+
+        Where a budget that was estimated takes too much memory, the step is repeated with half of it.
+        """
         if not self.tokens_per_step:
             return super().training_step(model, inputs, num_items_in_batch)
+        random, logged = RandomState(), copy.deepcopy((self._metrics, self._total_train_tokens))
+        while True:
+            try:
+                return self._divided_step(model, inputs, num_items_in_batch)
+            except torch.OutOfMemoryError as error:
+                if not self.budget_is_estimated:
+                    raise
+                self._halve_budget(error)
+            # Not inside of `except`: the error's traceback holds the tensors of the failed attempt.
+            model.zero_grad()
+            self._metrics, self._total_train_tokens = logged
+            random.restore()
+
+    def _halve_budget(self, error: torch.OutOfMemoryError) -> None:
+        """Halves the budget that the preflight has estimated, once."""
+        budget = self.tokens_per_step or 0
+        if self.halved or self.accelerator.num_processes > 1:
+            reason = "half of what was estimated" if self.halved else "as was estimated, and several processes"
+            raise RecipeError(
+                f"Out of memory with {budget:,} tokens at a time, {reason}. Give fewer, --tokens_per_step "
+                f"{budget // 2}, set --activation_checkpointing true, or lower --max_length."
+            ) from error
+        self.tokens_per_step, self.halved = max(1, budget // 2), True
+        self.on_halved(self.tokens_per_step)
+        logger.warning(
+            f"Out of memory with {budget:,} tokens at a time: this update is repeated, and the run goes on, with "
+            f"tokens_per_step={self.tokens_per_step}."
+        )
+
+    def _divided_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
         model.train()
         steps, weights = self.current_gradient_accumulation_steps, self.loss_weights
         with self._reference_first(prepare_inputs(self, inputs)) as inputs:

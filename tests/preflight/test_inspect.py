@@ -421,8 +421,9 @@ def test_cost_counts_what_is_padded_and_what_is_repeated(tiny_model, tmp_path):
     assert cost["prefix_share"] == pytest.approx(40 / 112)
     assert cost["shared_prefix_speedup"] == pytest.approx(120 / (4 * 18))
     assert cost["memory_total"] == sum(cost["memory"].values())
-    tokens, hidden, inner, layers = 2 * 2 * 15, 64, 128, 2  # of the longest batch there is, not of max_length
-    assert cost["memory"]["activations"] == tokens * (8 * hidden + 4 * inner) * 4 * layers
+    tokens, hidden, keys, inner, layers = 2 * 18, 64, 32, 128, 2  # of the longest batch there is, with shared prompts
+    kept = 2 * hidden + 3 * hidden + 3 * keys + 4 * inner + 2 * 2 * hidden
+    assert cost["memory"]["activations"] == tokens * (kept * layers + 3 * hidden) * 4
     assert cost["fits"] == {"name": "the 24GB card", "bytes": 24 * 2**30, "fits": True}
     assert cost_findings(cost, THRESHOLDS) == []
     small = {**cost, "fits": {**cost["fits"], "bytes": cost["memory_total"]}}

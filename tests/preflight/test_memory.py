@@ -26,7 +26,8 @@ def test_weights_are_counted_from_the_configuration(tiny_model):
 
 CONFIG = LlamaConfig(hidden_size=10, num_attention_heads=1, intermediate_size=20, num_hidden_layers=3, vocab_size=50)
 SETTINGS = {"per_device_train_batch_size": 2, "max_length": 100, "optim": "adamw_torch_fused"}
-LAYER = 400 * (8 * 10 + 4 * 20)  # values; 2 pairs = 4 sequences = 400 tokens
+NUMBERS = 2 * 10 + 3 * 10 + 3 * 10 + 4 * 20  # a token and layer: inputs, queries and output, keys and values, MLP
+NORMS = 2 * 10  # numbers that are float32 in any run
 
 
 def test_memory_of_all_weights_holds_a_reference_model():
@@ -36,7 +37,7 @@ def test_memory_of_all_weights_holds_a_reference_model():
         "trained weights": 4000,
         "gradients": 4000,
         "optimizer": 8000,
-        "activations": 3 * LAYER * 4,
+        "activations": 400 * (3 * 4 * (NUMBERS + 2 * NORMS) + 3 * 4 * 10),  # 2 pairs of 200 tokens, 3 layers
         "logits": 400 * 50 * 4,
     }
     assert "frozen weights" not in memory_parts(CONFIG, weights, SETTINGS, task="answer")
@@ -61,7 +62,8 @@ def test_memory_of_lora_on_four_bits_with_checkpointing():
     parts = memory_parts(CONFIG, weights, settings, task="preference")
     assert parts["frozen weights"] == pytest.approx(2 * 100 + 0.52 * 900)
     assert parts["optimizer"] == 20
-    assert parts["activations"] == 2 * (3 * 400 * 10 + LAYER)
+    layer = 2 * (NUMBERS + 7 * 16) + 4 * NORMS  # bytes a token; LoRA's rank is 16 on seven linear layers
+    assert parts["activations"] == 400 * (6 * 2 * 10 + layer)  # the inputs of 3 layers, and of the head
 
 
 def test_memory_of_a_token_budget_is_that_of_its_tokens():
@@ -69,7 +71,8 @@ def test_memory_of_a_token_budget_is_that_of_its_tokens():
 
     def tokens(budget, batch=64):
         settings = SETTINGS | {"per_device_train_batch_size": batch, "tokens_per_step": budget}
-        return memory_parts(CONFIG, weights, settings, task="preference")["activations"] / (3 * LAYER * 4) * 400
+        kept = 3 * 4 * (NUMBERS + 7 * 16 + NORMS) + 3 * 4 * 10
+        return memory_parts(CONFIG, weights, settings, task="preference")["activations"] / kept
 
     assert tokens(1000) == 1000
     assert tokens(1000, batch=2) == 400  # an update has no more

@@ -1,6 +1,7 @@
 """An update that is divided by tokens has the loss, gradients and metrics of the undivided update."""
 
 import copy
+import itertools
 import json
 import random
 import sys
@@ -210,7 +211,69 @@ def test_reference_log_probs_of_undivided_batches_are_found_in_the_cache(tmp_pat
     assert divided.train_dataset["ref_chosen_logps"][:] == pytest.approx(whole, rel=1e-5)
 
 
+# Out of memory
+
+
+def fails(trainer, calls):
+    """Lets the model run out of memory in these of its calls, after it has drawn random numbers."""
+    count = itertools.count(1)
+
+    def hook(*_):
+        if next(count) in calls:
+            torch.rand(3)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    trainer.model.register_forward_pre_hook(hook)
+
+
+def dropping(budget, folder, monkeypatch, **given):
+    """A run with dropout, so that its results depend on random numbers, with a budget that was estimated."""
+    monkeypatch.setattr(DPOConfig, "tokens_per_step", budget, raising=False)  # `decide` sets both on an instance
+    monkeypatch.setattr(DPOConfig, "budget_is_estimated", True, raising=False)
+    settings = dict(per_device_train_batch_size=12, rows=ROWS, max_steps=4, logging_steps=1, save_strategy="no") | given
+    settings |= dict(shared_prefix="false", disable_dropout=False, learning_rate=1e-2)
+    model = model_for("gpt2", "LoRA")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    return build(SharedPrefixDPOTrainer, model, "LoRA", folder, **settings)
+
+
+@pytest.mark.parametrize("call", [2, 5], ids=["reference", "policy"])
+def test_an_update_without_memory_is_repeated_with_half_of_the_estimated_budget(call, tmp_path, monkeypatch, caplog):
+    half = dropping(BUDGET, tmp_path, monkeypatch)
+    half.train()
+    ours, stored = dropping(2 * BUDGET, tmp_path, monkeypatch), []
+    ours.on_halved = stored.append
+    fails(ours, {call})
+    ours.train()
+    assert logged(ours) == logged(half)  # to the last bit: gradients, metrics and random numbers were undone
+    assert ours.tokens_per_step == BUDGET
+    assert stored == [BUDGET]
+    assert f"goes on, with tokens_per_step={BUDGET}" in caplog.text
+
+
+def test_a_second_error_of_memory_ends_the_run_and_a_budget_of_ones_own_is_never_halved(tmp_path, monkeypatch):
+    trainer = dropping(2 * BUDGET, tmp_path, monkeypatch)
+    fails(trainer, {3, 9})
+    with pytest.raises(
+        RecipeError, match=f"Out of memory with {BUDGET} tokens.*half of what was estimated.*Give fewer"
+    ):
+        trainer.train()
+    trainer = dropping(2 * BUDGET, tmp_path, monkeypatch)
+    trainer.budget_is_estimated = False
+    fails(trainer, {3})
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+
+
 # Refusals
+
+
+def test_a_budget_that_nobody_has_found_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(DPOConfig, "tokens_per_step", "auto", raising=False)
+    with pytest.raises(RecipeError, match="tokens_per_step=auto needs prepare_pairs"):
+        build(SharedPrefixDPOTrainer, model_for("llama", "LoRA"), "LoRA", tmp_path)
 
 
 def test_what_cannot_be_divided_is_refused(tmp_path, monkeypatch):

@@ -129,6 +129,6 @@ def test_a_layer_keeps_what_its_gradients_need_and_no_more_copies_than_are_known
     needed += 4 * middle  # gate, its activation, up, and their product
     tokens = sum(p + c + r for p, c, r in LENGTHS)
     keys = sum(2 * p + c + r for p, c, r in LENGTHS)  # both completions of a pair attend to its prompt
-    copies = 2 * (keys * width - tokens * grouped)  # keys and values: once for each query head and each completion
+    copies = 2 * (keys - tokens) * grouped  # keys and values: a prompt's once for each completion
     copies += tokens * width  # the output: a segment at a time, and as one row
     assert saved_floats(2, tmp_path) - saved_floats(1, tmp_path) == tokens * needed + copies
