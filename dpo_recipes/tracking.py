@@ -51,7 +51,7 @@ def check_hub(training_args: TrainingArguments) -> None:
     """Raises RecipeError if the run shall be uploaded while it trains, when nothing of it can have been checked."""
     if training_args.push_to_hub:
         raise RecipeError(
-            "push_to_hub would upload checkpoints and training_args.bin, with the paths of this machine, before anybody "
+            "push_to_hub would upload checkpoints and training_args.bin, with paths of this machine, before anybody "
             "knows what the run is worth. Leave it out, and publish the finished run after its checks: "
             f"dpo-recipes publish {training_args.output_dir} --hub_id {training_args.hub_model_id or 'YOU/NAME'}"
         )
