@@ -1,16 +1,16 @@
-"""The verb `publish`."""
+"""The verbs `publish` and `template`."""
 
 import argparse
 import sys
 from typing import Any
 
-from dpo_recipes.flags import YES_OR_NO, given
+from dpo_recipes.flags import YES_OR_NO, add_trust, given
 from dpo_recipes.machine import set_environment
 from dpo_recipes.terminal import runnable
 
 
 def add_parser(commands: Any) -> None:
-    """Adds the verb to the subparsers of `dpo-recipes`."""
+    """Adds the verbs to the subparsers of `dpo-recipes`."""
     parser = commands.add_parser(
         "publish",
         help="upload a finished run to the Hub, after checks: its model, its tokenizer and a model card",
@@ -27,6 +27,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--anyway", **YES_OR_NO, help="publish an unhealthy run")
     parser.set_defaults(call=_publish)
 
+    words = "check chat template and stop tokens of an exported model, or write Ollama's Modelfile"
+    checking = commands.add_parser("template", help=words)
+    checking.add_argument("model", metavar="MODEL", help="a folder or Hub name with the tokenizer of the training")
+    files = checking.add_mutually_exclusive_group()
+    files.add_argument("--against", metavar="FILE", help="a Modelfile, a .gguf file or a generation_config.json")
+    files.add_argument("--write", metavar="FILE", help="write a Modelfile with the model's own template")
+    add_trust(checking)
+    checking.set_defaults(call=_check_template)
+
 
 def _publish(options: argparse.Namespace, flags: list[str]) -> int:
     set_environment()
@@ -38,3 +47,10 @@ def _publish(options: argparse.Namespace, flags: list[str]) -> int:
         sys.stderr.write(f"{runnable(str(error))}\n")
         return 1
     return 0
+
+
+def _check_template(options: argparse.Namespace, flags: list[str]) -> int:
+    set_environment()
+    from dpo_recipes.publish.template import check_template  # imports torch
+
+    return check_template(**given(options))
