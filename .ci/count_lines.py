@@ -12,7 +12,7 @@ from pathlib import Path
 PARTS = {
     "layer": "recipe presets settings loading manifest tracking trl_patches dataset_adapters preflight shared_prefix "
     "ppo health runs playground",
-    "commands": "__main__ cli flags catalog launch models sample evaluate compare pages",
+    "commands": "__main__ cli flags catalog launch models sample evaluate publish compare pages",
     "doctor": "doctor",
 }
 """Rooms by part: `layer` is imported by recipes, `commands` are the verbs. A room that is not listed is `ground`."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from httpx2 import HTTPError
 from huggingface_hub import ModelCard, get_token
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError, safe_open
 
@@ -136,11 +136,11 @@ def _unproven(found: Publication) -> Iterator[str]:
     merged = read_json(found.weights / MERGE_FILE)
     held = read_json(found.weights / MANIFEST).get("files", {})
     proven = {name: [known] for name, known in merged["files"].items()} if merged else held
-    files = [file for file in found.weights.iterdir() if re.fullmatch(WEIGHTS[found.kind], file.name)]
-    if not files:
+    there = {file.name: fingerprint(file) for file in found.weights.iterdir() if file.is_file()}
+    names = [name for name in sorted({*there, *proven}) if re.fullmatch(WEIGHTS[found.kind], name)]
+    if not names:
         yield f"{found.weights} holds no weights as safetensors."
-    changed = [file.name for file in sorted(files) if fingerprint(file) not in proven.get(file.name, ())]
-    if changed:
+    elif changed := [name for name in names if there.get(name) not in proven.get(name, ())]:
         yield (
             f"{', '.join(changed)} in {found.weights} is not as it was when it was checked. "
             + (f"Merge again: dpo-recipes merge {found.run}" if merged else "Train the run again.")
@@ -155,7 +155,7 @@ def _origin(found: Publication, base: str | None) -> tuple[str | None, dict[str,
     while name and name not in models:
         models.append(name)
         name = _start(Path(name)) if Path(name).is_dir() else None
-    here = [model for model in models if Path(model).exists() or os.path.isabs(model)]
+    here = [model for model in models if Path(model).exists() or re.match(r"[/~.]|outputs/", model)]
     at_hub = base or next((model for model in models if model not in here), None)
     licences = (_licence(model) for model in [*here, at_hub] if model)
     return at_hub, next(filter(None, licences), {})
@@ -190,11 +190,7 @@ def _name_base(found: Publication, at_hub: str | None) -> None:
             "merged model (--weights merged), or name the base model at the Hub with --base."
         )
         return
-    found.files["adapter_config.json"] = _json(held | {"base_model_name_or_path": at_hub})
-
-
-def _json(data: Any) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+    found.files["adapter_config.json"] = json.dumps(held | {"base_model_name_or_path": at_hub}, indent=2).encode()
 
 
 def _shorten(found: Publication) -> None:
@@ -258,12 +254,9 @@ def _ask_the_hub(found: Publication, card: ModelCard) -> None:
     """Lets the Hub's validator read the card, where it can be reached."""
     try:
         card.validate()
-    except OfflineModeIsEnabled:
-        found.notes.append("The Hub's own check of the card was not made: HF_HUB_OFFLINE is set.")
-    except HfHubHTTPError as error:
-        found.notes.append(f"The Hub's own check of the card was not made: {str(error).splitlines()[0]}.")
     except (HTTPError, OSError) as error:
-        found.notes.append(f"The Hub's own check of the card was not made: it cannot be reached ({error}).")
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        found.notes.append(f"The card was not checked by the Hub, which cannot be asked: {why}")
     except ValueError as error:
         found.problems.append(f"The Hub refuses the model card: {' '.join(str(error).split())}")
 
@@ -276,25 +269,17 @@ def _leaks(name: str, held: Path | bytes, found: Publication) -> Iterator[str]:
             text = json.dumps(file.metadata() or {})
     else:
         text = (held if isinstance(held, bytes) else held.read_bytes()).decode("utf-8", errors="ignore")
-    ours = {value for key, value in os.environ.items() if NAMES.search(key) and len(value) > 7}
+    ours = {value for key, value in os.environ.items() if NAMES.search(key) and len(value) > 15}
     secrets = [secret for secret in {*ours, get_token() or ""} if secret and secret in text]
     speaks = not (re.fullmatch(UNSPEAKING, name) or name.endswith(".png"))
     if speaks:
         secrets += KEYS.findall(text)
-        fields = read_fields(text) if name.endswith(".json") and not re.fullmatch(TOKENIZER, name) else {}
-        secrets += [secret for secret in secrets_in(fields) if not re.fullmatch(PLACEHOLDER, secret)]
+        if name.endswith(".json") and not re.fullmatch(TOKENIZER, name):
+            with suppress(ValueError):
+                secrets += [each for each in secrets_in(json.loads(text)) if not re.fullmatch(PLACEHOLDER, each)]
     if secrets:
         yield f"{name} holds a secret, {secrets[0][:4]}...: take it out, and revoke it if others saw it."
     own = {str(Path.cwd()), *(str(folder.resolve()) for folder in (found.run, found.weights))} - {"/"}
     paths = [path for path in own if path in text] + (machine_paths(text) if speaks else [])
     if paths:
         yield f"{name} holds a path of this machine, {paths[0]}. Name what others can find, or the file's name alone."
-
-
-def read_fields(text: str) -> dict[str, Any]:
-    """The object in a JSON text; empty if it is none."""
-    try:
-        held = json.loads(text)
-    except ValueError:
-        return {}
-    return held if isinstance(held, dict) else {}

@@ -15,7 +15,7 @@ class Hub(ThreadingHTTPServer):
 
     `faults` holds, by the name of a step (create, info, validate, preupload, batch, lfs, commit), what happens at its
     next calls: a status; "cut", the connection ends without a reply; "lost", the work is done and the reply is cut;
-    "dies", the server ends for good, in the middle of the body.
+    "hangs", it sets `hung`, and the reply never comes; "dies", the server ends for good, in the middle of the body.
     """
 
     daemon_threads = True
@@ -25,7 +25,7 @@ class Hub(ThreadingHTTPServer):
         self.repositories, self.blobs, self.faults, self.calls, self.tokens = {}, {}, {}, [], set()
         self.cards = {}  # of models that others published
         self.sent = 0  # bytes of large files
-        self.lock = threading.Lock()
+        self.lock, self.hung, self.closed = threading.Lock(), threading.Event(), threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -63,7 +63,10 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.read(10)
             threading.Thread(target=self.server.shutdown).start()
             self.server.socket.close()
-        if fault in ("cut", "dies"):
+        if fault == "hangs":
+            self.server.hung.set()
+            self.server.closed.wait(60)
+        if fault in ("cut", "dies", "hangs"):
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
             return True

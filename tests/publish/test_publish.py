@@ -1,7 +1,10 @@
 """A run at the Hub: what is uploaded, what is refused, and what is left when the upload fails half-way."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -92,6 +95,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between two tries
     yield server
+    server.closed.set()
     server.shutdown()
     server.server_close()
 
@@ -175,7 +179,7 @@ def test_without_the_hub_a_dry_run_checks_what_it_can(run, publish, monkeypatch)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     status, printed = publish(run, "--hub_id", "me/safe", "--base", "us/base", "--dry_run")
     assert status == 0, printed
-    assert "own check of the card was not made: it cannot be reached" in printed
+    assert "The card was not checked by the Hub, which cannot be asked" in printed
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     status, printed = publish(run, "--hub_id", "me/safe", "--base", "us/base")
     assert status == 2
@@ -279,12 +283,14 @@ def test_what_nobody_else_could_load_or_may_use_is_refused(run, base, hub, publi
         (base / "elsewhere").rename(base / "README.md")
 
 
-@pytest.mark.parametrize("change", ["adapter", "weights", "nothing merged"])
+@pytest.mark.parametrize("change", ["adapter", "weights", "weights missing", "nothing merged"])
 def test_a_merge_that_is_not_proven_is_refused(change, run, hub, publish):
     if change != "nothing merged":
         target = merge("outputs/run")
         changed = run / "adapter_model.safetensors" if change == "adapter" else target / "model.safetensors"
         changed.write_bytes(changed.read_bytes()[:-4] + b"abcd")
+        if change == "weights missing":
+            changed.unlink()
     status, printed = publish("outputs/run", "--hub_id", "me/safe", "--weights", "merged")
     assert status == 2
     assert "dpo-recipes merge outputs/run" in printed
@@ -378,3 +384,24 @@ def test_a_repository_that_is_there_is_taken_only_if_it_is_as_asked(there, words
     assert status == (2 if says else 0), printed
     assert says is None or says in printed
     assert ("adapter_model.safetensors" in hub.repositories["me/safe"]["files"]) == (says is None)
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_finish_and_the_same_command_finishes(run, hub, dpo_recipes):
+    """The command as a user types it, with the variables that users set."""
+    command = [str(dpo_recipes), "publish", "outputs/run", "--hub_id", "me/safe", "--base", "us/base"]
+    own = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    options = dict(env={**os.environ, **own}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    hub.faults = {"lfs": ["hangs"]}
+    first = subprocess.Popen(command, **options)
+    assert hub.hung.wait(120), first.communicate(timeout=10)[0]
+    first.send_signal(signal.SIGINT)
+    printed = first.communicate(timeout=60)[0]
+    assert first.returncode == 130, printed
+    assert "To finish, call the same command again" in printed
+    assert "dpo-recipes publish outputs/run --hub_id me/safe --base us/base" in printed
+    assert hub.repositories["me/safe"]["files"] == {}
+    second = subprocess.run(command, **options, timeout=120)
+    assert second.returncode == 0, second.stdout
+    assert "adapter_model.safetensors" in hub.repositories["me/safe"]["files"]
+    assert TOKEN not in printed + second.stdout
