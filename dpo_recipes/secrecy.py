@@ -18,8 +18,9 @@ KEYS = re.compile(
     r"-+BEGIN [A-Z ]*PRIVATE KEY"
 )
 """Keys of well-known services, which show by how they begin."""
-_PATH = re.compile(r"(?<![\w:/.~<\\])(~|/[\w.+-]+|[A-Za-z]:(?=[\\/]))(?:[\\/]+[\w.@+-]+)+")
+_PATH = re.compile(r"(?<![\w:/.~<\\])(~|/[\w.+-]+|[A-Za-z]:(?=[\\/]+Users\b))(?:[\\/]+[\w.@+-]+)+")
 _HOMES = ("~", "/home", "/Users", "/root", "/mnt", "/scratch", "/workspace")
+_SYSTEM = ("/bin", "/dev", "/etc", "/proc", "/sys", "/usr")  # the same everywhere
 
 
 def hide(text: str, secrets: Iterable[str]) -> str:
@@ -78,4 +79,4 @@ def shorten_paths(text: str) -> str:
 
 
 def _is_of_a_machine(top: str) -> bool:
-    return top in _HOMES or top.endswith(":") or Path(top).is_dir()
+    return top in _HOMES or top.endswith(":") or (top not in _SYSTEM and Path(top).is_dir())

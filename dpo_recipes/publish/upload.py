@@ -5,9 +5,10 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from httpx2 import HTTPError
-from huggingface_hub import CommitOperationAdd, HfApi, get_session, get_token, is_offline_mode
+from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, get_session, get_token, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
 
 from dpo_recipes.errors import RecipeError
@@ -100,14 +101,13 @@ def upload(files: Mapping[str, Path | bytes], hub_id: str, *, public: bool, kind
         raise
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         _explain(error, api, hub_id, before)
-        raise AssertionError from error  # _explain always raises
 
 
-def _check_repository(name: str, info: object, files: Mapping[str, object], *, public: bool) -> None:
+def _check_repository(name: str, info: ModelInfo, files: Mapping[str, object], *, public: bool) -> None:
     """Raises RecipeError for a repository that everybody sees, unasked, or that would become a mixture of models."""
-    if not (getattr(info, "private", False) or public):
+    if not (info.private or public):
         raise RecipeError(f"{name} is there and public. Give --public if all may see it, or another --hub_id.")
-    there = [sibling.rfilename for sibling in getattr(info, "siblings", None) or ()]
+    there = [sibling.rfilename for sibling in info.siblings or ()]
     if others := [file for file in there if file.endswith(ANY_WEIGHTS) and file not in files]:
         raise RecipeError(
             f"{name} holds {', '.join(others[:3])}, weights of another model, which these files would not replace. "
@@ -115,7 +115,7 @@ def _check_repository(name: str, info: object, files: Mapping[str, object], *, p
         )
 
 
-def _explain(error: Exception, api: HfApi, hub_id: str, before: str | None) -> None:
+def _explain(error: Exception, api: HfApi, hub_id: str, before: str | None) -> NoReturn:
     """Raises the error that a user understands."""
     cause: BaseException = error
     while cause.__cause__ is not None and not isinstance(cause, HfHubHTTPError):
