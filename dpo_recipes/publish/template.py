@@ -57,8 +57,8 @@ def check_template(
     for difference in differs:
         say(f"DIFFERS: {difference}")
     if not differs:
-        compared = f", and {against} renders {len(CONVERSATIONS)} conversations as it does" if against else ""
-        say(f"The stop tokens fit the chat template of {model}{compared}.")
+        same = "stops where it does" if str(against).endswith(".json") else "renders conversations as it does"
+        say(f"The stop tokens fit the chat template of {model}{f', and {against} {same}' if against else ''}.")
     return int(bool(differs))
 
 
@@ -130,7 +130,7 @@ def read_gguf(file: Path) -> dict[str, Any]:
         ) from error
     with refusing(str(file)):
         fields = GGUFReader(file).fields
-    names = ("chat_template", "ggml.eos_token_id", "ggml.eot_token_id", "ggml.bos_token_id", "ggml.add_bos_token")
+    names = ("chat_template", "ggml.eos_token_id", "ggml.eot_token_id", "ggml.bos_token_id")
     return {name: fields[key].contents() for name in names if (key := f"tokenizer.{name}") in fields}
 
 
@@ -163,8 +163,8 @@ def differences(tokenizer: PreTrainedTokenizerBase, other: Callable[[Messages], 
             continue
         got = other(messages)
         if got != expected:
-            at = next((n for n, pair in enumerate(zip(expected, got, strict=False)) if pair[0] != pair[1]), None)
-            at = min(len(expected), len(got)) if at is None else at
+            ended = zip(f"{expected}\0", f"{got}\0\0", strict=False)  # one may be the beginning of the other
+            at = next(number for number, (one, other_one) in enumerate(ended) if one != other_one)
             pieces = (shown(repr(text[max(0, at - NEAR) : at + NEAR])) for text in (expected, got))
             yield "{}: from character {} on. The tokenizer has {}, the file {}.".format(name, at, *pieces)
             return
@@ -178,9 +178,8 @@ def _write_modelfile(file: Path, model: str, tokenizer: PreTrainedTokenizerBase)
     """
     if file.exists():
         raise RecipeError(f"{file} exists already. Name another file with --write, or check it with --against.")
-    template = _as_turns(tokenizer)
-    modelfile = Modelfile(template)
-    if template is None or [*differences(tokenizer, lambda messages: render(modelfile, messages))]:
+    modelfile = Modelfile(_as_turns(tokenizer))
+    if [*differences(tokenizer, lambda messages: render(modelfile, messages))]:
         raise RecipeError(
             f"The chat template of {model} looks at more than the role of a turn, and is not translated here. Write "
             f"TEMPLATE yourself, and check it: dpo-recipes template {model} --against FILE. Or serve a GGUF file with "
@@ -188,7 +187,7 @@ def _write_modelfile(file: Path, model: str, tokenizer: PreTrainedTokenizerBase)
         )
     end, number = end_of_turn(tokenizer)
     stop = f'PARAMETER stop "{end.strip()}"\n' if number is not None else ""
-    write_text(file, f'FROM {model}\nTEMPLATE """{template}"""\n{stop}', listed=False)
+    write_text(file, f'FROM {model}\nTEMPLATE """{modelfile.template}"""\n{stop}', listed=False)
     say(f"Modelfile     {file}")
 
 
@@ -200,7 +199,7 @@ def _as_turns(tokenizer: PreTrainedTokenizerBase) -> str:
     beginning = one[len(bare) :] if one.startswith(bare) else ""
     before_user, _, after = one.partition(ASKED)
     after_user = after.removesuffix(beginning)
-    turns = rendered(tokenizer, [USER, REPLY, USER]).removeprefix(bos).split(ASKED)
+    turns = [*rendered(tokenizer, [USER, REPLY, USER]).removeprefix(bos).split(ASKED), ""]
     before_reply, _, after_reply = turns[1].partition(ANSWERED)
     parts = {
         "user": (before_user, after_user),

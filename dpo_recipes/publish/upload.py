@@ -16,7 +16,7 @@ from dpo_recipes.publish.gather import Publication, gather
 from dpo_recipes.secrecy import hide
 from dpo_recipes.terminal import say, shown
 
-PATIENCE = 120.0  # seconds without a byte from the Hub; its library by itself waits for ever
+PATIENCE = 300.0  # seconds without a byte from the Hub; its library by itself waits for ever
 REFUSED = {
     401: "the Hub does not know this token. Log in again: hf auth login",
     402: "the account has no room or no plan for that",
@@ -137,7 +137,7 @@ def _how_to_finish(api: HfApi, hub_id: str, before: str | None) -> str:
     with suppress(HTTPError, OSError, ValueError):
         after = api.model_info(hub_id, timeout=10.0).sha
     state = "The repository shows no new file, because all of them appear with the last step."
-    if after != before:
+    if before and after != before:
         state = f"The repository has changed meanwhile: look at {api.endpoint}/{hub_id}."
     again = shlex.join(["dpo-recipes", *sys.argv[1:]])
     return f"{state} To finish, call the same command again, which sends only what is missing: {again}."

@@ -320,6 +320,7 @@ def test_without_a_login_nothing_is_sent(run, hub, publish, monkeypatch):
         ({"create": ["cut"]}, 1, "did not end"),
         ({"create": [401], "info": [401]}, 2, "hf auth login"),
         ({"create": [403], "info": [404]}, 2, "may not write there"),
+        ({"info": [500]}, 1, "shows no new file"),
         ({"preupload": ["cut"] * 6}, 1, "did not end"),
         ({"preupload": [403]}, 2, "may not write there"),
         ({"batch": [500] * 6}, 1, "did not end"),

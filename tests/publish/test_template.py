@@ -123,8 +123,9 @@ def test_the_first_difference_of_a_modelfile_is_shown(was, put, says, model, tmp
     assert says in printed
 
 
-def test_a_template_that_looks_beyond_roles_is_not_translated(model, tmp_path, capsys):
-    status, printed = checked(model(FOLDED), "--write", tmp_path / "Modelfile", capsys=capsys)
+@pytest.mark.parametrize("template", [FOLDED, CHATML.replace("m['content']", "m['content'] | upper")])
+def test_a_template_that_looks_beyond_roles_is_not_translated(template, model, tmp_path, capsys):
+    status, printed = checked(model(template), "--write", tmp_path / "Modelfile", capsys=capsys)
     assert status == 2
     assert "looks at more than the role of a turn" in printed
     assert not (tmp_path / "Modelfile").exists()
