@@ -215,7 +215,7 @@ ROOMS = [  # imports point from a later line to an earlier one
     {"health"},
     {"runs"},
     {"launch", "sample"},
-    {"evaluate"},
+    {"evaluate", "publish"},
     {"compare", "doctor"},
     {"cli"},
     {"__main__"},
