@@ -33,6 +33,10 @@ FUNCTIONS = {
 }
 
 
+class _Next(Exception):
+    """Ends one pass of a `range`."""
+
+
 class _Cut(Exception):
     """Ends the rendering where the model's answer begins."""
 
@@ -150,6 +154,8 @@ def _run(nodes: Nodes, dot: Any, names: dict[str, Any], written: list[str]) -> N
             written.append(rest[0])
         elif kind == "set":
             names[rest[0]] = _value(deque(rest[1]), dot, names)
+        elif rest == [["continue"]]:
+            raise _Next
         elif kind == "show":
             value = _value(deque(rest[0]), dot, names)
             written.append(str(value).lower() if isinstance(value, bool) else str(value))
@@ -169,7 +175,8 @@ def _repeat(head: list[str], inner: Nodes, others: Nodes, dot: Any, names: dict[
     values = _value(deque(head), dot, names)
     for number, value in enumerate(values or ()):
         own = dict(zip(variables[-2:], (number, value) if len(variables) > 1 else (value,), strict=False))
-        _run(inner, value, names | own, written)
+        with suppress(_Next):
+            _run(inner, value, names | own, written)
     if not values:
         _run(others, dot, names, written)
 

@@ -44,6 +44,11 @@ NUMBERED = (
         (NUMBERED, [USER, REPLY], '[user]Hi"Yes?"'),
         ("{{ .Prompt }}", [SYSTEM, USER], "Hi"),
         (
+            '{{ range .Messages }}{{ if eq .Role "system" }}{{ continue }}{{ end }}<{{ .Content }}>{{ end }}',
+            [SYSTEM, USER],
+            "<Hi>",
+        ),
+        (
             "{{ if not .System }}none{{ else if gt (len .System) 3 }}long{{ else }}short{{ end }}",
             [SYSTEM, USER],
             "long",
