@@ -15,6 +15,7 @@ from dpo_recipes.evaluate import command as evaluate
 from dpo_recipes.flags import grouped, refuse, refuse_misspelt
 from dpo_recipes.launch import command as launch
 from dpo_recipes.models import command as models
+from dpo_recipes.publish import command as publish
 from dpo_recipes.sample import command as sample
 from dpo_recipes.secrecy import hide, secrets_of
 from dpo_recipes.terminal import outlive_the_terminal, quiet_libraries, runnable
@@ -64,6 +65,6 @@ def build_parser() -> ArgumentParser:
     parser.set_defaults(call=lambda options, flags: parser.print_help(), takes_flags=False)
     subparser: Any = partial(ArgumentParser, allow_abbrev=False)  # argparse's stubs want a class
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=subparser)
-    for room in (catalog, launch, evaluate, compare, sample, vote, models, doctor):
+    for room in (catalog, launch, evaluate, compare, sample, vote, models, publish, doctor):
         room.add_parser(commands)
     return parser

@@ -79,8 +79,6 @@ _BLAME = {
     r"Couldn't instantiate the backend tokenizer": NO_TOKENIZER,
     r"trust_remote_code=True": "The model has code of its own, which runs only if you say so: read it, then give "
     "--trust_remote_code true.",
-    r"api/repos/create|api/models/.*/(preupload|commit)": "The Hub refused push_to_hub. Log in with `hf auth login`, "
-    "name a repository of yours with --hub_model_id, or leave --push_to_hub out.",
     r"Target modules .* not found|No modules were targeted": "lora_target_modules names no module of this model. Take "
     "all-linear; a single name is a regular expression of the whole path: '.*q_proj'.",
 }

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -12,6 +13,14 @@ NAMES = re.compile(
     r"(?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)(?<!mask_)token$|key$|passwo?r?d$|secret$|authorization$|credentials?$", re.I
 )
 """Names of settings, and of fields within one, whose value is a secret."""
+KEYS = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{30,}|sk-[\w-]{20,}|gh[opsu]_\w{30,}|github_pat_\w{30,}|AKIA[A-Z0-9]{16})|"
+    r"-+BEGIN [A-Z ]*PRIVATE KEY"
+)
+"""Keys of well-known services, which show by how they begin."""
+_PATH = re.compile(r"(?<![\w:/.~<\\])(~|/[\w.+-]+|[A-Za-z]:(?=[\\/]+Users\b))(?:[\\/]+[\w.@+-]+)+")
+_HOMES = ("~", "/home", "/Users", "/root", "/mnt", "/scratch", "/workspace")
+_SYSTEM = ("/bin", "/dev", "/etc", "/proc", "/sys", "/usr")  # the same everywhere
 
 
 def hide(text: str, secrets: Iterable[str]) -> str:
@@ -57,3 +66,17 @@ def take_secrets(training_args: Any) -> None:
     for token in tokens:
         if isinstance(token, str) and token != HIDDEN:  # a second call finds HIDDEN on the command line
             os.environ["HF_TOKEN"] = token
+
+
+def machine_paths(text: str) -> list[str]:
+    """Absolute paths in a text that show folders of a machine: this one's, or a home folder of any other one."""
+    return [found[0] for found in _PATH.finditer(text) if _is_of_a_machine(found[1])]
+
+
+def shorten_paths(text: str) -> str:
+    """The text with the last part of each path in place of the whole path, where it shows folders of a machine."""
+    return _PATH.sub(lambda found: re.split(r"[\\/]", found[0])[-1] if _is_of_a_machine(found[1]) else found[0], text)
+
+
+def _is_of_a_machine(top: str) -> bool:
+    return top in _HOMES or top.endswith(":") or (top not in _SYSTEM and Path(top).is_dir())

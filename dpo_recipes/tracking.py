@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas
-from huggingface_hub import constants, get_token, is_offline_mode
+from huggingface_hub import constants
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
@@ -48,14 +48,13 @@ def check_trackers(training_args: TrainingArguments) -> None:
 
 
 def check_hub(training_args: TrainingArguments) -> None:
-    """Raises RecipeError if the run shall be uploaded, but the Hub cannot be reached or there is no login."""
-    if not training_args.push_to_hub:
-        return
-    later = "leave --push_to_hub out and upload the finished run later: hf upload REPOSITORY FOLDER"
-    if is_offline_mode():
-        raise RecipeError(f"push_to_hub needs the Hub, and HF_HUB_OFFLINE is set. Unset it, or {later}.")
-    if get_token() is None:
-        raise RecipeError(f"push_to_hub needs a login at the Hub. Call `hf auth login`, or {later}.")
+    """Raises RecipeError if the run shall be uploaded while it trains, when nothing of it can have been checked."""
+    if training_args.push_to_hub:
+        raise RecipeError(
+            "push_to_hub would upload checkpoints and training_args.bin, with paths of this machine, before anybody "
+            "knows what the run is worth. Leave it out, and publish the finished run after its checks: "
+            f"dpo-recipes publish {training_args.output_dir} --hub_id {training_args.hub_model_id or 'YOU/NAME'}"
+        )
 
 
 def start_tracking(trainer: Trainer, settings: dict[str, Any]) -> None:

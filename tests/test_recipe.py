@@ -504,7 +504,6 @@ def test_sft_takes_its_chat_template_from_a_file(tiny_model, tmp_path):
         (KeyboardInterrupt(), 130, "Interrupted"),
         (ValueError("Please pass the argument `trust_remote_code=True` to allow it"), 2, "--trust_remote_code true"),
         (ValueError("Target modules {'nose'} not found in the base model."), 2, "lora_target_modules names no module"),
-        (OSError("403 for https://huggingface.co/api/repos/create"), 2, "The Hub refused push_to_hub"),
         (OSError("We couldn't connect to 'https://huggingface.co' to load the files"), 2, "Cannot load"),
     ],
 )

@@ -7,7 +7,7 @@ from trl import DPOConfig, ModelConfig
 
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.recipe import RecipeArguments, parse_recipe, run
-from dpo_recipes.secrecy import hide, hide_flags
+from dpo_recipes.secrecy import KEYS, hide, hide_flags, machine_paths, shorten_paths
 
 SECRET = "hf_Secret+of/the=tests"
 CPU = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none"}
@@ -77,3 +77,28 @@ def test_an_error_of_a_library_shows_no_secret(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit):
         run(main)
     assert capsys.readouterr().err == "The server refused the token ***.\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "paths", "short"),
+    [
+        ('"/home/ann/pairs.jsonl"', ["/home/ann/pairs.jsonl"], '"pairs.jsonl"'),
+        ("A:/Users/no and C:\\Users\\ann\\x.json", ["A:/Users/no", "C:\\Users\\ann\\x.json"], "no and x.json"),
+        ("see ~/runs/one.", ["~/runs/one."], "see one."),
+        ("/tmp/a/b:200+outputs/x", ["/tmp/a/b"], "b:200+outputs/x"),
+        ("https://huggingface.co/home/ann, us/home/x, and/or", [], None),
+        ("#!/usr/bin/env python, 'Q:\\n', </tool_call>, /think", [], None),
+    ],
+)
+def test_paths_that_show_a_machine_are_found_and_shortened(text, paths, short):
+    assert machine_paths(text) == paths
+    assert shorten_paths(text) == (text if short is None else short)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_key"),
+    [(f"x = hf_{'a1' * 17}", True), ("sk-proj-abcdefghijklmnopqrst", True), ("-----BEGIN RSA PRIVATE KEY", True)]
+    + [(text, False) for text in ("hf_hub_download", "task-specific-tokens-of-the-model", "risk-free")],
+)
+def test_keys_of_services_are_known_by_their_beginning(text, is_key):
+    assert bool(KEYS.search(text)) == is_key

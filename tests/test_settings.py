@@ -6,7 +6,7 @@ import pytest
 from transformers import AttentionInterface
 from trl import DPOConfig, ModelConfig, RewardConfig, RLOOConfig, SFTConfig
 
-from dpo_recipes import settings, tracking
+from dpo_recipes import settings
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.ppo import PPOConfig
 from dpo_recipes.presets import LORA, QLORA
@@ -135,7 +135,7 @@ def test_unknown_names_and_numbers_that_contradict_each_other_are_refused(parse,
         ("dpo", "--sync_ref_model true --precompute_ref_log_probs true", "needs precompute_ref_log_probs false"),
         ("dpo", "--sync_ref_model true --use_peft true", "needs use_peft false"),
         ("dpo", "--ref_model_sync_steps 5", "needs sync_ref_model true"),
-        ("dpo", "--hub_model_id someone/model", "needs push_to_hub true"),
+        ("dpo", "--hub_model_id someone/model", "dpo-recipes publish RUN"),
         ("dpo", "--dataloader_persistent_workers true", "dataloader_num_workers=0 does not read it"),
         ("dpo", "--lr_scheduler_type constant --warmup_steps 5", "lr_scheduler_type=constant does not read it"),
         ("dpo", "--optim sgd --adam_beta2 0.9", "optim=sgd does not read it"),
@@ -221,18 +221,10 @@ def test_an_attention_function_of_ones_own_is_known(parse):
     assert parse("--attn_implementation mine_of_the_tests")
 
 
-@pytest.mark.parametrize(
-    ("offline", "token", "message"),
-    [(True, "a-token", "HF_HUB_OFFLINE is set"), (False, None, "a login at the Hub.*hf auth login")],
-)
-def test_a_run_that_cannot_be_uploaded_is_refused(parse, offline, token, message, monkeypatch):
-    monkeypatch.setattr(tracking, "is_offline_mode", lambda: offline)
-    monkeypatch.setattr(tracking, "get_token", lambda: token)
-    with pytest.raises(RecipeError, match=f"push_to_hub needs.*{message}.*leave --push_to_hub out"):
+def test_an_upload_during_the_training_is_refused_and_the_command_for_later_named(parse):
+    later = "dpo-recipes publish [^ ]+ --hub_id someone/some-model"
+    with pytest.raises(RecipeError, match=f"push_to_hub would upload.*Leave it out.*{later}"):
         parse("--push_to_hub true --hub_model_id someone/some-model")
-    monkeypatch.setattr(tracking, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(tracking, "get_token", lambda: "a-token")
-    assert parse("--push_to_hub true --hub_model_id someone/some-model")
 
 
 def test_every_setting_of_the_table_is_a_field(parse):

@@ -12,10 +12,9 @@ from dpo_recipes.files import write_json, write_jsonl, write_text
 from dpo_recipes.pages.markdown import fence, inline
 from dpo_recipes.recipe import DONE_FILE
 from dpo_recipes.runs.curves import table
+from dpo_recipes.runs.model_card import BEGIN, END
 from dpo_recipes.runs.page import write_run_page
 from dpo_recipes.terminal import say
-
-BEGIN, END = "<!-- Evaluation by dpo-recipes: begin -->", "<!-- Evaluation by dpo-recipes: end -->"
 
 
 def write_report(folder: Path, results: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> Path:

@@ -22,6 +22,7 @@ from dpo_recipes.terminal import say
 
 MERGING = ".merged"
 """Folder within a run's, in which the merged model is written before it takes the LoRA adapter's place."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MERGE_TOLERANCE = 1e-4
 """Distance of merged and unmerged outputs in float32 that rounding explains, as a share of the largest output."""
 MOST_LOST = 0.1
@@ -55,6 +56,7 @@ def merge(run: str, output_dir: str | None = None, *, base: str | None = None, t
         raise _unmergeable(run, adapter)
     origin = {"lora_adapter": str(Path(run).resolve())}
     origin["base_model"] = identify(run, base=base, trust_remote_code=trust_remote_code).base
+    origin["weights"] = adapter_print(run)
     in_place = target.resolve() == Path(run).resolve() and (target / "settings.json").exists()  # a run of ours
     if not in_place:
         _earlier_files(target, origin)
@@ -72,6 +74,12 @@ def merge(run: str, output_dir: str | None = None, *, base: str | None = None, t
         _write(target, merged, tokenizer, origin)
     say(f"Model         {target} ({str(merged.dtype).removeprefix('torch.')}; its outputs on a probe are as before)")
     return target
+
+
+def adapter_print(run: str | Path) -> str:
+    """Fingerprint of the weights of a run's LoRA adapter, by which a merge of them is known; empty without weights."""
+    file = Path(run) / ADAPTER_WEIGHTS
+    return fingerprint(file) if file.exists() else ""
 
 
 def _unmergeable(run: str, adapter: Mapping[str, Any]) -> RecipeError:
@@ -187,6 +195,6 @@ def replace_adapter(folder: Path, merged: PreTrainedModel) -> None:
             os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
+    for name in (ADAPTER_WEIGHTS, "adapter_config.json"):
         (folder / name).unlink(missing_ok=True)
     settle(folder, NEW_FILES, MERGING)

@@ -18,7 +18,12 @@ NOTHING = "\N{EN DASH}"
 def write_page(
     path: str | Path, template: Path, data: Mapping[str, Any], filters: Mapping[str, Callable[..., str]] | None = None
 ) -> Path:
-    """Fills the template with the data, which an HTML template escapes, and returns the path of the file."""
+    """Writes the filled template and returns the path of the file."""
+    return write_text(path, fill(template, data, filters))
+
+
+def fill(template: Path, data: Mapping[str, Any], filters: Mapping[str, Callable[..., str]] | None = None) -> str:
+    """The template filled with the data, which an HTML template escapes."""
     environment = Environment(
         loader=FileSystemLoader([template.parent, TEMPLATES]),
         finalize=lambda value: shown(value) if type(value) is str else value,
@@ -27,7 +32,7 @@ def write_page(
         lstrip_blocks=True,
     )
     environment.filters.update({"number": number, "ticks": ticks, "time": time, **(filters or {})})
-    return write_text(path, environment.get_template(template.name).render(data))
+    return environment.get_template(template.name).render(data)
 
 
 def number(value: float | None, places: int = 3) -> str:

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import Trainer
 
-from dpo_recipes.files import read_json
+from dpo_recipes.files import read_json, write_text
 from dpo_recipes.machine import peak_memory
 from dpo_recipes.pages import page
 from dpo_recipes.pages.markdown import code, fence, inline, one_line, yaml_text
@@ -23,6 +23,8 @@ SHOWN_SETTINGS = (
     "temperature", "gamma", "lam", "vf_coef", "adam_beta2", "weight_decay", "use_peft", "lora_r", "lora_alpha",
     "load_in_4bit", "dtype", "bf16", "seed",
 )  # fmt: skip
+BEGIN, END = "<!-- Evaluation by dpo-recipes: begin -->", "<!-- Evaluation by dpo-recipes: end -->"
+"""Lines around the part of a model card that `evaluate` writes and replaces."""
 
 
 def cost(trainer: Trainer) -> dict[str, Any]:
@@ -63,7 +65,19 @@ def weights_hash(name: str | None) -> str | None:
 
 def write_model_card(folder: Path) -> Path:
     """Writes the README.md of a finished run from its settings.json, metrics.json and done.json; returns its path."""
-    settings, metrics, done = (read_json(folder / f"{name}.json") for name in ("settings", "metrics", "done"))
+    return write_text(folder / "README.md", model_card(folder))
+
+
+def model_card(folder: Path, **published: Any) -> str:
+    """The model card of a finished run, from its settings.json, metrics.json, health.json and done.json.
+
+    Args:
+        folder: Of the run.
+        published: For a card at the Hub: `hub_id`, `files` (their names), and entries that differ from the run's own:
+            `base`, `base_is_public`, `is_adapter`, `license`. That card keeps the evaluation that stands in the run's.
+    """
+    names = ("settings", "metrics", "done", "health")
+    settings, metrics, done, health = (read_json(folder / f"{name}.json") for name in names)
     base = settings.get("model_name_or_path")
     shown = {
         "name": folder.name,
@@ -73,8 +87,9 @@ def write_model_card(folder: Path) -> Path:
         "settings": settings,
         "metrics": metrics,
         "done": done,
+        "health": health,
         "warnings": dict.fromkeys([*metrics.get("warnings", []), *done["warnings"]]),
         "shown_settings": SHOWN_SETTINGS,
     }
     filters = {"code": code, "fence": fence, "inline": inline, "one_line": one_line, "yaml_text": yaml_text}
-    return page.write_page(folder / "README.md", page.TEMPLATES / "model_card.md.jinja", shown, filters)
+    return page.fill(page.TEMPLATES / "model_card.md.jinja", shown | published, filters)

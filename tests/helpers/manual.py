@@ -41,6 +41,10 @@ NOT_RUN = {
     r"--judge https?:": "needs an endpoint; tests/evaluate runs one",
     r"accelerate launch": "starts two processes; tests/launch runs the same line on small data",
     r"python tests/|python benchmarks/": "takes an hour or more",
+    r"\bpublish outputs/": "needs a finished run; tests/publish publishes one at a small Hub",
+    r"transformers serve": "runs until it is ended; tests/publish serves a model by this command",
+    r"--against (model|ollama)": "needs a file of another program; tests/publish checks such files",
+    r"^(vllm|ollama|llama-\w+) |convert_hf_to_gguf": "is another program's command, and that program never ran here",
     r"\bpage RUN": "needs a finished run; tests/runs calls it on one",
     r"openai/gsm8k": "needs GSM8K's questions from the Hub; tests/sample runs such a judge",
     r"--report_to wandb": "needs wandb, which may be missing; tests/test_tracking.py runs it where it is installed",
@@ -235,13 +239,19 @@ def check_command(command: str) -> None:
             check_flags(find_recipe("hh-rlhf-lora" if "/" in options.model else options.model), flags)
         case [".venv/bin/dpo-recipes", "copy", name, *_]:
             assert find_recipe(name).is_file()
-        case [".venv/bin/dpo-recipes", "answer" | "doctor" | "list" | "merge" | "page" | "sample" | "try" | "vote", *_]:
+        case [
+            ".venv/bin/dpo-recipes",
+            "answer" | "doctor" | "list" | "merge" | "page" | "publish" | "sample" | "template" | "try" | "vote",
+            *_,
+        ]:
             build_parser().parse_args(words[1:])
         case [".venv/bin/accelerate", "launch", *rest]:
             check_launch(rest)
         case [".venv/bin/python", file, *_] if file != "-m":
             assert (REPOSITORY / file).is_file()
-        case [".venv/bin/pre-commit", "install"] | ["lm_eval", *_]:
+        case ["python", "convert_hf_to_gguf.py", *_] | ["vllm" | "ollama" | "llama-server" | "llama-quantize", *_]:
+            pass
+        case [".venv/bin/pre-commit", "install"] | ["lm_eval", *_] | [".venv/bin/transformers", "serve", *_]:
             pass
         case _ if command.startswith("make "):
             assert len(words) > 1
