@@ -20,7 +20,7 @@ from dpo_recipes.manifest import claim
 from dpo_recipes.models.rewards import check_reward_model, context_length, read_reward_config
 from dpo_recipes.preflight import account
 from dpo_recipes.preflight.dry_run import plan_lines
-from dpo_recipes.preflight.findings import Finding, finding_lines, judged, refuse_failures, set_thresholds
+from dpo_recipes.preflight.findings import Finding, judged, refuse_failures, set_thresholds, show_findings
 from dpo_recipes.preflight.memory import load_config
 from dpo_recipes.preflight.tokens import MEASURES, Unit, as_plain_text, fit, rendered_pairs
 from dpo_recipes.recipe import RecipeArguments, check_start
@@ -111,9 +111,11 @@ def _prepare(
     if isinstance(measured, RecipeError):
         raise measured
     pairs = measured.pairs.remove_columns([*{*MEASURES, ROW}.intersection(measured.pairs["train"].column_names)])
-    lines = [*measured.lines, *finding_lines(measured.findings)]
+    if script_args.is_dry_run or state.is_main_process:
+        say("\n".join(measured.lines))
+        show_findings(measured.findings)
     if script_args.is_dry_run:
-        say("\n".join([*lines, *plan_lines(script_args, training_args, tokenizer, measured.pairs)]))
+        say("\n".join([*plan_lines(script_args, training_args, tokenizer, measured.pairs)]))
         if not script_args.timed_updates:
             raise SystemExit(0)
         training_args.report_to = []
@@ -121,7 +123,7 @@ def _prepare(
     if state.is_main_process:
         claim(training_args.output_dir)
         path = write_json(Path(training_args.output_dir) / "preflight.json", measured.data)
-        say("\n".join([*lines, f"The first rows of each kind: {path}"]))
+        say(f"The first rows of each kind: {path}")
     refuse_failures(measured.findings)
     return pairs
 
