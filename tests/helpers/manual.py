@@ -31,7 +31,7 @@ VERB = r"dpo-recipes (?!list)[a-z]+"
 """A verb that a text names: `dpo-recipes compare` does that."""
 
 NOT_RUN = {
-    r"make (install|lint|typecheck|bench|test\S*|help)\b": "installs, or is what runs these tests",
+    r"make (install|lint|typecheck|bench|docs|test\S*|help)\b": "installs, or is what runs these tests",
     r"make$|pre-commit": "changes the checkout that the tests run in",
     r"\bdoctor\b": "takes minutes; tests/doctor runs its parts",
     r"\bcompare\b": "trains for minutes; tests/compare and the second notebook run it",
@@ -41,6 +41,9 @@ NOT_RUN = {
     r"accelerate launch": "starts two processes; tests/launch runs the same line on small data",
     r"python tests/|python benchmarks/": "takes an hour or more",
     r"\bpage RUN": "needs a finished run; tests/runs calls it on one",
+    r"dpo-recipes .*--help$": "lists the settings; tests/test_cli.py runs it",
+    r"--quiet": "does not print what the other tests of documented commands look for; tests/test_cli.py runs it",
+    r"completion (bash|zsh|fish)": "is a script for a shell; tests/test_cli.py runs bash's",
     r"--report_to wandb": "needs wandb, which may be missing; tests/test_tracking.py runs it where it is installed",
 }
 """Commands that no test runs as printed, by a pattern, with the reason. Their flags are checked all the same."""
@@ -166,7 +169,10 @@ def check_flags(recipe: Path, flags: list[str]) -> None:
 
 def check_train(words: list[str]) -> None:
     """Raises an error unless the recipe, profile and accelerate file exist and the flags are known."""
-    name, *flags = words
+    if words[-1] == "--help":
+        assert len(words) < 2 or find_recipe(words[0]).is_file()
+        return
+    name, *flags = [word for word in words if word != "--quiet"]
     recipe = find_recipe("hh-rlhf-lora" if name == "mine.py" else name)
     for flag, kind in (("--profile", "profiles"), ("--accelerate", "accelerate")):
         if flag in flags:
@@ -231,7 +237,11 @@ def check_command(command: str) -> None:
             check_flags(find_recipe("hh-rlhf-lora" if "/" in options.model else options.model), flags)
         case [".venv/bin/dpo-recipes", "copy", name, *_]:
             assert find_recipe(name).is_file()
-        case [".venv/bin/dpo-recipes", "answer" | "doctor" | "list" | "merge" | "page" | "sample" | "try", *_]:
+        case [
+            ".venv/bin/dpo-recipes",
+            "answer" | "completion" | "doctor" | "list" | "merge" | "page" | "sample" | "try",
+            *_,
+        ]:
             build_parser().parse_args(words[1:])
         case [".venv/bin/accelerate", "launch", *rest]:
             check_launch(rest)
