@@ -95,7 +95,7 @@ def _completion(parser: Parser, shell: str) -> str:
 
     kinds = ("profiles", "accelerate")
     listed = {kind: _words_or_files(kind, " ".join(["printf '%s\\n'", *catalog.names_of(kind)])) for kind in kinds}
-    recipes = _words_or_files("recipes", "dpo-recipes list | cut -d' ' -f3")
+    recipes = _words_or_files("recipes", f"{parser.prog} list | cut -d' ' -f3")
     [verbs] = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
     for name, verb in verbs.items():
         for action in verb._actions:

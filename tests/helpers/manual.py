@@ -43,7 +43,6 @@ NOT_RUN = {
     r"\bpage RUN": "needs a finished run; tests/runs calls it on one",
     r"dpo-recipes .*--help$": "lists the settings; tests/test_cli.py runs it",
     r"--quiet": "does not print what the other tests of documented commands look for; tests/test_cli.py runs it",
-    r"completion (bash|zsh|fish)": "is a script for a shell; tests/test_cli.py runs bash's",
     r"--report_to wandb": "needs wandb, which may be missing; tests/test_tracking.py runs it where it is installed",
 }
 """Commands that no test runs as printed, by a pattern, with the reason. Their flags are checked all the same."""
