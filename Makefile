@@ -76,6 +76,10 @@ typecheck: $(STAMP) ## check types with mypy, strict
 bench: $(STAMP) ## compare speed and memory with plain TRL in one table; ARGS="--only step,ppo"
 	@exec $(BIN)/python benchmarks/bench.py $(ARGS)
 
+docs: $(STAMP) ## build the manual as a site in build/site; a link that leads nowhere is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+	@echo "The manual: build/site/index.html"
+
 recipes: $(STAMP) ## list the recipes
 	@exec $(BIN)/dpo-recipes list
 

@@ -1,7 +1,6 @@
 """The verbs `list` and `copy`; finds recipes, profiles and accelerate files, and reads them without running them."""
 
 import ast
-import difflib
 import os
 import shlex
 import shutil
@@ -11,15 +10,17 @@ from typing import Any
 import yaml
 
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.flags import did_you_mean
 from dpo_recipes.terminal import say
 
 
 def add_parser(commands: Any) -> None:
     """Adds the verbs to the subparsers of `dpo-recipes`."""
-    listing = commands.add_parser("list", help="the recipes there are")
+    listing = commands.add_parser("list", help="list the recipes", examples=["list"])
     listing.set_defaults(call=lambda options, flags: say(as_table(list_recipes())))
 
-    copying = commands.add_parser("copy", help="copy a recipe here, to make it yours")
+    examples = ["copy hh-rlhf-lora", "copy hh-rlhf-lora mine.py"]
+    copying = commands.add_parser("copy", help="copy a recipe here, to make it yours", examples=examples)
     copying.add_argument("recipe", metavar="RECIPE", help="a name from `dpo-recipes list`")
     copying.add_argument("destination", nargs="?", metavar="DEST", help="file or folder; by default the current folder")
     copying.set_defaults(call=lambda options, flags: say(copy_recipe(options.recipe, options.destination)))
@@ -75,8 +76,7 @@ def find_recipe(name: str, *, beside: Path | None = None) -> Path:
         if (path := folder / f"{name.replace('-', '_')}.py").is_file():
             return path
     known = list_recipes()
-    close = difflib.get_close_matches(name.replace("_", "-"), known)
-    meant = f" Did you mean {' or '.join(close)}?" if close else ""
+    meant = did_you_mean(name.replace("_", "-"), known)
     raise RecipeError(f"There is no recipe {name}.{meant} There are:\n{as_table(known)}")
 
 
@@ -102,8 +102,17 @@ def find_settings(kind: str, name: str, *, recipe: Path) -> Path:
     for folder in folders:
         if (path := folder / f"{name}.yaml").is_file():
             return path
-    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-    raise RecipeError(f"recipes/{kind} has no {name}. Give the path of a YAML file, or one of: {', '.join(known)}.")
+    known = names_of(kind, recipe.parent)
+    meant = did_you_mean(name, known)
+    raise RecipeError(
+        f"recipes/{kind} has no {name}.{meant} Give the path of a YAML file, or one of: {', '.join(known)}."
+    )
+
+
+def names_of(kind: str, *folders: Path) -> list[str]:
+    """Names of the YAML files in the folder `kind` of these folders and of the recipe folders."""
+    places = [*folders, *recipe_folders()]
+    return sorted({path.stem for place in places for path in (place / kind).glob("*.yaml")})
 
 
 def recipe_setting(recipe: Path, key: str) -> str | None:

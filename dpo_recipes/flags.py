@@ -3,13 +3,42 @@
 import argparse
 import difflib
 import re
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.secrecy import hide_flags
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser without abbreviations, whose help fits on one screen and ends in examples, and whose errors help."""
+
+    def __init__(self, *, epilog: str = "", examples: Sequence[str] = (), **options: Any) -> None:
+        lines = [epilog] if epilog else []
+        lines += ["", "Examples:", *(f"  dpo-recipes {words}" for words in examples)] if examples else []
+        width = min(100, shutil.get_terminal_size((100, 24)).columns)
+        form = partial(argparse.RawDescriptionHelpFormatter, max_help_position=26, width=width)
+        options |= dict(epilog="\n".join(lines), formatter_class=form, allow_abbrev=False, add_help=False)
+        super().__init__(**options)
+        self._positionals = self._optionals  # one list without headings
+        self._optionals.title = None
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with status 2. A word that is no verb is compared with the verbs that there are."""
+        if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message += did_you_mean(found[1], re.findall(r"[\w-]+", found[2]))
+        super().error(message)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A question that names the closest of the known words; empty if none is close."""
+    close = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def grouped(flags: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -27,13 +56,15 @@ def grouped(flags: Sequence[str]) -> list[tuple[str, list[str]]]:
 def given(options: argparse.Namespace) -> dict[str, Any]:
     """The options that have a value, by name, without what `cli` reads itself."""
     held = {name: value for name, value in vars(options).items() if value is not None}
-    return {name: held[name] for name in held if name not in ("call", "takes_flags")}
+    return {name: held[name] for name in held if name not in ("call", "takes_flags", "quiet")}
 
 
-def refuse(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
+def refuse(parser: argparse.ArgumentParser, flags: Sequence[str], options: argparse.Namespace) -> None:
     """Ends the process with status 2 if there are words that no argument of the parser took."""
     if flags:
-        parser.error(f"unrecognized arguments: {' '.join(hide_flags(flags))}")
+        known = [f"--{name}" for name in vars(options)]
+        close = "".join(did_you_mean(word, known) for word in flags[:1] if word.startswith("--"))
+        parser.error(f"unrecognized arguments: {' '.join(hide_flags(flags))}.{close}")
 
 
 def known_settings() -> set[str]:
@@ -69,9 +100,10 @@ def refuse_misspelt(names: Sequence[str], *, also: Sequence[str] = (), source: s
 def add_sampling(parser: argparse.ArgumentParser, temperature: float | None, most: int = 256, words: str = "") -> None:
     """Adds the flags of sampled answers, by default at a temperature that `words` describe, of `most` new tokens."""
     words = f"{words or temperature}; 0 is greedy"
-    parser.add_argument("--temperature", type=at_least(0.0), default=temperature, help=words)
-    parser.add_argument("--max_new_tokens", type=at_least(1), default=most, help=f"where an answer is cut: {most}")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the sampling: 0")
+    parser.add_argument("--temperature", metavar="T", type=at_least(0.0), default=temperature, help=words)
+    words = f"where an answer is cut: {most}"
+    parser.add_argument("--max_new_tokens", metavar="N", type=at_least(1), default=most, help=words)
+    parser.add_argument("--seed", metavar="N", type=at_least(0), default=0, help="of the sampling: 0")
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
@@ -116,5 +148,5 @@ def true_or_false(text: str) -> bool:
     return text == "true"
 
 
-YES_OR_NO: dict[str, Any] = dict(nargs="?", type=true_or_false, const=True, default=False, metavar="true|false")
+YES_OR_NO: dict[str, Any] = dict(nargs="?", type=true_or_false, const=True, default=False, metavar="true")
 """Arguments of `add_argument` for a flag that may stand alone, which says true."""

@@ -306,7 +306,7 @@ def _look_at_folder(script_args: RecipeArguments, training_args: TrainingArgumen
     asked = str(wanted or "false").lower() != "false"
     try:
         if _is_finished(script_args, folder, asked=asked):
-            say(finished_run(folder))
+            say(finished_run(folder), always=True)
             if not script_args.is_dry_run:
                 raise FinishedRun(0)
             return
@@ -318,7 +318,7 @@ def _look_at_folder(script_args: RecipeArguments, training_args: TrainingArgumen
     except RecipeError as error:
         if not script_args.is_dry_run:
             raise
-        say(f"This run would not start: {error}")
+        say(f"This run would not start: {error}", always=True)
 
 
 def _is_finished(script_args: RecipeArguments, folder: Path, *, asked: bool) -> bool:

@@ -13,7 +13,9 @@ from typing import Any
 # Characters that move the cursor, change colours or direction, or cannot be encoded; no tabs, no line breaks.
 _CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 _CODE = re.compile("\\x1b\\[[0-9;?]*[A-Za-z]")  # by which a program colours text and moves the cursor
+_COLOUR = re.compile("\\x1b\\[[0-9;]*m")
 _TIME = re.compile(r"\d:\d\d")  # in every state of a bar of tqdm
+QUIET = "DPO_RECIPES_QUIET"  # set by --quiet, also for the processes that a command starts
 EVERY = 10.0  # seconds between two lines of a progress bar that is written to a file
 
 
@@ -33,36 +35,56 @@ def runnable(text: str) -> str:
     return re.sub(r"(?<![\w./-])dpo-recipes(?= [a-z])", ours, shown(text))
 
 
-def say(text: str) -> None:
-    """Writes to standard output at once, from the main process only, as `runnable` has it."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        sys.stdout.write(f"{runnable(text)}\n")
-        sys.stdout.flush()
+def say(text: str, *, always: bool = False) -> None:
+    """Writes to standard output at once, from the main process only, as `runnable` has it.
+
+    Args:
+        text: One or more lines.
+        always: A warning, or the last line of a command's work, which --quiet leaves.
+    """
+    if int(os.environ.get("RANK", "0")) == 0 and (always or not is_quiet()):
+        stream = sys.stdout.stream if isinstance(sys.stdout, Silent) else sys.stdout
+        stream.write(f"{runnable(text)}\n")
+        stream.flush()
+
+
+def is_quiet() -> bool:
+    """Returns True under --quiet."""
+    return bool(os.environ.get(QUIET))
 
 
 class Unbroken:
     """A stream that drops text it cannot write: to a terminal that was closed, a pipe without a reader, a full disk.
 
-    Every other attribute is the attribute of the stream that it wraps.
+    Every other attribute is the attribute of the stream that it wraps. With NO_COLOR in the environment it writes no
+    colours (no-color.org).
     """
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
+        self.stream = stream
 
     def write(self, text: str) -> int:
         """Returns the length of the text, written or dropped."""
         with suppress(OSError):
-            self._stream.write(text)
+            self.stream.write(_COLOUR.sub("", text) if os.environ.get("NO_COLOR") else text)
         return len(text)
 
     def flush(self) -> None:
         """Writes the text that is held back, if it can be written."""
         with suppress(OSError):
-            self._stream.flush()
+            self.stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         """Returns an attribute of the wrapped stream."""
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)
+
+
+class Silent(Unbroken):
+    """Standard output under --quiet: `say` alone writes to the stream below it."""
+
+    def write(self, text: str) -> int:
+        """Returns the length of the text, which is dropped."""
+        return len(text)
 
 
 class Lines(Unbroken):
@@ -91,16 +113,21 @@ class Lines(Unbroken):
         return len(text)
 
     def _show_bar(self) -> None:
-        if self._bar and time.monotonic() - self._last >= EVERY:
+        if self._bar and time.monotonic() - self._last >= EVERY and not is_quiet():
             super().write(f"{self._bar}\n")
             Lines._last = time.monotonic()
 
 
 def outlive_the_terminal() -> None:
-    """Lets this process go on with its work when nobody reads its output any more, and writes plain lines to a file."""
+    """Lets this process go on with its work when nobody reads its output any more, and writes plain lines to a file.
+
+    Under --quiet nothing but `say` writes to standard output, and standard error shows no progress bar.
+    """
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is not None and not isinstance(stream, Unbroken):
-            setattr(sys, name, Unbroken(stream) if stream.isatty() else Lines(stream))
+            setattr(sys, name, Unbroken(stream) if stream.isatty() and not is_quiet() else Lines(stream))
+    if is_quiet() and not isinstance(sys.stdout, Silent):
+        sys.stdout = Silent(sys.stdout)
 
 
 def quiet_libraries() -> None:

@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,10 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from commands import REPOSITORY
+from commands import REPOSITORY, run_forked
+from manual import check_command
 
 from dpo_recipes import __version__, catalog
-from dpo_recipes.cli import main
+from dpo_recipes.cli import AT_ONCE, build_parser, main
 from dpo_recipes.launch.launch import Launch
 
 RECIPES = sorted(path.stem.replace("_", "-") for path in (REPOSITORY / "recipes").glob("[!_]*.py"))
@@ -42,6 +44,147 @@ def test_version(capsys: pytest.CaptureFixture) -> None:
 def test_the_module_runs_as_the_command_does() -> None:
     command = [sys.executable, "-m", "dpo_recipes", "--version"]
     assert subprocess.run(command, capture_output=True, text=True).stdout.split() == ["dpo-recipes", __version__]
+
+
+VERBS = list(next(action.choices for action in build_parser()._actions if isinstance(action.choices, dict)))
+
+
+@pytest.mark.parametrize("verb", [None, *VERBS])
+def test_help_fits_one_screen_and_ends_in_examples_that_could_run(
+    verb: str | None, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit, match="0"):
+        main([verb, "--help"] if verb else ["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 100
+    assert ("--quiet" in "\n".join(lines)) == (verb not in (None, *AT_ONCE))
+    examples = lines[lines.index("Examples:") + 1 :]
+    assert examples
+    for example in examples:
+        assert verb is None or example.startswith(f"  dpo-recipes {verb}")
+        check_command(example.strip().partition(" >")[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["trane", "quickstart"], "Did you mean train?"),
+        (["evalaute"], "Did you mean evaluate?"),
+        (["merge", "outputs/x", "--outputdir", "y"], "--outputdir y. Did you mean --output_dir?"),
+        (["doctor", "--quik"], "Did you mean --quick or --quiet?"),
+        (["answer", "x", "--benchmark", "mtbench", "--dataset_name", "y"], "Did you mean mt_bench?"),
+    ],
+)
+def test_a_mistyped_word_is_answered_with_the_close_one(
+    words: list[str], told: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert told in capsys.readouterr().err
+
+
+def test_a_mistyped_profile_is_answered_with_the_close_one(capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", "quickstart", "--profile", "gpuu"]) == 2
+    assert "Did you mean gpu?" in capsys.readouterr().err
+
+
+def test_a_word_that_is_close_to_no_verb_gets_no_guess(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["xyzzy"])
+    assert "Did you mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("tr", {"train", "try"}),
+        ("train hh-rlhf-l", {"hh-rlhf-lora"}),
+        ("train my", {"my_own.py"}),
+        ("train quickstart --pro", {"--profile"}),
+        ("train quickstart --profile t", {"turing"}),
+        ("completion z", {"zsh"}),
+    ],
+)
+def test_bash_completes_verbs_recipes_flags_and_files(
+    typed: str, offered: set[str], dpo_recipes: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["completion", "bash"]) == 0
+    Path("completion.sh").write_text(capsys.readouterr().out)
+    Path("my_own.py").touch()
+    words = ["dpo-recipes", *typed.split()]
+    script = (
+        f"source completion.sh; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; "
+        '_shtab_dpo_recipes 2>/dev/null; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    environment = {**os.environ, "PATH": f"{dpo_recipes.parent}:{os.environ['PATH']}"}
+    shell = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert {*shell.stdout.split()} == offered
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_get_a_script_that_asks_for_the_recipes(shell: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "dpo-recipes list" in script
+    assert "--tokens_per_step" not in script, "settings are the recipe's own"
+    assert all(verb in script for verb in VERBS)
+
+
+@pytest.mark.slow
+def test_help_of_a_recipe_lists_its_settings(capfd: pytest.CaptureFixture) -> None:
+    assert main(["train", "quickstart", "--help"]) == 0
+    told = capfd.readouterr().out
+    assert "--tokens_per_step" in told
+    assert "--lora_r" in told
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, hh_rows: Path) -> dict[str, tuple[str, str]]:
+    """What long verbs write into files, by verb: as usual, and under --quiet."""
+    folder = tmp_path_factory.mktemp("printed")
+    data = ["--dataset_name", hh_rows, "--max_length", "256"]
+    train = ["hh-rlhf-lora", "--model_name_or_path", tiny_model, *data, "--profile", "cpu", "--pairs_per_update", "4"]
+    calls = {
+        "inspect": ["hh-rlhf-lora", "--model_name_or_path", tiny_model, *data, "--profile", "cpu"],
+        "train": [*train, "--max_steps", "2", "--eval_pairs", "8", "--overwrite", "true"],
+        "merge": ["outputs/hh_rlhf_lora"],
+        "evaluate": ["outputs/hh_rlhf_lora", *data, "--profile", "cpu", "--prompts", "2", "--max_new_tokens", "4"],
+        "sample": [tiny_model, "--dataset_name", hh_rows, "--max_new_tokens", "4", "--output", "samples.jsonl"],
+    }
+    found = {}
+    for verb, call in calls.items():
+        texts = []
+        for more in ([], ["--quiet"]):
+            (folder / "samples.jsonl").unlink(missing_ok=True)
+            result = run_forked(verb, *call, *more, cwd=folder)
+            assert result.returncode == 0, result.stdout + result.stderr
+            texts.append(result.stdout + result.stderr)
+        found[verb] = (texts[0], texts[1])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["inspect", "train", "merge", "evaluate", "sample"])
+def test_a_file_gets_few_lines_without_control_codes_and_under_quiet_the_last_one(
+    verb: str, printed: dict[str, tuple[str, str]]
+) -> None:
+    usual, quiet = printed[verb]
+    for text in (usual, quiet):
+        assert not {"\r", "\x1b"} & {*text}
+        assert "it/s" not in text
+    assert len(usual.splitlines()) < 120
+    kept = [line for line in quiet.splitlines() if line]
+    last = {
+        "inspect": "Verdict: ",
+        "train": "Not known: ",
+        "merge": "Model ",
+        "evaluate": "Not known: ",
+        "sample": "Answers ",
+    }
+    assert kept[-1].startswith(last[verb])
+    assert [line for line in kept[:-1] if not re.match(r"(?i)warning|\d+ more: ", line)] == []
 
 
 def test_list_gives_each_recipe_with_the_first_line_of_its_docstring(capsys: pytest.CaptureFixture) -> None:
@@ -154,8 +297,9 @@ def test_the_command_starts_without_torch_and_at_once(dpo_recipes: Path) -> None
     started = time.monotonic()
     subprocess.run([dpo_recipes, "list"], check=True, capture_output=True)
     assert time.monotonic() - started < 2, "0.1 s on an idle machine"
-    code = "import sys, dpo_recipes.cli; print({'torch', 'trl', 'transformers', 'psutil'} & set(sys.modules))"
-    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    code = "import sys; from dpo_recipes.cli import main; main(['completion', 'bash']); "
+    code += "sys.exit(str({'torch', 'trl', 'transformers', 'psutil'} & {*sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
     assert loaded.strip() == "set()"
 
 

@@ -4,6 +4,7 @@ import io
 import logging
 import shlex
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -18,7 +19,7 @@ from dpo_recipes.pages import page
 from dpo_recipes.pages.markdown import code, fence, inline, one_line
 from dpo_recipes.recipe import run
 from dpo_recipes.runs.model_card import LIBRARIES, write_model_card
-from dpo_recipes.terminal import Lines, quiet_libraries, say, shown
+from dpo_recipes.terminal import Lines, Unbroken, outlive_the_terminal, quiet_libraries, say, shown
 
 HOSTILE = {
     "clears the screen": "a\x1b[2Jb",
@@ -145,6 +146,32 @@ def test_what_follows_a_bar_that_was_cut_short_begins_a_line(monkeypatch):
     for text in ("\rTokenizing: 10% [00:01<00:09]", "\rTokenizing: 20% [00:02<00:08]", "Traceback", ":\n"):
         lines.write(text)
     assert file.getvalue().splitlines()[-2:] == ["Tokenizing: 20% [00:02<00:08]", "Traceback:"]
+
+
+def test_no_color_leaves_colours_out_and_keeps_the_cursor(monkeypatch):
+    for value, told in (("", "\x1b[31mred\x1b[0m\x1b[A"), ("1", "red\x1b[A")):
+        monkeypatch.setenv("NO_COLOR", value)
+        file = io.StringIO()
+        Unbroken(file).write("\x1b[31mred\x1b[0m\x1b[A")
+        assert file.getvalue() == told
+
+
+def test_quiet_leaves_warnings_and_the_last_line_and_no_bar(monkeypatch):
+    monkeypatch.setattr(terminal, "EVERY", 0.0)
+    monkeypatch.setenv(terminal.QUIET, "1")
+    out, err = io.StringIO(), io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.stderr", err)
+    outlive_the_terminal()
+    outlive_the_terminal()  # as the command and then the recipe do
+    print("a library's word")  # noqa: T201
+    say("an account")
+    say("WARNING: a fault", always=True)
+    for _ in tqdm(range(3), mininterval=0, miniters=1):
+        pass
+    sys.stderr.write("an error\n")
+    assert out.getvalue() == "WARNING: a fault\n"
+    assert err.getvalue() == "an error\n"
 
 
 def test_a_report_on_missing_weights_is_left_out_for_a_new_score_head_alone(tmp_path, caplog, tiny_model):

@@ -114,7 +114,7 @@ def compare(
     if not comparison.parts:
         return 1
     if "judge" in failed:
-        say("The judge could not be trained, and there is nobody to judge: no report.")
+        say("The judge could not be trained, and there is nobody to judge: no report.", always=True)
         return 1
     _report(comparison, finished, failed)
     return int(bool(failed))
@@ -190,7 +190,8 @@ def _report(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[s
     results["samples"] = _side_by_side(results, records, prompts)
     paths = [write_json(root / "results.json", results), *write_report(root, results)]
     headline, *paragraphs = results["verdict"]
-    say("\n".join(["", *paragraphs, "", *map(str, paths), "", headline]))
+    say("\n".join(["", *paragraphs, "", *map(str, paths), ""]))
+    say(headline, always=True)
 
 
 def _records(answers: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> list[dict[str, Any]]:

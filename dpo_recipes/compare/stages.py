@@ -52,7 +52,7 @@ def run_stages(
         say(f"\nStage {done + number + 1} of {total or len(stages)}: {stage.name}{state}")
         statuses[stage.name] = _run(stage, clock)
         if statuses[stage.name] in STOPPED:
-            say(f"The comparison was stopped in {stage.folder}. The same command goes on there.")
+            say(f"The comparison was stopped in {stage.folder}. The same command goes on there.", always=True)
             break
     return statuses
 

@@ -23,6 +23,7 @@ from dpo_recipes.errors import RecipeError
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+"""A row of a dataset: its values by column."""
 ROW = "_row"
 """The column in which `load_rows` names each row by its file and line. Dataset adapters keep it; no trainer sees it."""
 

@@ -21,14 +21,15 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.flags import at_least, listed
 from dpo_recipes.launch.launch import Launch, prepare
 from dpo_recipes.machine import set_environment
-from dpo_recipes.terminal import duration, say
+from dpo_recipes.terminal import duration, is_quiet, say
 
 
 def add_parser(commands: Any) -> None:
     """Adds the verb to the subparsers of `dpo-recipes`."""
     parser = commands.add_parser(
         "doctor",
-        help="check this machine: versions, arithmetic, speed, every recipe in miniature",
+        help="check this machine: versions, arithmetic, speed, recipes",
+        examples=["doctor", "doctor --quick --out doctor.md"],
     )
     parser.add_argument("--model", metavar="NAMES", help=f"models to time: {', '.join(SIZES)}")
     parser.add_argument("--pairs", type=listed(at_least(1)), metavar="N,N", help="pairs a timed step: 8,32; on a CPU 4")
@@ -52,17 +53,19 @@ def doctor(options: argparse.Namespace) -> int:
     parts = []
     for part in examine(launch, options, partial(_progress, started)):
         _clear()
-        say(scrub(on_screen(part)) + "\n")
+        say(scrub(on_screen(part)) + "\n", always=bool(part.findings))
         parts.append(part)
     found = sum(len(part.findings) for part in parts)
     verdict = f"{found} finding(s), each with its remedy, above" if found else "All is right"
-    say(f"{verdict}; {duration(time.monotonic() - started)}.")
+    say(f"{verdict}; {duration(time.monotonic() - started)}.", always=True)
     if options.out:
         say("Wrote " + " and ".join(map(str, write_report(Path(options.out), parts, title))))
     return 1 if found else 0
 
 
 def _progress(started: float, text: str) -> None:
+    if is_quiet():
+        return
     _clear()
     line = f"[{time.monotonic() - started:4.0f} s] {text}"
     sys.stderr.write(line if sys.stderr.isatty() else f"{line}\n")

@@ -16,9 +16,13 @@ def add_parser(commands: Any) -> None:
     """Adds the verb to the subparsers of `dpo-recipes`."""
     parser = commands.add_parser(
         "evaluate",
-        help="compare a run, or any model, with the model that it was trained from",
-        usage="%(prog)s RECIPE_OR_MODEL [--base MODEL] [--dataset_name D] [--judge J] [--prompts 200] [--beta 0.1 ...]",
+        help="compare a run or a model with the one that it was trained from",
+        usage="%(prog)s RECIPE_OR_MODEL [--judge J] [--dataset_name D] [--max_length 512 ...]",
         epilog="Every other flag is a flag of `train`; a model needs --dataset_name.",
+        examples=[
+            "evaluate hh-rlhf-lora --judge A_REWARD_MODEL",
+            "evaluate outputs/hh_rlhf_lora --dataset_name pairs.jsonl",
+        ],
     )
     parser.add_argument("model", metavar="RECIPE_OR_MODEL", help="a recipe, whose run it is, a folder or a Hub name")
     base = "the initial model; by default the one that the recipe or the run names"
@@ -31,7 +35,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--judge_options", type=_json_object, metavar="JSON", help="further fields of a request")
     parser.add_argument("--yes", action="store_true", help="spend what an endpoint costs without asking")
     prompts = "prompts of the held-out pairs to answer: 200"
-    parser.add_argument("--prompts", type=at_least(2), default=200, help=prompts)
+    parser.add_argument("--prompts", metavar="N", type=at_least(2), default=200, help=prompts)
     parser.add_argument("--output_dir", metavar="DIR", help="a recipe's run; of a model, where the results go")
     parser.add_argument("--profile", metavar="P", help="as in train")
     add_sampling(parser, 1.0)

@@ -290,7 +290,7 @@ def _prepare_folder(folder: Path) -> Path:
 
 def _confirm(cost: str, *, yes: bool) -> None:
     """Raises RecipeError unless the user accepts the estimated cost of the judge."""
-    say(cost)
+    say(cost, always=not yes)
     if not yes and sys.stdin.isatty():
         with suppress(EOFError):
             yes = input("Spend that? [y/N] ").strip().lower() in ("y", "yes")

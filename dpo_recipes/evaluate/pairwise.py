@@ -165,7 +165,7 @@ def _ask_missing(
                     told = f"{endpoint.url} answered nothing: {failures[asked[done]]}"
                     if not begun:
                         raise RecipeError(f"{told}. Call it again: the answers are kept.")
-                    say(f"{told}. It is asked no more; the same call asks again for what is missing.")
+                    say(f"{told}. It is asked no more; the same call asks again for what is missing.", always=True)
                     break
         finally:  # Ctrl-C, or a key that is refused: nobody waits for another try, and replies that cost money are kept
             stopped.set()

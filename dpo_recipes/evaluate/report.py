@@ -27,7 +27,11 @@ def write_report(folder: Path, results: Mapping[str, Any], answers: Sequence[Map
         _put_into_card(folder / "README.md", results, words, shown)
     warnings = [f"WARNING: {warning}" for warning in results["warnings"]]
     files = f"{path}, beside it eval.jsonl (the answers) and {page.name}"
-    say("\n".join(["", shown, "(95 % intervals)", "", *warnings, files, "", words]))
+    say("\n".join(["", shown, "(95 % intervals)", ""]))
+    for warning in warnings:
+        say(warning, always=True)
+    say(f"{files}\n")
+    say(words, always=True)
     return path
 
 

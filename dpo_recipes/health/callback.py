@@ -29,7 +29,7 @@ from dpo_recipes.health.probe import draw_prompts, probe, read_facts
 from dpo_recipes.health.rules import HEALTH_FILE, RULES, Facts, Finding, read_findings, read_logs
 from dpo_recipes.models.checkpoints import latest_checkpoint
 from dpo_recipes.models.likelihood import sharded
-from dpo_recipes.terminal import shown
+from dpo_recipes.terminal import say
 from dpo_recipes.trl_patches import method_name
 
 _LONGEST_PROBE = 256  # tokens; a probe's answer has at most this many, and at most twice those of a chosen answer
@@ -177,7 +177,8 @@ class HealthCallback(TrainerCallback):
         self.findings.append(finding)
         self._write()
         if self.trainer.is_world_process_zero():
-            tqdm.write(shown(str(finding)))
+            with tqdm.external_write_mode():  # no bar on its line
+                say(str(finding), always=True)
             if "wandb" in self.trainer.args.report_to:
                 import wandb
 
@@ -201,7 +202,8 @@ class HealthCallback(TrainerCallback):
         try:
             write_json(Path(self.trainer.args.output_dir) / HEALTH_FILE, data)
         except OSError as error:
-            tqdm.write(f"{HEALTH_FILE} could not be written: {error}")
+            with tqdm.external_write_mode():
+                say(f"{HEALTH_FILE} could not be written: {error}", always=True)
 
 
 def _good_checkpoint(output_dir: str | Path, fatal: Finding, facts: Facts, *, healthy: int) -> str:

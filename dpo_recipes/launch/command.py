@@ -1,11 +1,13 @@
 """The verbs around one run: inspect, train, page."""
 
 import argparse
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpo_recipes.catalog import as_recipe, find_settings
+from dpo_recipes.catalog import as_recipe, find_recipe, find_settings
 from dpo_recipes.flags import YES_OR_NO
 from dpo_recipes.launch.launch import prepare
 from dpo_recipes.launch.sweep import sweep
@@ -16,9 +18,14 @@ def add_parser(commands: Any) -> None:
     """Adds the verbs to the subparsers of `dpo-recipes`."""
     inspecting = commands.add_parser(
         "inspect",
-        help="look at a recipe's data, or at any preference pairs, before training",
-        usage="%(prog)s RECIPE_OR_DATASET [--gpu 24GB] [--with_model true] [--profile P] [--max_length 512 ...]",
+        help="look at the data of a recipe, or at any pairs, before training",
+        usage="%(prog)s RECIPE_OR_DATASET [--gpu 24GB] [--max_length 512 ...]",
         epilog="Every other flag is a flag of `train`; a dataset needs --model_name_or_path.",
+        examples=[
+            "inspect hh-rlhf-lora",
+            "inspect hh-rlhf-lora --gpu 24GB --max_length 512",
+            "inspect pairs.jsonl --model_name_or_path Qwen/Qwen2.5-1.5B-Instruct",
+        ],
     )
     inspecting.add_argument("data", metavar="RECIPE_OR_DATASET", help="a recipe, a file, a folder or a Hub name")
     inspecting.add_argument("--gpu", metavar="24GB", help="the card to fit; by default this machine")
@@ -29,8 +36,16 @@ def add_parser(commands: Any) -> None:
     training = commands.add_parser(
         "train",
         help="train a recipe, and the stages it starts from",
-        usage="%(prog)s RECIPE [--profile P] [--accelerate A] [--beta 0.3 --max_steps 100 ...] [--sweep beta=0.05,0.1]",
-        epilog="Every other flag is a TRL argument and goes to the recipe, where it beats the profile and RECIPE.",
+        usage="%(prog)s RECIPE [--profile P] [--beta 0.3 --max_steps 100 ...]",
+        epilog="Every other flag is a TRL argument and goes to the recipe, where it beats the profile and RECIPE.\n"
+        "With the name of a recipe, --help lists all of its settings.",
+        examples=[
+            "train quickstart",
+            "train hh-rlhf-lora --help",
+            "train hh-rlhf-lora --profile gpu --beta 0.3 --output_dir outputs/beta03",
+            "train hh-rlhf-lora --sweep beta=0.05,0.1,0.3 --quiet",
+            "train preference-lora --dataset_name pairs.jsonl --dry_run true",
+        ],
     )
     training.add_argument("recipe", metavar="RECIPE", help="a name from `dpo-recipes list`, or the path of your own")
     profile = "cpu, turing, local, gpu or a YAML file; by default what the machine has"
@@ -39,9 +54,15 @@ def add_parser(commands: Any) -> None:
     training.add_argument("--sweep", nargs="+", metavar="KEY=A,B", help="train with every combination of these values")
     training.set_defaults(call=_train, takes_flags=True)
 
-    paging = commands.add_parser("page", help="write a run's curves, model card and page again")
+    words = "write a run's curves, model card and page again"
+    paging = commands.add_parser("page", help=words, examples=["page outputs/hh_rlhf_lora"])
     paging.add_argument("run", metavar="RUN", help="a run's folder")
     paging.set_defaults(call=_page)
+
+
+def show_settings(name: str) -> int:
+    """Lists the settings of a recipe, from its own parser, and returns the exit status."""
+    return subprocess.run([sys.executable, str(find_recipe(name)), "--help"]).returncode
 
 
 def _inspect(options: argparse.Namespace, flags: list[str]) -> None:

@@ -73,7 +73,7 @@ class Launch:
             The exit status of the first training that fails, or 128 + n if signal n ended it.
         """
         if not (self.is_dry_run() or "overwrite" in self.given()) and self.is_done(self.folder()):
-            say(finished_run(self.folder()))
+            say(finished_run(self.folder()), always=True)
             return 0
         needed = self._stages_to_train()
         if needed and self.is_dry_run():

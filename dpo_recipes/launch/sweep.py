@@ -63,7 +63,7 @@ def sweep(launch: Launch, words: Sequence[str]) -> int:
         say(f"\nSweep, run {len(results) + 1} of {len(points)}: {folder}{', finished before' if done else ''}")
         status = 0 if done else each.run()
         if status in STOPPED:
-            say(f"The sweep was stopped in {folder}. The same command goes on there.")
+            say(f"The sweep was stopped in {folder}. The same command goes on there.", always=True)
             return status
         measured = {} if status else _measures(read_json(folder / "metrics.json"))
         results.append({"settings": point, "folder": str(folder), "status": status} | measured)

@@ -72,7 +72,10 @@ def merge(run: str, output_dir: str | None = None, *, base: str | None = None, t
         replace_adapter(target, merged)
     else:
         _write(target, merged, tokenizer, origin)
-    say(f"Model         {target} ({str(merged.dtype).removeprefix('torch.')}; its outputs on a probe are as before)")
+    say(
+        f"Model         {target} ({str(merged.dtype).removeprefix('torch.')}; its outputs on a probe are as before)",
+        always=True,
+    )
     return target
 
 

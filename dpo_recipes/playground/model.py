@@ -16,7 +16,8 @@ from dpo_recipes.playground.words import CHAT_TEMPLATE
 
 EOS, PAD = "<|end|>", "<|pad|>"
 VOCABULARY = 1024
-MAX_NEW_TOKENS = 72  # more than the longest answer needs
+MAX_NEW_TOKENS = 72
+"""Most tokens of an answer: more than the longest one needs."""
 ARCHITECTURE: dict[str, Any] = dict(
     hidden_size=160,
     intermediate_size=432,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.terminal import say
 
 CHECKS = tomllib.loads(Path(__file__).with_name("checks.toml").read_text(encoding="utf-8"))
 _SHOWN = 4  # findings on the screen, which is 40 lines
@@ -83,6 +84,12 @@ def finding_lines(findings: Sequence[Finding]) -> list[str]:
     lines = [f"{found.level.capitalize()} ({found.name}): {found.text} {found.remedy}" for found in ranked[:_SHOWN]]
     rest = [found.name for found in ranked[_SHOWN:]]
     return [*lines, f"{len(rest)} more: {', '.join(rest)}"] if rest else lines
+
+
+def show_findings(findings: Sequence[Finding]) -> None:
+    """Prints the findings, also under --quiet."""
+    if findings:
+        say("\n".join(finding_lines(findings)), always=True)
 
 
 def refuse_failures(findings: Sequence[Finding]) -> None:

@@ -20,7 +20,7 @@ from dpo_recipes.models.rewards import context_length
 from dpo_recipes.preflight import off_distribution, page, signals
 from dpo_recipes.preflight.cost import cost_findings, cost_lines, estimate_cost, task_of
 from dpo_recipes.preflight.decide import decide
-from dpo_recipes.preflight.findings import finding_lines, judge, judged, refuse_failures
+from dpo_recipes.preflight.findings import judge, judged, refuse_failures, show_findings
 from dpo_recipes.preflight.memory import load_config
 from dpo_recipes.preflight.prepare import measure_pairs, tokenizer_to_measure
 from dpo_recipes.preflight.tokens import as_rendered
@@ -79,18 +79,12 @@ def inspect(
     more = {"recipe": recipe and recipe.stem, "part": part, "cost": cost, "signals": found, "off_distribution": off}
     data = measured.data | more | judged(findings)
     head = ", ".join(filter(None, (f"{script_args.dataset_name} for {model}", part)))
-    lines = [
-        head,
-        *measured.lines,
-        "",
-        *cost_lines(cost),
-        *([f"decided   {decided}"] if decided else []),
-        "",
-        *finding_lines(findings),
-    ]
     folder = Path(training_args.output_dir)
     files = write_json(folder / "preflight.json", data), page.write_page(folder / "preflight.html", data)
-    say("\n".join([*lines, f"Verdict: {data['verdict']}. The whole account: {files[0]}, {files[1]}"]))
+    decision = [f"decided   {decided}"] if decided else []
+    say("\n".join([head, *measured.lines, "", *cost_lines(cost), *decision, ""]))
+    show_findings(findings)
+    say(f"Verdict: {data['verdict']}. The whole account: {files[0]}, {files[1]}", always=True)
     refuse_failures(findings)
 
 

@@ -22,7 +22,7 @@ from dpo_recipes.preflight import account
 from dpo_recipes.preflight.cost import task_of
 from dpo_recipes.preflight.decide import decide
 from dpo_recipes.preflight.dry_run import plan_lines
-from dpo_recipes.preflight.findings import Finding, finding_lines, judged, refuse_failures, set_thresholds
+from dpo_recipes.preflight.findings import Finding, judged, refuse_failures, set_thresholds, show_findings
 from dpo_recipes.preflight.memory import load_config
 from dpo_recipes.preflight.tokens import MEASURES, Unit, as_plain_text, fit, rendered_pairs
 from dpo_recipes.recipe import RecipeArguments, check_start
@@ -115,9 +115,13 @@ def _prepare(
     pairs = measured.pairs.remove_columns([*{*MEASURES, ROW}.intersection(measured.pairs["train"].column_names)])
     name = script_args.settings.get("model_name_or_path") or tokenizer.name_or_path
     decided = decide(script_args, training_args, measured.pairs["train"], name=name, task=task_of(training_args))
-    lines = [*measured.lines, *finding_lines(measured.findings), *([f"Memory: {decided}."] if decided else [])]
+    if script_args.is_dry_run or state.is_main_process:
+        say("\n".join(measured.lines))
+        show_findings(measured.findings)
+        if decided:
+            say(f"Memory: {decided}.")
     if script_args.is_dry_run:
-        say("\n".join([*lines, *plan_lines(script_args, training_args, tokenizer, measured.pairs)]))
+        say("\n".join([*plan_lines(script_args, training_args, tokenizer, measured.pairs)]))
         if not script_args.timed_updates:
             raise SystemExit(0)
         training_args.report_to = []
@@ -125,7 +129,7 @@ def _prepare(
     if state.is_main_process:
         claim(training_args.output_dir)
         path = write_json(Path(training_args.output_dir) / "preflight.json", measured.data)
-        say("\n".join([*lines, f"The first rows of each kind: {path}"]))
+        say(f"The first rows of each kind: {path}")
     refuse_failures(measured.findings)
     return pairs
 

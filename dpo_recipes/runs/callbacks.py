@@ -110,6 +110,7 @@ class Stopwatch(TrainerCallback):
         say(
             f"About {duration(each * state.max_steps)} for {state.max_steps:,} updates on this machine, "
             f"{each:.2g} s each ({len(timed)} timed), with {peak_memory() / 2**20:,.0f} MiB of memory at most. "
-            "Evaluations and the measurements at the end come on top. Nothing was kept."
+            "Evaluations and the measurements at the end come on top. Nothing was kept.",
+            always=True,
         )
         raise SystemExit(0)

@@ -325,9 +325,9 @@ def _show(folder: Path, outcome: Outcome, failures: Sequence[str], files: Sequen
     if outcome.rows:
         say(f"\n{table(outcome.header, outcome.rows)}\n{outcome.note}\n")
     for warning in [*outcome.warnings, *failures]:
-        say(f"WARNING: {warning}\n")
+        say(f"WARNING: {warning}\n", always=True)
     if outcome.answers:
         say(side_by_side(outcome.answers[:3]) + "\n")
     kind = "LoRA adapter" if (folder / "adapter_config.json").exists() else "Model"
     say("\n".join([f"{kind:<13}{folder}", *(f"{file.name:<13} {file}" for file in files)]))
-    say(f"\n{outcome.metrics['verdict']['sentence']}")
+    say(f"\n{outcome.metrics['verdict']['sentence']}", always=True)

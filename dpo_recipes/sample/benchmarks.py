@@ -79,7 +79,7 @@ def answer(
     ended = [end for line in done for end in line["ended"]]
     empty = sum(not turn for line in done for turn in line["turns"])
     say(f"{len(rows)} questions, {len(ended)} answers, {ended.count(False)} of them cut short, {empty} empty")
-    say(f"Answers       {target}")
+    say(f"Answers       {target}", always=True)
     return target
 
 

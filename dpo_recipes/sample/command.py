@@ -14,8 +14,15 @@ DATASET_FLAGS = ("dataset_name", "dataset_config", "dataset_train_split", "colum
 
 def add_parser(commands: Any) -> None:
     """Adds the verbs to the subparsers of `dpo-recipes`."""
-    words = "write a model's answers to the prompts of a dataset"
-    sampling = commands.add_parser("sample", help=words)
+    sampling = commands.add_parser(
+        "sample",
+        help="write a model's answers to the prompts of a dataset",
+        usage="%(prog)s MODEL --dataset_name D [--pairs] [--judge MODEL] [--output FILE]",
+        examples=[
+            "sample outputs/hh_rlhf_lora --dataset_name Anthropic/hh-rlhf --pairs",
+            "sample outputs/hh_rlhf_lora --dataset_name pairs.jsonl --judge A_REWARD_MODEL",
+        ],
+    )
     sampling.add_argument("model", metavar="MODEL", help="a folder, a Hub name, or a run that left a LoRA adapter")
     sampling.add_argument("--output", metavar="FILE", help="samples.jsonl, or pairs.jsonl with --pairs")
     sampling.add_argument("--pairs", action="store_true", help="write pairs: the answer as rejected, chosen as it was")
@@ -23,15 +30,23 @@ def add_parser(commands: Any) -> None:
     sampling.add_argument("--judge", metavar="J", help=judge)
     first = "plain text to go on with: the first A to B words of each prompt"
     sampling.add_argument("--first_words", nargs=2, type=at_least(1), metavar=("A", "B"), help=first)
-    sampling.add_argument("--num_samples", type=at_least(1), default=1, help="answers to each prompt: 1")
+    sampling.add_argument("--num_samples", metavar="N", type=at_least(1), default=1, help="answers to each prompt: 1")
     _add_shared(sampling)
     add_sampling(sampling, 1.0)
     sampling.set_defaults(call=_sample)
 
-    answering = commands.add_parser("answer", help="write answers for AlpacaEval or MT-Bench")
+    answering = commands.add_parser(
+        "answer",
+        help="write answers for AlpacaEval or MT-Bench",
+        usage="%(prog)s MODEL --benchmark alpaca_eval --dataset_name FILE [--output_dir DIR]",
+        examples=["answer outputs/hh_rlhf_lora --benchmark mt_bench --dataset_name question.jsonl"],
+    )
     answering.add_argument("model", metavar="MODEL", help="as in sample")
-    answering.add_argument("--benchmark", required=True, choices=("alpaca_eval", "mt_bench"), help="who is to judge")
-    answering.add_argument("--name", help="of the model in the benchmark; by default that of its folder")
+    names = ("alpaca_eval", "mt_bench")
+    answering.add_argument("--benchmark", metavar="B", required=True, choices=names, help=" or ".join(names))
+    answering.add_argument(
+        "--name", metavar="NAME", help="of the model in the benchmark; by default that of its folder"
+    )
     answering.add_argument("--output_dir", metavar="DIR", help="by default outputs/BENCHMARK")
     _add_shared(answering)
     add_sampling(answering, None, most=1024, words="0.7, and for MT-Bench that of the category")
@@ -40,9 +55,9 @@ def add_parser(commands: Any) -> None:
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
     add_trust(parser)
-    parser.add_argument("--batch_size", type=at_least(1), default=16, help="answers at a time: 16")
+    parser.add_argument("--batch_size", metavar="N", type=at_least(1), default=16, help="answers at a time: 16")
     for name in DATASET_FLAGS:
-        parser.add_argument(f"--{name}", required=name == "dataset_name", help="as for a recipe")
+        parser.add_argument(f"--{name}", metavar="VALUE", required=name == "dataset_name", help="as for a recipe")
 
 
 def _sample(options: argparse.Namespace, flags: list[str]) -> None:

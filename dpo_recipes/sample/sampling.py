@@ -111,7 +111,7 @@ def sample(
         write_jsonl(target, made, listed=False)  # the user's, in a run's folder too
     cut = sum(not ended for line in lines for ended in line["ended"])
     say(f"{len(asked)} prompts, {len(asked) * num_samples} answers, {cut} of them cut short")
-    say(f"{'Pairs' if pairs or judge else 'Answers':<14}{target}")
+    say(f"{'Pairs' if pairs or judge else 'Answers':<14}{target}", always=True)
     return target
 
 

@@ -31,7 +31,7 @@ VERB = r"dpo-recipes (?!list)[a-z]+"
 """A verb that a text names: `dpo-recipes compare` does that."""
 
 NOT_RUN = {
-    r"make (install|lint|typecheck|bench|test\S*|help)\b": "installs, or is what runs these tests",
+    r"make (install|lint|typecheck|bench|docs|test\S*|help)\b": "installs, or is what runs these tests",
     r"make$|pre-commit": "changes the checkout that the tests run in",
     r"\bdoctor\b": "takes minutes; tests/doctor runs its parts",
     r"\bcompare\b": "trains for minutes; tests/compare and the second notebook run it",
@@ -47,6 +47,8 @@ NOT_RUN = {
     r"^(vllm|ollama|llama-\w+) |convert_hf_to_gguf": "is another program's command, and that program never ran here",
     r"\bpage RUN": "needs a finished run; tests/runs calls it on one",
     r"openai/gsm8k": "needs GSM8K's questions from the Hub; tests/sample runs such a judge",
+    r"dpo-recipes .*--help$": "lists the settings; tests/test_cli.py runs it",
+    r"--quiet": "does not print what the other tests of documented commands look for; tests/test_cli.py runs it",
     r"--report_to wandb": "needs wandb, which may be missing; tests/test_tracking.py runs it where it is installed",
 }
 """Commands that no test runs as printed, by a pattern, with the reason. Their flags are checked all the same."""
@@ -174,7 +176,10 @@ def check_flags(recipe: Path, flags: list[str]) -> None:
 
 def check_train(words: list[str]) -> None:
     """Raises an error unless the recipe, profile and accelerate file exist and the flags are known."""
-    name, *flags = words
+    if words[-1] == "--help":
+        assert len(words) < 2 or find_recipe(words[0]).is_file()
+        return
+    name, *flags = [word for word in words if word != "--quiet"]
     recipe = find_recipe("hh-rlhf-lora" if name == "mine.py" else name)
     for flag, kind in (("--profile", "profiles"), ("--accelerate", "accelerate")):
         if flag in flags:
