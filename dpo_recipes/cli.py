@@ -2,7 +2,7 @@
 
 import os
 import sys
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -71,11 +71,11 @@ def build_parser() -> Parser:
     """
     parser = Parser(
         prog="dpo-recipes",
-        usage="%(prog)s COMMAND ...",
+        usage="%(prog)s COMMAND ... | --version",
         description="Preference tuning with TRL. COMMAND --help shows a command's flags and examples:",
         examples=["train quickstart"],
     )
-    parser.add_argument("--version", action="version", version=f"dpo-recipes {__version__}", help="print the version")
+    parser.add_argument("--version", action="version", version=f"dpo-recipes {__version__}", help=SUPPRESS)
     parser.set_defaults(call=lambda options, flags: parser.print_help(), takes_flags=False)
     commands: Any = parser.add_subparsers(metavar="COMMAND is one of", prog=parser.prog, parser_class=Parser)
     for room in (catalog, launch, evaluate, compare, sample, vote, models, publish, doctor):

@@ -13,8 +13,13 @@ def add_parser(commands: Any) -> None:
     """Adds the verbs to the subparsers of `dpo-recipes`."""
     parser = commands.add_parser(
         "publish",
-        help="upload a finished run to the Hub, after checks: its model, its tokenizer and a model card",
+        help="upload a finished run to the Hub, after checks",
+        usage="%(prog)s RUN --hub_id YOU/NAME [--weights adapter|merged] [--public] [--dry_run]",
         epilog="The token is that of `hf auth login`, or HF_TOKEN.",
+        examples=[
+            "publish outputs/hh_rlhf_lora --hub_id you/hh-rlhf-lora --dry_run",
+            "publish outputs/hh_rlhf_lora_merged --hub_id you/hh-rlhf --weights merged",
+        ],
     )
     parser.add_argument("run", metavar="RUN", help="the folder of a run, or of a merge of one")
     parser.add_argument("--hub_id", metavar="YOU/NAME", required=True, help="the repository, made where it is missing")
@@ -27,8 +32,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--anyway", **YES_OR_NO, help="publish an unhealthy run")
     parser.set_defaults(call=_publish)
 
-    words = "check chat template and stop tokens of an exported model, or write Ollama's Modelfile"
-    checking = commands.add_parser("template", help=words)
+    words = "check the chat template of an exported model, or write Ollama's Modelfile"
+    checking = commands.add_parser(
+        "template",
+        help=words,
+        usage="%(prog)s MODEL [--against FILE | --write FILE]",
+        examples=["template outputs/quickstart_merged --write Modelfile", "template outputs/mine --against model.gguf"],
+    )
     checking.add_argument("model", metavar="MODEL", help="a folder or Hub name with the tokenizer of the training")
     files = checking.add_mutually_exclusive_group()
     files.add_argument("--against", metavar="FILE", help="a Modelfile, a .gguf file or a generation_config.json")

@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
     sampling.add_argument("model", metavar="MODEL", help="a folder, a Hub name, or a run that left a LoRA adapter")
     sampling.add_argument("--output", metavar="FILE", help="samples.jsonl, or pairs.jsonl with --pairs")
     sampling.add_argument("--pairs", action="store_true", help="write pairs: the answer as rejected, chosen as it was")
-    judge = "write pairs: answers ranked by a reward model, a classifier or FILE.py:FUNCTION"
+    judge = "write pairs, by a reward model, a classifier or FILE.py:FUNCTION"
     sampling.add_argument("--judge", metavar="J", help=judge)
     first = "plain text to go on with: the first A to B words of each prompt"
     sampling.add_argument("--first_words", nargs=2, type=at_least(1), metavar=("A", "B"), help=first)

@@ -13,17 +13,28 @@ DATASET_FLAGS = ("dataset_name", "dataset_config", "dataset_train_split", "colum
 
 def add_parser(commands: Any) -> None:
     """Adds the verb to the subparsers of `dpo-recipes`."""
-    parser = commands.add_parser("vote", help="let people judge a run's answers blind, in a browser")
+    parser = commands.add_parser(
+        "vote",
+        help="let people judge a run's answers blind, in a browser",
+        usage="%(prog)s RUN [--against OTHER] [--result] [--host H --password P] [--dataset_name D]",
+        examples=[
+            "vote outputs/quickstart",
+            "vote outputs/beta03 --against outputs/hh_rlhf_lora --dataset_name pairs.jsonl",
+        ],
+    )
     parser.add_argument("run", metavar="RUN", help="the folder of a run")
     other = "another run, or any model; by default the initial model of RUN"
     parser.add_argument("--against", metavar="OTHER", help=other)
     parser.add_argument("--result", action="store_true", help="write and print the result without a server")
-    parser.add_argument("--prompts", type=at_least(1), default=200, help="prompts to show at most: 200")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on: 127.0.0.1, this machine alone")
-    parser.add_argument("--port", type=at_least(0), default=7860, help="7860; 0 takes a free one")
-    parser.add_argument("--password", help=f"of the voters; better in ${PASSWORD}, which no list of processes shows")
-    for name in DATASET_FLAGS:
-        parser.add_argument(f"--{name}", help="prompts of a dataset in place of the run's, as in sample")
+    parser.add_argument("--prompts", metavar="N", type=at_least(1), default=200, help="prompts to show at most: 200")
+    parser.add_argument(
+        "--host", metavar="H", default="127.0.0.1", help="address to listen on: that of this machine alone"
+    )
+    parser.add_argument("--port", metavar="N", type=at_least(0), default=7860, help="7860; 0 takes a free one")
+    parser.add_argument("--password", metavar="P", help=f"of the voters; better in ${PASSWORD}, which nobody sees")
+    parser.add_argument("--dataset_name", metavar="D", help="take prompts of a dataset in place of the run's")
+    for name in DATASET_FLAGS[1:]:
+        parser.add_argument(f"--{name}", metavar="X", help="as in sample")
     add_sampling(parser, None, words="that of the run's own answers, or else 1.0")
     add_trust(parser)
     parser.set_defaults(call=_vote)

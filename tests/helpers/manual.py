@@ -246,7 +246,11 @@ def check_command(command: str) -> None:
             assert find_recipe(name).is_file()
         case [
             ".venv/bin/dpo-recipes",
-            "answer" | "doctor" | "list" | "merge" | "page" | "publish" | "sample" | "template" | "try" | "vote",
+            "answer" | "completion" | "doctor" | "list" | "merge" | "page" | "sample" | "try" | "vote",
+            *_,
+        ] | [
+            ".venv/bin/dpo-recipes",
+            "publish" | "template",
             *_,
         ]:
             build_parser().parse_args(words[1:])
