@@ -99,7 +99,7 @@ def against(
     won = [estimates.wins(*each) for each in scores]
     longer = [first - second for first, second in tokens]
     return {
-        "win_rate": estimates.estimate(estimates.mean, [[rate] for rate in won], share=True),
+        "win_rate": estimates.estimate(estimates.mean, [[rate] for rate in won], share=True, nothing=0.5),
         "length_controlled": estimates.estimate(
             estimates.length_controlled,
             [list(each) for each in zip(won, longer, strict=True)],

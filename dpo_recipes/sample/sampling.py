@@ -85,11 +85,11 @@ def sample(
     loaded, tokenizer = open_model(model, trust_remote_code=trust_remote_code)
     asked = _keep(asked, lambda row: check_prompt(loaded.config, tokenizer, row["prompt"]), "prompts")
     settings = options | {"num_samples": num_samples}
-    answer = partial(_answer, loaded, tokenizer, **settings)
+    ask = partial(answer, loaded, tokenizer, **settings)
     step = max(1, AT_A_TIME * options["batch_size"] // num_samples)  # prompts between two writes
-    with in_steps(answer, asked, target, step=step, model=model, settings=settings) as done:
+    with in_steps(ask, asked, target, step=step, model=model, settings=settings) as done:
         lines = [{**row, **answered} for row, answered in zip(asked, done, strict=True)]
-        made = _own_rejected(lines) if pairs else _ranked(lines, judge) if judge else lines
+        made = _own_rejected(lines) if pairs else ranked(lines, judge) if judge else lines
         write_jsonl(target, made, listed=False)  # the user's, in a run's folder too
     cut = sum(not ended for line in lines for ended in line["ended"])
     say(f"{len(asked)} prompts, {len(asked) * num_samples} answers, {cut} of them cut short")
@@ -125,7 +125,7 @@ def _read_prompts(
     return found if pairs else list({json.dumps(row): row for row in found}.values())
 
 
-def _answer(model: Any, tokenizer: Any, rows: Rows, *, num_samples: int, **options: Any) -> Rows:
+def answer(model: Any, tokenizer: Any, rows: Rows, *, num_samples: int, **options: Any) -> Rows:
     """Texts of `num_samples` answers to each row's prompt, and whether each of them ended."""
     repeated = [row["prompt"] for row in rows for _ in range(num_samples)]
     answers = iter(generate(model, tokenizer, repeated, **options))
@@ -177,18 +177,25 @@ def _own_rejected(lines: Rows) -> list[Any]:
     return _keep(own, check_pair, "pairs", same_answer_again=_repeated(lines))
 
 
-def _ranked(lines: Rows, judge: str) -> list[Any]:
-    """Makes a pair of every two answers of a line that the judge scores differently; other pairs are counted."""
+def ranked(lines: Rows, judge: str, *, best_against_worst: bool = False) -> list[Any]:
+    """Makes pairs of a line's answers that the judge scores differently; other pairs are counted.
+
+    Args:
+        lines: A prompt and its `completions` each.
+        judge: As in `sample`.
+        best_against_worst: Make one pair of each line, of its best and its worst answer; by default of every two.
+    """
     asked = [(line["prompt"], text) for line in lines for text in dict.fromkeys(line["completions"])]
     scores = iter(model_judge(judge)([prompt for prompt, _ in asked], [text for _, text in asked]).tolist())
-    ranked = []
+    pairs = []
     for line in lines:
         scored = [(next(scores), text) for text in dict.fromkeys(line["completions"])]
         best_first = sorted(scored, key=lambda both: -both[0])
-        for (high, chosen), (low, rejected) in itertools.combinations(best_first, 2):
+        ends = [(best_first[0], best_first[-1])]  # of a single answer the same one twice, which is no pair
+        for (high, chosen), (low, rejected) in ends if best_against_worst else itertools.combinations(best_first, 2):
             pair = {"prompt": line["prompt"], "chosen": chosen, "rejected": rejected}
-            ranked.append(pair | {"preference_strength": high - low})
-    return _keep(ranked, _check_ranked, "pairs", same_answer_again=_repeated(lines))
+            pairs.append(pair | {"preference_strength": high - low})
+    return _keep(pairs, _check_ranked, "pairs", same_answer_again=_repeated(lines))
 
 
 def _repeated(lines: Rows) -> int:
