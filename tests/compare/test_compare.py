@@ -380,8 +380,8 @@ def test_unequal_numbers_of_scored_answers_are_told(tmp_path, folder):
     (stages[2].folder / "done.json").write_text(json.dumps(online))
     account = tmp_path / "rounds-0.1-0" / "round-1" / "round.json"
     account.parent.mkdir()
-    for answers, held in ((1408, True), (1348, True), (704, False)):
-        account.write_text(json.dumps({"round": 1, "answers": answers, "updates": 22}))
+    for scored, held in ((1408, True), (1348, True), (704, False)):
+        account.write_text(json.dumps({"round": 1, "answers": scored, "updates": 22}))
         checks = budget.check_match(stages, **MATCH)
         assert {check["held"] for check in checks if "scored as many answers" in check["detail"]} == {held}
         assert sum(not check["held"] for check in checks) == (not held)
@@ -581,6 +581,7 @@ def test_the_report_does_not_make_a_run_another(folder, monkeypatch):
 TINY = {
     **{"max_length": 256, "pairs_per_update": 4, "per_device_train_batch_size": 4, "warmup_steps": 0},
     **{"max_completion_length": 8, "generation_batch_size": 8, "num_iterations": 2},
+    **{"rounds.num_rounds": 2, "rounds.num_generations": 2},
     **{"dpo.max_steps": 4, "reward.max_steps": 3, "save_steps": 1, "eval_strategy": "no", "learning_rate": 1e-3},
 }
 
@@ -609,32 +610,33 @@ def started(dpo_recipes, folder, *, wait_for=None):
 
 @pytest.mark.slow
 def test_a_comparison_that_was_killed_goes_on_to_the_same_result(tmp_path, tiny_model, hh_rows, dpo_recipes):
-    """One in one go, one killed in DPO, in PPO and among the answers; a third stage fails and is told."""
+    """One in one go, one killed in DPO, in rounds, in PPO and among the answers; a third stage fails and is told."""
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         shutil.copytree(tiny_model, tmp_path / name / "start")
         shutil.copy(hh_rows, tmp_path / name / "rows.jsonl")
     result = started(dpo_recipes, tmp_path / "whole")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "Stage 4 of 4: ppo-0.1-0; " in result.stdout
+    assert "Stage 5 of 5: ppo-0.1-0; " in result.stdout
     assert " min left" in result.stdout
     out = tmp_path / "whole" / "out"
     whole = json.loads((out / "results.json").read_text())
-    assert [model["label"] for model in whole["models"]] == ["SFT", "DPO, beta 0.1", "PPO, beta 0.1"]
+    assert [model["algorithm"] for model in whole["models"]] == ["sft", "dpo", "rounds", "ppo"]
     assert all(check["held"] for check in whole["fairness"]), whole["fairness"]
-    assert len(whole["fairness"]) == 6  # a judge was trained
-    assert whole["costs"]["ppo-0.1-0"]["samples"] == whole["costs"]["dpo-0.1-0"]["samples"] == 16
+    assert len(whole["fairness"]) == 7  # a judge was trained
+    assert {whole["costs"][f"{kind}-0.1-0"]["samples"] for kind in ("dpo", "rounds", "ppo")} == {16}
     assert all(run["reward_model"] is not None for run in whole["runs"].values())
     assert len(whole["runs"]["ppo-0.1-0"]["judge"]) == whole["prompts"] <= 12
     parts = {name: part["prompts"] for name, part in whole["parts"].items()}
     assert parts["learn"] > parts["judge"] > parts["test"] > 0
-    assert len((out / "records.jsonl").read_text().splitlines()) == 3 * whole["prompts"]
+    assert len((out / "records.jsonl").read_text().splitlines()) == 4 * whole["prompts"]
 
-    for place in ("dpo-0.1-0/checkpoint-2/trainer_state.json", "ppo-0.1-0/checkpoint-4", "answers/dpo-0.1-0.json"):
+    places = ("dpo-0.1-0/checkpoint-2/trainer_state.json", "rounds-0.1-0/round-2", "ppo-0.1-0/checkpoint-4")
+    for place in (*places, "answers/dpo-0.1-0.json"):
         started(dpo_recipes, tmp_path / "killed", wait_for=place)
     result = started(dpo_recipes, tmp_path / "killed")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("finished before") == 4
+    assert result.stdout.count("finished before") == 5
     killed = json.loads((tmp_path / "killed" / "out" / "results.json").read_text())
     assert killed["runs"] == whole["runs"]
     assert "Resuming from" in (tmp_path / "killed" / "killed.log").read_text()
@@ -644,7 +646,7 @@ def test_a_comparison_that_was_killed_goes_on_to_the_same_result(tmp_path, tiny_
     result = started(dpo_recipes, tmp_path / "killed")
     assert result.returncode == 1, result.stdout + result.stderr
     told = json.loads((tmp_path / "killed" / "out" / "results.json").read_text())
-    assert told["failed"] == ["reward-0 (exit 2)", "ppo-0.1-0 (not begun)"]
+    assert told["failed"] == ["reward-0 (exit 2)", "rounds-0.1-0 (not begun)", "ppo-0.1-0 (not begun)"]
     assert [model["label"] for model in told["models"]] == ["SFT", "DPO, beta 0.1"]
     assert told["verdict"][0].startswith("With reservations: ")
     assert told["verdict"][1].startswith("This is a part of the comparison")

@@ -139,7 +139,8 @@ def test_a_comparison_killed_again_and_again_comes_to_the_same_results(
         "--max_length 256 --pairs_per_update 4 --per_device_train_batch_size 4 --max_completion_length 8 --save_steps 1"
     )
     few += " --generation_batch_size 8 --num_iterations 2 --dpo.max_steps 4 --reward.max_steps 3 --eval_strategy no"
-    call = f"{dpo_recipes} compare hh-rlhf-lora --profile cpu --seeds 0 --prompts 4 {few} --warmup_steps 0".split()
+    few += " --methods dpo,ppo --warmup_steps 0"
+    call = f"{dpo_recipes} compare hh-rlhf-lora --profile cpu --seeds 0 --prompts 4 {few}".split()
     call += ["--dataset_name", str(hh_rows), "--model_name_or_path", str(tiny_model), "--output_dir", "out"]
     folder, whole = tmp_path / "killed", tmp_path / "whole"
     folder.mkdir(), whole.mkdir()
