@@ -20,7 +20,8 @@ LIBRARIES = ("dpo-recipes", "trl", "transformers", "datasets", "peft", "accelera
 SHOWN_SETTINGS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "pairs_per_update",
     "beta", "loss_type", "loss_weights", "max_length", "center_rewards_coefficient", "reward_model_name_or_path",
-    "max_prompt_length", "max_completion_length", "num_rounds", "num_prompts", "reference", "generation_batch_size", "num_generations", "num_iterations",
+    "max_prompt_length", "max_completion_length", "num_rounds", "num_prompts", "reference", "generation_batch_size",
+    "num_generations", "num_iterations",
     "temperature", "gamma", "lam", "vf_coef", "adam_beta2", "weight_decay", "use_peft", "lora_r", "lora_alpha",
     "load_in_4bit", "dtype", "bf16", "seed",
 )  # fmt: skip
@@ -32,7 +33,8 @@ def cost(trainer: Trainer) -> dict[str, Any]:
     in_rounds = bool(rounds_of(Path(trainer.args.output_dir)))  # which sum up seconds and tokens themselves
     spent: dict[str, Any] = {
         "updates": trainer.state.global_step,
-        "resumed_from_update": 0 if in_rounds else first_update(trainer),  # seconds, and tokens of offline trainers, count from here
+        # seconds, and tokens of offline trainers, count from here
+        "resumed_from_update": 0 if in_rounds else first_update(trainer),
         "train_seconds": last.get("train_runtime"),
         "tokens": last.get("num_tokens"),
         "peak_memory_mib": round(peak_memory() / 2**20),
