@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap, norm, t
+from scipy.stats import bootstrap, norm, t, ttest_1samp
 
 Array = NDArray[np.float64]
 Statistic = Callable[..., float]
 Seeds = Sequence[Sequence[Array]]
 
+ALPHA = 0.05  # of all intervals and decisions
 RESAMPLES = 1000
 RESAMPLES_OF_FITS = 200  # each of them fits a regression for every seed
 ALPACA_EVAL = 805  # its instructions
@@ -51,7 +52,9 @@ def mean_with_interval(values: Sequence[float] | Array) -> Estimate:
     return Estimate(found["mean"], found["low"], found["high"], found["n"])
 
 
-def estimate(statistic: Statistic, seeds: Seeds, *, resamples: int = RESAMPLES, share: bool = False) -> dict[str, Any]:
+def estimate(
+    statistic: Statistic, seeds: Seeds, *, resamples: int = RESAMPLES, share: bool = False, nothing: float | None = None
+) -> dict[str, Any]:
     """The mean over seeds of a statistic of the prompts' values, with an interval over prompts and one over seeds.
 
     The interval over prompts says how far the mean would move with other prompts: a percentile bootstrap that draws the
@@ -62,9 +65,11 @@ def estimate(statistic: Statistic, seeds: Seeds, *, resamples: int = RESAMPLES, 
         seeds: The arrays of each seed, each of shape (prompts,), with the same prompts in all of them.
         resamples: Draws of the bootstrap, whose random seed is 0.
         share: Whether the statistic is a share, so that the t interval is cut off at 0 and at 1.
+        nothing: Value of the statistic where there is no difference.
 
     Returns:
         `mean`; `low` and `high`, `n` prompts; `by_seed`, the values; `seeds_low` and `seeds_high`, None for one seed.
+        With `nothing` also `p_value`, the larger one of the two that belong to the intervals.
     """
     n = len(seeds[0][0])
     values = [statistic(*arrays) for arrays in seeds]
@@ -73,13 +78,16 @@ def estimate(statistic: Statistic, seeds: Seeds, *, resamples: int = RESAMPLES, 
         return float(np.mean([statistic(*(array[rows] for array in arrays)) for arrays in seeds]))
 
     low = high = float(np.mean(values))
+    resampled = np.array([low])
     if n > 1 and any(np.ptp(array) > 0 for arrays in seeds for array in arrays):
         drawn = bootstrap((np.arange(n),), of_rows, vectorized=False, method="percentile", n_resamples=resamples, rng=0)
         low, high = map(float, drawn.confidence_interval)
+        resampled = drawn.bootstrap_distribution
     seeds_low, seeds_high = t_interval(values, (0.0, 1.0) if share else (-math.inf, math.inf))
     return {
         **{"mean": float(np.mean(values)), "low": low, "high": high, "n": n},
         **{"by_seed": values, "seeds_low": seeds_low, "seeds_high": seeds_high},
+        **({} if nothing is None else {"p_value": _p_value(values, resampled, nothing)}),
     }
 
 
@@ -100,6 +108,25 @@ def two_way(values: Array) -> Estimate:
     low, high = np.clip(found + np.quantile(off, (0.025, 0.975)), 0, 1)
     alone = wilson(found * len(values), len(values))
     return Estimate(found, min(float(low), alone.low), max(float(high), alone.high), len(values))
+
+
+def _p_value(values: Sequence[float], resampled: Array, nothing: float) -> float:
+    """The larger one of two two-sided p-values: over prompts by the bootstrap, over several seeds by Student's t."""
+    below, above = ((side.sum() + 1) / (len(side) + 1) for side in (resampled <= nothing, resampled >= nothing))
+    over_prompts = min(1.0, 2 * float(min(below, above)))
+    if len(values) < 2:
+        return over_prompts
+    if np.ptp(values) == 0:
+        return over_prompts if values[0] != nothing else 1.0
+    return max(over_prompts, float(ttest_1samp(values, nothing).pvalue))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values after the correction of Holm (1979) for their number, in the order given."""
+    found, least = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        found[place] = least = min(1.0, max(least, (len(p_values) - rank) * p_values[place]))
+    return found
 
 
 def t_interval(values: Sequence[float], within: tuple[float, float]) -> tuple[float, float] | tuple[None, None]:

@@ -97,7 +97,7 @@ class RecipeArguments(ScriptArguments):
 
 @dataclass
 class OnlineArguments(RecipeArguments):
-    """Settings of a recipe that samples answers and scores them; its `pairs_per_update` counts answers."""
+    """Settings of a recipe that samples answers and scores them; `pairs_per_update` of PPO and RLOO counts answers."""
 
     reward_model_name_or_path: str | None = HfArg(default=None, help="Reward model that scores the answers.")
     max_prompt_length: int = HfArg(default=512, help="Most tokens of a prompt. Its oldest turns go first.")
@@ -152,7 +152,7 @@ def parse_recipe(
     check_trackers(training_args)
     check_hub(training_args)
     _set_accumulation(script_args, training_args, given)
-    if isinstance(script_args, OnlineArguments):
+    if isinstance(script_args, OnlineArguments) and not isinstance(training_args, DPOConfig):
         _set_rollout(script_args, training_args, given)
     for model_args in (args for args in parsed if isinstance(args, ModelConfig)):
         _set_model(script_args, training_args, model_args, keep_dtype=given.get("dtype") == FLAG)
@@ -375,7 +375,7 @@ def _refuse_another_run(folder: Path, script_args: RecipeArguments, *, checkpoin
     held = read_json(folder / SETTINGS_FILE)
     held = held if "pairs_per_update" in held else {}  # another program's settings have that name too
     differences = settings_differences(held, script_args.settings) if held else []
-    if held and checkpoint and Path(checkpoint).resolve().parent == folder.resolve():
+    if held and checkpoint and folder.resolve() in Path(checkpoint).resolve().parents:
         refuse_strangers(folder, changed_only=True)
         if differences:
             say("The resumed run had other settings: " + "; ".join(differences))

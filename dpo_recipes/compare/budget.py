@@ -4,35 +4,49 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_recipes.compare.plan import ALGORITHMS, ONLINE, Recipe, Stage
+from dpo_recipes.compare.plan import ALGORITHMS, NAMES, ONLINE, Recipe, Stage
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json
 from dpo_recipes.preflight.cost import count_updates
+from dpo_recipes.runs.metrics import rounds_of
 from dpo_recipes.runs.model_card import weights_hash
 
 PRESET = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "dtype")
 SAMPLED_AS = {"temperature": "temperature", "max_new_tokens": "max_completion_length"}
 
 
-def updates_within(recipe: Recipe, *, dpo: Recipe, pairs: int) -> int:
-    """The updates of PPO or RLOO in which it samples as many answers as DPO sees pairs, rounded up to whole rollouts.
+def amount_within(recipe: Recipe, *, recipes: Mapping[str, Recipe], pairs: int) -> int:
+    """The updates of PPO or RLOO, or the prompts of rounds, with as many sampled answers as DPO sees pairs.
+
+    The number of answers is rounded up to whole rollouts; for rounds to those of PPO, if PPO is compared.
 
     Args:
-        recipe: Of PPO or RLOO.
-        dpo: Of DPO.
+        recipe: Of an online algorithm.
+        recipes: Of all algorithms, by kind.
         pairs: Different pairs that DPO learns from.
 
     Raises:
         RecipeError: If that is less than one rollout.
     """
-    answers, rollout = _pairs_seen(dpo, pairs), recipe.training_args.generation_batch_size
+    answers = _pairs_seen(recipes["dpo"], pairs)
+    args, rollout = recipe.training_args, _rollout(recipe, recipes)
     if answers < rollout:
         raise RecipeError(
             f"DPO sees {answers} pairs, and one rollout of {recipe.kind} has {rollout} answers. Give DPO more "
             "(--dpo.num_train_epochs 4)."
         )
-    of_rollout = rollout // recipe.script_args.pairs_per_update * recipe.training_args.num_iterations
-    return int(math.ceil(answers / rollout) * of_rollout)
+    rollouts = math.ceil(answers / rollout)
+    if recipe.kind == "rounds":
+        return -(-rollouts * rollout // int(args.num_generations))
+    return int(rollouts * (rollout // recipe.script_args.pairs_per_update * args.num_iterations))
+
+
+def _rollout(recipe: Recipe, recipes: Mapping[str, Recipe]) -> int:
+    """Answers of the smallest amount that the algorithm can sample; for rounds PPO's, if there is one."""
+    if recipe.kind == "rounds":
+        args = recipe.training_args
+        return int(_rollout(recipes["ppo"], recipes) if "ppo" in recipes else args.num_rounds * args.num_generations)
+    return int(recipe.training_args.generation_batch_size)
 
 
 def _pairs_seen(dpo: Recipe, pairs: int) -> int:
@@ -41,15 +55,31 @@ def _pairs_seen(dpo: Recipe, pairs: int) -> int:
     return int(seen if dpo.training_args.max_steps > 0 else min(seen, of_epochs))
 
 
-def budget_in_words(recipes: Mapping[str, Recipe], pairs: int, updates: Mapping[str, int]) -> str:
+def budget_in_words(recipes: Mapping[str, Recipe], pairs: int, amounts: Mapping[str, int]) -> str:
     """A sentence with the numbers of pairs and answers that the algorithms learn from."""
     said = [f"DPO sees {_pairs_seen(recipes['dpo'], pairs):,} pairs a seed, of {pairs:,} different ones"]
-    for name, count in updates.items():
-        answers = count * recipes[name].script_args.pairs_per_update // recipes[name].training_args.num_iterations
-        said.append(f"{name.upper()} samples {answers:,} answers")
-    if updates:
-        said.append("that is one for each pair, in whole rollouts; the pairs of the reward model come on top")
+    for name, count in amounts.items():
+        args, how = recipes[name].training_args, ""
+        if name == "rounds":
+            answers = count * args.num_generations
+            how = f", {args.num_generations} to a prompt, in {args.num_rounds} rounds"
+        else:
+            answers = count * recipes[name].script_args.pairs_per_update // args.num_iterations
+        said.append(f"{NAMES[name]} samples {answers:,} answers{how}")
+    if amounts:
+        said.append(
+            "the reward model scores each of them, one for each pair that DPO sees, in whole rollouts; the pairs of "
+            "the reward model come on top"
+        )
     return "; ".join(said) + "."
+
+
+def answers_scored(stage: Stage) -> int:
+    """Answers that a finished stage of an online algorithm has sampled, each of which the reward model scored."""
+    if stage.kind == "rounds":
+        return sum(each["answers"] for each in rounds_of(stage.folder))
+    settings = read_json(stage.folder / "settings.json")
+    return int(_done(stage)["updates"] * settings["pairs_per_update"] / settings["num_iterations"])
 
 
 def check_match(
@@ -64,7 +94,7 @@ def check_match(
         sampling: Temperature and token limit of the answers that are compared.
 
     Raises:
-        RuntimeError: If the judge learned from other prompts than its part, or was optimised by PPO or RLOO.
+        RuntimeError: If the judge learned from other prompts than its part, or was optimised by an online algorithm.
     """
     compared = [stage for stage in stages if stage.kind in ALGORITHMS]
     learners = [stage for stage in stages if stage.kind in (*ALGORITHMS, "reward")]
@@ -84,6 +114,13 @@ def check_match(
         ),
         f"All had the same tuning budget: beta {', '.join(betas)}, each with the same seeds.": tried[1:] == tried[:-1],
     }
+    online = [stage for stage in compared if stage.kind in ONLINE]
+    if len({stage.kind for stage in online}) > 1:
+        scored = [answers_scored(stage) for stage in online]
+        rollouts = [own.get("generation_batch_size") or own["num_generations"] for own in sampled]
+        checks["The reward model scored as many answers of one as of the other, to within a rollout."] = max(
+            scored
+        ) - min(scored) < max(rollouts)
     for judge in [stage for stage in stages if stage.kind == "judge"]:
         _check_judge(judge, compared, prompts=prompts["judge"])
         checks["The judge learned from prompts that no learner saw, and no model was optimised for its scores."] = True

@@ -14,13 +14,15 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "compare",
         help="train a recipe and its rivals on the same data, and report",
-        usage="%(prog)s RECIPE [--quick] [--stages dpo,ppo,rloo] [--seeds 0,1,2] [--betas X,Y]",
+        usage="%(prog)s RECIPE [--quick] [--methods dpo,rounds,ppo,rloo] [--seeds 0,1,2] [--betas X,Y]",
         epilog="Every other flag is a TRL argument: --max_length 512 for all, --ppo.learning_rate 1e-5 for one.",
-        examples=["compare quickstart --quick", "compare hh-rlhf-lora --stages dpo,ppo,rloo --profile gpu"],
+        examples=["compare quickstart --quick", "compare hh-rlhf-lora --methods dpo,ppo,rloo --profile gpu"],
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a DPO recipe; NAME_reward and NAME_ppo stand beside it")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a DPO recipe; NAME_reward, NAME_ppo and so on stand beside it"
+    )
     parser.add_argument("--quick", action="store_true", help="one beta, one seed")
-    parser.add_argument("--stages", type=listed(str), metavar="A,B", help="dpo,ppo; there is rloo, too")
+    parser.add_argument("--methods", type=listed(str), metavar="A,B", help="dpo,rounds,ppo; there is rloo, too")
     parser.add_argument("--seeds", type=listed(int), metavar="N,N", help="0,1,2")
     parser.add_argument("--betas", type=listed(spelling), metavar="X,Y", help="by default the DPO recipe's own")
     parser.add_argument("--prompts", metavar="N", type=at_least(2), help="prompts of the test split to answer: 200")

@@ -1,4 +1,4 @@
-"""Compares DPO with PPO and RLOO on the same data: runs the stages, judges their answers alike, and reports."""
+"""Compares DPO, DPO in rounds, PPO and RLOO on the same data: runs the stages, judges the answers, and reports."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +11,10 @@ from typing import Any
 
 from datasets import Dataset
 
-from dpo_recipes.compare.budget import budget_in_words, check_match, updates_within
-from dpo_recipes.compare.plan import ALGORITHMS, ONLINE, Recipe, Stage, plan_stages, read_recipes
+from dpo_recipes.compare.budget import amount_within, budget_in_words, check_match
+from dpo_recipes.compare.plan import ALGORITHMS, NAMES, ONLINE, Recipe, Stage, plan_stages, read_recipes
 from dpo_recipes.compare.report import write_report
-from dpo_recipes.compare.results import NAMES, collect, stage_cost, verdict
+from dpo_recipes.compare.results import collect, stage_cost, verdict
 from dpo_recipes.compare.stages import Clock, run_stages
 from dpo_recipes.estimates import Estimate
 from dpo_recipes.evaluate.answers import Entry, Sampling, answer_all, draw_prompts, exact_judge, score_answers
@@ -45,7 +45,7 @@ class Comparison:
     betas: Sequence[str]
     prompts: int
     judge: Callable[[Text, str], float] | str | None  # the exact reward, or a model's name; None: one is trained
-    updates: dict[str, int] = field(default_factory=dict)  # of the online algorithms
+    amounts: dict[str, int] = field(default_factory=dict)  # of the online algorithms: updates, or rounds' prompts
     parts: dict[str, Dataset] = field(default_factory=dict)
 
     @property
@@ -66,7 +66,7 @@ def compare(
     profile: str | None = None,
     accelerate: str | None = None,
     flags: Sequence[str] = (),
-    stages: Sequence[str] = ("dpo", "ppo"),
+    methods: Sequence[str] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     betas: Sequence[str] = (),
     quick: bool = False,
@@ -77,11 +77,11 @@ def compare(
     """Trains the stages that are missing, and writes results.json, records.jsonl, report.html, report.md and the plots.
 
     Args:
-        name: A DPO recipe; the recipes of the reward model and of PPO lie in the same folder.
+        name: A DPO recipe; the recipes of the reward model and of the other algorithms lie in the same folder.
         profile: As in `train`.
         accelerate: As in `train`.
         flags: As `read_recipes` reads them.
-        stages: Kinds of stages; stages that these need are added.
+        methods: Algorithms to compare, as `read_recipes` reads them.
         seeds: Every stage but the SFT model and the judge is trained with each seed.
         betas: Each algorithm is trained with each beta; by default the DPO recipe's own.
         quick: Whether to take the first beta and the first seed alone.
@@ -96,7 +96,7 @@ def compare(
         RecipeError: If the call or the data is wrong.
     """
     launch = prepare(name, profile=profile, accelerate=accelerate)
-    recipes = read_recipes(launch, stages, flags=flags, judge=judge)
+    recipes = read_recipes(launch, methods, flags=flags, judge=judge)
     some = slice(1 if quick else None)
     comparison = Comparison(
         root=Path(output_dir or f"outputs/compare/{launch.recipe.stem}"),
@@ -124,16 +124,16 @@ def _train(comparison: Comparison) -> tuple[list[Stage], dict[str, int | None]]:
     """Runs the stages and divides the data; returns the finished stages and, by name, the statuses of the others."""
     clock, root, recipes = Clock(), comparison.root, comparison.recipes
     plan = partial(plan_stages, recipes, betas=comparison.betas, seeds=comparison.seeds, root=root)
-    planned = plan(updates=dict.fromkeys(ONLINE, 0))  # their updates are known once SFT has left the tokenizer
+    planned = plan(amounts=dict.fromkeys(ONLINE, 0))  # they are known once SFT has left the tokenizer
     refuse_strangers(root)
     say("\n".join([f"{len(planned)} stages:", *(f"  {stage.name:<16} {stage.folder}" for stage in planned)]))
     claim(root, "answers", *(stage.name for stage in planned))
     statuses = run_stages([stage for stage in planned if stage.kind == "sft"], clock, total=len(planned))
     if not any(statuses.values()):
         comparison.parts = _divide(recipes["dpo"], with_judge=comparison.judge is None)
-        budget = partial(updates_within, dpo=recipes["dpo"], pairs=len(comparison.parts["learn"]))
-        comparison.updates = {kind: budget(recipes[kind]) for kind in ONLINE if kind in recipes}
-        planned, done = plan(updates=comparison.updates), len(statuses)
+        budget = partial(amount_within, recipes=recipes, pairs=len(comparison.parts["learn"]))
+        comparison.amounts = {kind: budget(recipes[kind]) for kind in ONLINE if kind in recipes}
+        planned, done = plan(amounts=comparison.amounts), len(statuses)
         statuses |= run_stages(planned[done:], clock, done=done, total=len(planned))
     failed = {name: status for name, status in statuses.items() if status != 0}
     return [stage for stage in planned if stage.name not in failed], failed
@@ -212,7 +212,7 @@ def _about(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[st
         if stage.kind in ("judge", "reward")
     }
     hashes = {part: digest(parts[part]) if part in parts else None for part in ("learn", "judge")}
-    compared = [NAMES[kind] for kind in ALGORITHMS if kind in recipes] + ([] if comparison.updates else [NAMES["sft"]])
+    compared = [NAMES[kind] for kind in ALGORITHMS if kind in recipes] + ([] if comparison.amounts else [NAMES["sft"]])
     return {
         "title": " against ".join(compared),
         "recipe": recipes["dpo"].launch.recipe.stem,
@@ -220,7 +220,7 @@ def _about(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[st
         "start": comparison.start,
         "seeds": list(comparison.seeds),
         "betas": list(comparison.betas),
-        "budget": {"kind": "samples", "detail": budget_in_words(recipes, len(parts["learn"]), comparison.updates)},
+        "budget": {"kind": "samples", "detail": budget_in_words(recipes, len(parts["learn"]), comparison.amounts)},
         "sampling": sampling,
         "judge": _about_judge(comparison.judge, accuracies) | {"order": ORDER},
         "reward_accuracy": accuracies,

@@ -16,9 +16,12 @@ from dpo_recipes.flags import grouped
 from dpo_recipes.launch.launch import Launch
 from dpo_recipes.preflight.inspect import parse_namespace
 from dpo_recipes.recipe import argument_classes
+from dpo_recipes.terminal import say
 
-ONLINE = ("ppo", "rloo")
+ONLINE = ("rounds", "ppo", "rloo")  # learn from answers of the policy that a reward model scores
 ALGORITHMS = ("dpo", *ONLINE)  # compared with each other
+DEFAULT = ("dpo", "rounds", "ppo")
+NAMES = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "rloo": "RLOO", "rounds": "DPO in rounds"}
 KINDS = ("sft", "judge", *ALGORITHMS, "reward")
 JUDGE_SEED = 1000  # of the judge's training; no learner has it
 RESERVED = {
@@ -27,7 +30,7 @@ RESERVED = {
     **{"reward_model_name_or_path": "nothing: the comparison trains one", "max_steps": "--dpo.max_steps"},
     **{"overwrite": "nothing: remove the folder to begin anew", "resume_from_checkpoint": "nothing: it goes on itself"},
     **{"dry_run": "nothing: the plan is printed first", "eval_pairs": "--prompts"},
-    "budget": "nothing: PPO and RLOO sample as many answers as DPO sees pairs",
+    **dict.fromkeys(("budget", "num_prompts"), "nothing: all others sample as many answers as DPO sees pairs"),
     **dict.fromkeys(
         ("max_prompt_length", "max_pair_length"), "--max_length: all learn from the prompts of DPO's pairs"
     ),
@@ -88,13 +91,13 @@ def find_siblings(recipe: Path, kinds: Sequence[str]) -> dict[str, Path]:
     if missing:
         raise RecipeError(
             f"To compare {recipe.stem} takes {', '.join(missing)} in the same folder, which has none. Write it from "
-            "that of hh-rlhf (dpo-recipes copy hh-rlhf-reward), or compare others: --stages dpo."
+            "that of hh-rlhf (dpo-recipes copy hh-rlhf-reward), or compare others: --methods dpo."
         )
     return found
 
 
 def read_recipes(
-    launch: Launch, stages: Sequence[str], *, flags: Sequence[str], judge: str | None = None
+    launch: Launch, methods: Sequence[str] | None, *, flags: Sequence[str], judge: str | None = None
 ) -> dict[str, Recipe]:
     """The recipes of a comparison by kind, with valid settings.
 
@@ -103,16 +106,18 @@ def read_recipes(
 
     Args:
         launch: Of the DPO recipe, without flags.
-        stages: Kinds that the user asked for.
+        methods: Algorithms that the user asked for. By default those of DEFAULT; rounds only if there is a recipe.
         flags: `--key value` goes to every recipe that has such a setting, `--ppo.key value` to that one,
             `--reward.key value` to the judge too.
         judge: A model that judges, so that none is trained.
 
     Raises:
-        RecipeError: If a recipe is missing, a stage or flag is unknown, or a value is refused.
+        RecipeError: If a recipe is missing, an algorithm or flag is unknown, or a value is refused.
     """
     given = grouped(flags)
-    kinds = _check_call(stages, given)
+    kinds = _check_call(methods or DEFAULT, given)
+    if methods is None:
+        kinds = _without_missing_rounds(launch.recipe, kinds)
     namespaces = {launch.recipe: runpy.run_path(str(launch.recipe))}
     needs_judge = judge is None and "judge" not in namespaces[launch.recipe]
     files = find_siblings(launch.recipe, [*kinds, *(["reward"] if needs_judge or {*ONLINE} & {*kinds} else [])])
@@ -141,11 +146,21 @@ def read_recipes(
     return recipes
 
 
-def _check_call(stages: Sequence[str], given: Sequence[tuple[str, list[str]]]) -> list[str]:
-    """The algorithms that the user asked for; raises RecipeError for unknown stages and reserved settings."""
-    kinds = [kind for kind in ALGORITHMS if kind in stages]
-    if not kinds or not {*stages} <= {*ALGORITHMS, "sft", "reward"}:
-        raise RecipeError(f"Got --stages {','.join(stages)}, which needs some of {', '.join(ALGORITHMS)}.")
+def _without_missing_rounds(recipe: Path, kinds: list[str]) -> list[str]:
+    """The algorithms without rounds, if the recipe has no sibling for them and nobody asked for them."""
+    try:
+        find_siblings(recipe, ["rounds"])
+    except RecipeError:
+        say(f"There is no recipe for DPO in rounds beside {recipe.name}, so they are not compared.")
+        return [kind for kind in kinds if kind != "rounds"]
+    return kinds
+
+
+def _check_call(methods: Sequence[str], given: Sequence[tuple[str, list[str]]]) -> list[str]:
+    """The algorithms that the user asked for; raises RecipeError for unknown ones and for reserved settings."""
+    kinds = [kind for kind in ALGORITHMS if kind in methods]
+    if len(kinds) < len({*methods}):
+        raise RecipeError(f"Got --methods {','.join(methods)}. Give some of {', '.join(ALGORITHMS)}.")
     for name, _ in given:
         key = name.rpartition(".")[2]
         if key in RESERVED and name not in FREE:
@@ -159,7 +174,7 @@ def _is_for(name: str, prefixes: Sequence[str], known: set[str]) -> bool:
 
 
 def plan_stages(
-    recipes: Mapping[str, Recipe], *, betas: Sequence[str], seeds: Sequence[int], root: Path, updates: Mapping[str, int]
+    recipes: Mapping[str, Recipe], *, betas: Sequence[str], seeds: Sequence[int], root: Path, amounts: Mapping[str, int]
 ) -> list[Stage]:
     """The stages in their order: the SFT model and the judge once, then the other stages for each seed.
 
@@ -168,7 +183,7 @@ def plan_stages(
         betas: Each algorithm is trained with each beta.
         seeds: Each stage but the SFT model and the judge is trained with each seed.
         root: The folder of the stages' folders.
-        updates: Of each online algorithm, as `updates_within` returns them.
+        amounts: Of each online algorithm, as `amount_within` returns them.
     """
     start: list[Stage] = []
     sft = recipes["dpo"].launch.stages_before().get("model_name_or_path")  # another recipe makes the model
@@ -192,7 +207,7 @@ def plan_stages(
         reward = [add("reward", f"reward-{seed}", *drawn, seed=seed)] if online else []
         for kind, beta in itertools.product(online, betas):
             flags = ["--beta", beta, *drawn, "--reward_model_name_or_path", str(reward[0].folder)]
-            flags += ["--max_steps", str(updates[kind])]
+            flags += ["--num_prompts" if kind == "rounds" else "--max_steps", str(amounts[kind])]
             add(kind, f"{kind}-{beta}-{seed}", *flags, needs=reward, beta=beta, seed=seed)
     return stages
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
-from dpo_recipes.compare.results import NAMES
+from dpo_recipes.compare.plan import NAMES
 from dpo_recipes.evaluate.measures import MEASURES, RATES
 from dpo_recipes.pages import page
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from dpo_recipes import estimates
-from dpo_recipes.compare.plan import ALGORITHMS, ONLINE, Stage
+from dpo_recipes.compare.budget import answers_scored
+from dpo_recipes.compare.plan import ALGORITHMS, NAMES, ONLINE, Stage
 from dpo_recipes.evaluate.measures import against, of_model
 from dpo_recipes.files import read_json
 from dpo_recipes.terminal import duration
 
-NAMES = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "rloo": "RLOO"}
 COSTS = {
     "seconds": "seconds",
     "gpu_hours": "GPU hours",
@@ -28,12 +28,13 @@ def stage_cost(stage: Stage) -> dict[str, Any]:
     updates, since = done["updates"], done["updates"] - done["resumed_from_update"]
     seconds = (done["train_seconds"] or 0.0) * updates / max(1, since)
     on_gpu = "peak_gpu_memory_mib" in done
-    epochs = settings["num_iterations"] if stage.kind in ONLINE else 1  # over each answer
+    if stage.kind == "rounds":  # which sum up their own seconds and tokens
+        since = updates
     return {
         "seconds": seconds,
         "gpu_hours": seconds / 3600 * int(done["hardware"].partition(" x ")[0]) if on_gpu else None,
         "memory_mib": done["peak_gpu_memory_mib" if on_gpu else "peak_memory_mib"],
-        "samples": int(updates * settings["pairs_per_update"] / epochs),
+        "samples": answers_scored(stage) if stage.kind in ONLINE else updates * settings["pairs_per_update"],
         "tokens": done.get("tokens"),
     }
 
@@ -84,8 +85,8 @@ def collect(
     ]
     return {
         "models": models,
-        "duels": [duel for duel in duels if duel["seeds"]],
-        "against_start": [_compare(model, models[0], runs) for model in models[1:]],
+        "duels": _corrected([duel for duel in duels if duel["seeds"]]),
+        "against_start": _corrected([_compare(model, models[0], runs) for model in models[1:]]),
         "runs": dict(runs),
         "costs": dict(costs),
     }
@@ -118,6 +119,16 @@ def _compare(
     return {"one": one["label"], "other": other["label"], "seeds": seeds, "every_other_prompt": rows.step == 2, **rates}
 
 
+def _corrected(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pairs with `p_value`, the win rate's after Holm's correction for their number."""
+    p_values = estimates.holm([pair["win_rate"]["p_value"] for pair in pairs])
+    return [pair | {"p_value": value} for pair, value in zip(pairs, p_values, strict=True)]
+
+
+def _is_noise(pair: Mapping[str, Any]) -> bool:
+    return bool(pair["p_value"] >= estimates.ALPHA)
+
+
 def verdict(results: Mapping[str, Any]) -> list[str]:
     """A headline of one line, then sentences on who won, whether that is more than noise, and at what cost."""
     said = []
@@ -127,6 +138,7 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
     models, pairs = {model["label"]: model for model in results["models"]}, results["duels"] or results["against_start"]
     said.insert(0, ("With reservations: " if said else "") + _headline(models, pairs))
     temperature = results["sampling"]["temperature"]
+    said += [_ranking(pairs)] if len(results["duels"]) > 1 else []
     said += [_in_words(pair, models[pair["one"]], models[pair["other"]], temperature) for pair in pairs]
     if results["duels"]:
         rates = [f"{pair['one']} {_percent(pair['win_rate']['mean'])}" for pair in results["against_start"]]
@@ -138,15 +150,29 @@ def _headline(models: Mapping[str, Mapping[str, Any]], pairs: Sequence[Mapping[s
     """The algorithm that won all of its pairs, with its smallest lead: the difference between two win rates."""
     leads: dict[str, list[float]] = {}
     for pair in pairs:
-        lead = 0.0 if estimates.is_noise(pair["win_rate"]) else 200 * pair["win_rate"]["mean"] - 100
+        lead = 0.0 if _is_noise(pair) else 200 * pair["win_rate"]["mean"] - 100
         for side, won_by in (("one", lead), ("other", -lead)):
             leads.setdefault(NAMES[models[pair[side]]["algorithm"]], []).append(won_by)
     winners = [f"{name}, by {min(found):.0f} points of win rate" for name, found in leads.items() if min(found) > 0]
     return winners[0] if len(winners) == 1 else "No clear winner"
 
 
+def _ranking(pairs: Sequence[Mapping[str, Any]]) -> str:
+    """Who is better than whom, as far as the corrected intervals say."""
+    over, open_ = [], []
+    for pair in pairs:
+        ahead, behind = (pair["one"], pair["other"])[:: 1 if pair["win_rate"]["mean"] >= 0.5 else -1]
+        if _is_noise(pair):
+            open_.append(f"{ahead} and {behind}")
+        else:
+            over.append(f"{ahead} over {behind}")
+    won = f"Better than noise: {'; '.join(over)}." if over else "Nobody is better than noise."
+    rest = f" Not told apart: {'; '.join(open_)}." if open_ else ""
+    return f"{won}{rest} All {len(pairs)} pairs were compared, at 95 % with Holm's correction for their number."
+
+
 def _in_words(pair: Mapping[str, Any], one: Mapping[str, Any], other: Mapping[str, Any], temperature: float) -> str:
-    rate, noise = pair["win_rate"], estimates.is_noise(pair["win_rate"])
+    rate, noise = pair["win_rate"], _is_noise(pair)
     turned = rate["mean"] < 0.5 and not noise
     winner, loser = (pair["other"], pair["one"]) if turned else (pair["one"], pair["other"])
 

@@ -10,7 +10,7 @@ from dpo_recipes.manifest import claim
 from dpo_recipes.terminal import say
 
 # Relative time of a stage, until one of its kind has been measured.
-WEIGHTS = {"sft": 2.0, "judge": 1.0, "dpo": 1.0, "reward": 1.0, "ppo": 4.0, "rloo": 3.0}
+WEIGHTS = {"sft": 2.0, "judge": 1.0, "dpo": 1.0, "reward": 1.0, "rounds": 3.0, "ppo": 4.0, "rloo": 3.0}
 
 
 class Clock:

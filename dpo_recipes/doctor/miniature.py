@@ -5,6 +5,7 @@ The models learn nothing useful. A miniature run shows that a recipe goes from i
 
 import json
 import runpy
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ ONLINE: dict[str, Any] = dict(
     num_iterations=1,
     max_prompt_length=200,  # tokens, which are bytes here
     max_completion_length=8,  # tokens
+    num_rounds=2,
+    num_prompts=24,  # of both rounds
 )
 
 
@@ -155,8 +158,12 @@ def miniature_flags(recipe: Path, folder: Path) -> list[str]:
     if read:
         flags["dataset_name"] = "+".join(str(files[adapter]) for adapter in read)
     start = playground.build_model(folder) if in_playground else tiny_model(folder / "model")
-    if any(issubclass(kind, OnlineArguments) for kind in argument_classes(names)):
-        flags |= ONLINE
+    kinds = argument_classes(names)
+    if any(issubclass(kind, OnlineArguments) for kind in kinds):
+        known = {
+            entry.name for kind in kinds for entry in fields(kind)
+        }  # PPO and RLOO have no rounds, and rounds no rollouts
+        flags |= {name: value for name, value in ONLINE.items() if name in known}
     if "model_name_or_path" in settings:
         flags["model_name_or_path"] = start
     if "reward_model_name_or_path" in settings:

@@ -10,7 +10,7 @@ from dpo_recipes import estimates
 
 MEASURES = {  # key: label, decimals, a hint for the reader
     "judge": ("judge's reward", 3, "higher is better"),
-    "reward_model": ("reward model's score", 3, "what PPO and RLOO optimise; higher is not better by itself"),
+    "reward_model": ("reward model's score", 3, "what all but offline DPO raise; higher is not better by itself"),
     "kl": ("KL to the reference model, nats", 2, "of an answer, from samples; how far the model has moved"),
     "tokens": ("tokens of an answer", 1, ""),
     "unended": ("share without an end token", 3, "cut at the token limit"),
@@ -99,7 +99,7 @@ def against(
     won = [estimates.wins(*each) for each in scores]
     longer = [first - second for first, second in tokens]
     return {
-        "win_rate": estimates.estimate(estimates.mean, [[rate] for rate in won], share=True),
+        "win_rate": estimates.estimate(estimates.mean, [[rate] for rate in won], share=True, nothing=0.5),
         "length_controlled": estimates.estimate(
             estimates.length_controlled,
             [list(each) for each in zip(won, longer, strict=True)],

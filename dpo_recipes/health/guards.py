@@ -61,8 +61,8 @@ def add_guards(trainer: Trainer, *, reference_is_start: bool = True) -> None:
 
     Args:
         trainer: Any transformers Trainer; the guards on the reference model are for DPOTrainer.
-        reference_is_start: False if DPOTrainer was given another reference model on purpose: it is then neither
-            replaced nor checked.
+        reference_is_start: False if DPOTrainer was given another reference model on purpose: it is then not replaced,
+            and may differ from the policy, but must not move.
 
     Raises:
         RecipeError: If a trained weight would stay when the LoRA adapter is switched off, while the model without the
@@ -72,7 +72,8 @@ def add_guards(trainer: Trainer, *, reference_is_start: bool = True) -> None:
         _refuse_prompt_learning(trainer)
         _refuse_weights_outside_the_adapter(trainer)
         start_reference_at_policy(trainer)
-        trainer.add_callback(ReferenceGuard(trainer))
+    if isinstance(trainer, DPOTrainer):
+        trainer.add_callback(ReferenceGuard(trainer, is_start=reference_is_start))
     reference = getattr(trainer, "ref_model", None)
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     for parameter in [*trained, *(reference.parameters() if reference is not None else [])]:
@@ -138,12 +139,17 @@ class ReferenceGuard(TrainerCallback):
     At step 0 both models give every token the same log-prob, so the sigmoid loss is ln 2 (Rafailov et al. 2023, eq. 7).
     The loss alone proves little: a wrong reference model that moves both completions of a pair alike leaves it at ln 2.
     So the log-probs of the first pairs are compared token by token, and the reference model's once more after training.
+
+    Args:
+        trainer: A built DPOTrainer.
+        is_start: False if the policy starts from another model on purpose: then only the reference model is watched.
     """
 
     KEPT = "reference/logps_at_start"
 
-    def __init__(self, trainer: DPOTrainer) -> None:
+    def __init__(self, trainer: DPOTrainer, *, is_start: bool = True) -> None:
         self.trainer = trainer
+        self.is_start = is_start
         self.checked = False  # a second call of `trainer.train` goes on with the weights that the first one trained
         self.at_start: list[float] | None = None  # the reference model's summed log-probs, and the number of pairs
         exact = trainer.model.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
@@ -186,7 +192,7 @@ class ReferenceGuard(TrainerCallback):
             )
         if reference is not None:
             self.at_start = [float(reference.sum()), len(policy) // 2]
-        nats = self._difference(policy, reference, batch)
+        nats = self._difference(policy, reference, batch) if self.is_start else None
         if nats is not None and not nats <= self.tolerance:  # NaN is refused too
             raise WrongReferenceError(nats)
 

@@ -58,9 +58,13 @@ def incomplete_reason(checkpoint: str | Path) -> str | None:
 
 
 def checkpoints_of(output_dir: str | Path) -> list[Path]:
-    """Checkpoints of a run, complete or not, the highest-numbered first."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
+    """Checkpoints of a run and of its rounds, complete or not, the latest round's first, the highest-numbered first."""
+    found = {}
+    for pattern in ("checkpoint-*", "round-*/checkpoint-*"):
+        for path in Path(output_dir).glob(pattern):
+            if numbers := re.fullmatch(r"(?:round-(\d+)/)?checkpoint-(\d+)", path.relative_to(output_dir).as_posix()):
+                found[path] = int(numbers[1] or 0), int(numbers[2])
+    return sorted(found, key=lambda path: found[path], reverse=True)
 
 
 def latest_checkpoint(output_dir: str | Path, *, before: float = math.inf) -> Path | None:

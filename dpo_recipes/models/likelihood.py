@@ -185,7 +185,8 @@ def sampled_kl(trainer: Trainer, prompts: Sequence[Text], *, max_new_tokens: int
         `nats` (the mean over prompts), `standard_error` (None for one prompt), `n` prompts, `tokens` sampled.
     """
     policy, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
-    temperature = getattr(trainer.args, "temperature", 1.0)  # DPOConfig has none
+    online = not isinstance(trainer, DPOTrainer)  # whose head has no temperature, also where it samples in rounds
+    temperature = getattr(trainer.args, "temperature", 1.0) if online else 1.0
     options = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=trainer.args.seed)
     sampled = [both for both in sample_tokens(policy, tokenizer, prompts, **options) if both[1]]
     ratios = fused_logps(policy, sampled)

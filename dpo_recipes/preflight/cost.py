@@ -74,15 +74,18 @@ def task_of(training_args: Any) -> str:
 
 
 def count_updates(script_args: Any, training_args: Any, pairs: int) -> int:
-    """The optimizer steps of a run on this number of pairs, or prompts."""
+    """The optimizer steps of a run on this number of pairs, or prompts, in all of its rounds."""
+    rounds = getattr(training_args, "num_rounds", 1)  # RoundsConfig, which counts updates and epochs of one round
     if training_args.max_steps > 0:
-        return int(training_args.max_steps)
+        return int(training_args.max_steps * rounds)
+    if rounds > 1:
+        pairs = (training_args.num_prompts or pairs) // rounds
     epoch: int = math.ceil(pairs / script_args.pairs_per_update)
     if task_of(training_args) == "online":  # rollouts are whole, and learned from several times
         prompts = training_args.generation_batch_size // training_args.num_generations
         answers = pairs // prompts * training_args.generation_batch_size * training_args.num_iterations
         epoch = answers // script_args.pairs_per_update
-    return math.ceil(epoch * float(training_args.num_train_epochs))
+    return math.ceil(epoch * float(training_args.num_train_epochs)) * rounds
 
 
 def micro_batch_text(pairs: Dataset, training_args: Any, budget: int) -> str:

@@ -40,8 +40,9 @@ def plan_lines(script_args: Any, training_args: Any, tokenizer: Any, pairs: Data
     updates = count_updates(script_args, training_args, len(pairs["train"]))
     kept = training_args.save_total_limit or max(1, math.ceil(updates / max(1, training_args.save_steps)))
     checkpoint, result = 12 * weights["trained"], 4 * weights["trained"]
-    if budget := settings.get("tokens_per_step"):
+    if (budget := settings.get("tokens_per_step")) and task == "preference":
         batch, steps = batch * steps, 1
+    budget = budget if "chosen_tokens" in pairs["train"].column_names else None  # a round's pairs are not known yet
     unit = "answers" if task == "online" else "pairs"
     return [
         "",

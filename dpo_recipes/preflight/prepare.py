@@ -80,7 +80,7 @@ def prepare_prompts(
         script_args: OnlineArguments, or RecipeArguments for SFT, passed to load_pairs. The reward model that they name
             is checked.
         training_args: A TRL config. `max_length` is read for SFT, else `max_completion_length`,
-            `generation_batch_size` and `num_generations`; `output_dir`.
+            `generation_batch_size` (which RoundsConfig lacks) and `num_generations`; `output_dir`.
         tokenizer: The one that the trainer is given.
 
     Raises:
@@ -112,7 +112,9 @@ def _prepare(
             measured = error
     if isinstance(measured, RecipeError):
         raise measured
-    pairs = measured.pairs.remove_columns([*{*MEASURES, ROW}.intersection(measured.pairs["train"].column_names)])
+    pairs, extra = DatasetDict(measured.pairs), {*MEASURES, ROW}
+    for split, rows in measured.pairs.items():
+        pairs[split] = rows.remove_columns([*extra.intersection(rows.column_names)])
     name = script_args.settings.get("model_name_or_path") or tokenizer.name_or_path
     decided = decide(script_args, training_args, measured.pairs["train"], name=name, task=task_of(training_args))
     if script_args.is_dry_run or state.is_main_process:
@@ -292,7 +294,7 @@ def _check_model(tokenizer: Any, training_args: Any, settings: dict[str, Any], t
 
 def _check_prompts(prompts: DatasetDict, script_args: Any, training_args: Any, tokenizer: Any) -> None:
     """Raises RecipeError unless the prompts fill a rollout, leave room for answers, and suit the reward model."""
-    rollout = training_args.generation_batch_size // training_args.num_generations
+    rollout = getattr(training_args, "generation_batch_size", 0) // training_args.num_generations
     if len(prompts["train"]) < rollout:
         raise RecipeError(
             f"A rollout is generation_batch_size / num_generations = {rollout} prompts, and there are "

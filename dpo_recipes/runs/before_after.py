@@ -248,10 +248,8 @@ def _measure_answers(trainer: Trainer, questions: Questions, outcome: Outcome, *
     outcome.rows.append([LABELS["kl"], "-", f"{kl['nats']:.2f}{error}"])
     if online:
         _add_reward_scores(trainer, outcome.answers)
-        outcome.note = (
-            f"(95 % intervals. Training raises the {REWARD_SCORE} directly, so look at the other scores and at the "
-            "answers rather than at it.)"
-        )
+        told = f"Training raises the {REWARD_SCORE} directly, so look at the other scores and at the answers"
+        outcome.note = f"{outcome.note[:-1] or '(95 % intervals.'} {told} rather than at it.)"
     if outcome.answers:
         _add_shares(trainer, outcome)
     if outcome.answers and "scores" in outcome.answers[0]["after"]:

@@ -2,6 +2,9 @@
 
 import tomllib
 from pathlib import Path
+from typing import Any
+
+from dpo_recipes.files import read_json
 
 _TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
@@ -25,5 +28,14 @@ for _key, _shown in _TABLE["logged"].items():
 LABELS: dict[str, str] = _TABLE["measured"]
 """Names of the metrics that `finish_run` measures."""
 
+ROUND_FILE = "round.json"
+"""File in which each round of a run keeps its numbers."""
+
 REWARD_SCORE = "reward-model score"
 """Name of the score that an online trainer raises; where there are several, their reward models' names follow."""
+
+
+def rounds_of(folder: Path) -> list[dict[str, Any]]:
+    """Numbers of a run's finished rounds, in their order; empty for a run without rounds."""
+    accounts = [read_json(file) for file in folder.glob(f"round-*/{ROUND_FILE}")]
+    return sorted((each for each in accounts if "updates" in each), key=lambda each: int(each["round"]))

@@ -13,13 +13,15 @@ from dpo_recipes.files import read_json, write_text
 from dpo_recipes.machine import peak_memory
 from dpo_recipes.pages import page
 from dpo_recipes.pages.markdown import code, fence, inline, one_line, yaml_text
+from dpo_recipes.runs.metrics import rounds_of
 from dpo_recipes.trl_patches import first_update
 
 LIBRARIES = ("dpo-recipes", "trl", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "torch")
 SHOWN_SETTINGS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "pairs_per_update",
     "beta", "loss_type", "loss_weights", "max_length", "center_rewards_coefficient", "reward_model_name_or_path",
-    "max_prompt_length", "max_completion_length", "generation_batch_size", "num_generations", "num_iterations",
+    "max_prompt_length", "max_completion_length", "num_rounds", "num_prompts", "reference", "generation_batch_size",
+    "num_generations", "num_iterations",
     "temperature", "gamma", "lam", "vf_coef", "adam_beta2", "weight_decay", "use_peft", "lora_r", "lora_alpha",
     "load_in_4bit", "dtype", "bf16", "seed",
 )  # fmt: skip
@@ -30,9 +32,11 @@ BEGIN, END = "<!-- Evaluation by dpo-recipes: begin -->", "<!-- Evaluation by dp
 def cost(trainer: Trainer) -> dict[str, Any]:
     """Updates, seconds and peak memory of a finished run."""
     last = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
+    in_rounds = bool(rounds_of(Path(trainer.args.output_dir)))  # which sum up seconds and tokens themselves
     spent: dict[str, Any] = {
         "updates": trainer.state.global_step,
-        "resumed_from_update": first_update(trainer),  # seconds, and tokens of offline trainers, count from here
+        # seconds, and tokens of offline trainers, count from here
+        "resumed_from_update": 0 if in_rounds else first_update(trainer),
         "train_seconds": last.get("train_runtime"),
         "tokens": last.get("num_tokens"),
         "peak_memory_mib": round(peak_memory() / 2**20),

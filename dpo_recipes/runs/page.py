@@ -18,6 +18,8 @@ from dpo_recipes.runs.model_card import SHOWN_SETTINGS, write_model_card
 from dpo_recipes.terminal import say
 
 RUN_PAGE = "report.html"
+LOG_FILE = "log.json"
+"""File in which a run in rounds, and each of its rounds, keeps what the trainer logged."""
 _SHOWN = 6  # prompts with both answers
 
 
@@ -62,8 +64,9 @@ def remake(run: str) -> Path:
     folder = Path(run)
     if not read_json(folder / "settings.json"):
         raise RecipeError(f"{run} holds no settings.json. Name the folder of a run.")
-    if checkpoint := latest_checkpoint(folder):
-        say(str(draw_curves(folder, read_json(checkpoint / STATE_FILE)["log_history"])))
+    checkpoint = latest_checkpoint(folder)
+    if log := read_json(folder / LOG_FILE) or (checkpoint and read_json(checkpoint / STATE_FILE)):
+        say(str(draw_curves(folder, log["log_history"])))
     if (folder / "done.json").exists() and not (folder / "README.md").exists():
         say(str(write_model_card(folder)))
     written = write_run_page(folder)

@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, ProgressCallback, Trainer
-from trl import RewardTrainer
+from trl import DPOTrainer, RewardTrainer
 
 from dpo_recipes.ending import is_disk_full
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
@@ -39,6 +39,7 @@ from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, Recipe
 from dpo_recipes.runs.before_after import Outcome, Questions, Score, measure, not_measured
 from dpo_recipes.runs.callbacks import DeclareCheckpoints, NoUpdateAfterTheLast, ProgressLines, Stopwatch
 from dpo_recipes.runs.curves import side_by_side, table
+from dpo_recipes.runs.metrics import rounds_of
 from dpo_recipes.runs.model_card import LIBRARIES, cost, data_hash, weights_hash, write_model_card
 from dpo_recipes.runs.page import draw_curves, write_run_page
 from dpo_recipes.runs.verdict import verdict
@@ -58,11 +59,16 @@ COMMANDS = {
 """Commands that repeat a step of `finish_run` in the run's folder."""
 
 
-def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
+def start_run(trainer: Trainer, script_args: RecipeArguments, *, reference_is_start: bool = True) -> None:
     """Adds the guards to a built trainer and takes its output folder: call it before `trainer.train`.
 
     With `overwrite` the files that an earlier run wrote into the folder are removed. No other file is ever removed.
     In a dry run that times updates the folder is left alone, and `trainer.train` ends the process after them.
+
+    Args:
+        trainer: Any transformers Trainer.
+        script_args: As `parse_recipe` returned them.
+        reference_is_start: As in `add_guards`.
 
     Raises:
         RecipeError: If another process trains in that folder, weights of the initial model are NaN or infinite, or
@@ -76,18 +82,18 @@ def start_run(trainer: Trainer, script_args: RecipeArguments) -> None:
             "shared_prefix=false makes plain TRL, or leave --tokens_per_step out."
         )
     _refuse_broken_model(trainer)
-    add_guards(trainer)
+    add_guards(trainer, reference_is_start=reference_is_start)
     if script_args.is_dry_run:
         trainer.add_callback(Stopwatch(script_args.timed_updates))
         return
     _add_callbacks(trainer, script_args)
     if trainer.is_world_process_zero():
-        _take_folder(Path(trainer.args.output_dir), script_args)
+        take_folder(Path(trainer.args.output_dir), script_args)
     trainer.on_halved = partial(_store_budget, trainer, script_args)
     start_tracking(trainer, script_args.settings)
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in trainer.model.parameters())
-    unit = "answers" if isinstance(script_args, OnlineArguments) else "pairs"
+    unit = "pairs" if isinstance(trainer, DPOTrainer) or not isinstance(script_args, OnlineArguments) else "answers"
     say(
         f"Training {trainable:,} of {total:,} weights on {trainer.accelerator.device}. An update: "
         f"{script_args.pairs_per_update} {unit} = {trainer.args.per_device_train_batch_size} a device x "
@@ -123,7 +129,7 @@ def _show_broken(trainer: Trainer) -> None:
     say(f"What happened until then: {write_run_page(folder)}")
 
 
-def _take_folder(folder: Path, script_args: RecipeArguments) -> None:
+def take_folder(folder: Path, script_args: RecipeArguments) -> None:
     """Locks the folder, removes an earlier run if that is asked for, and writes settings and packages."""
     _lock(folder)
     (folder / DONE_FILE).unlink(missing_ok=True)
@@ -284,7 +290,8 @@ def _write_files(trainer: Trainer, script_args: RecipeArguments, outcome: Outcom
     warnings = outcome.warnings + [str(finding) for finding in read_findings(folder)]
     shown = {"table": table(outcome.header, outcome.rows) if outcome.rows else "", "note": outcome.note}
     with later.step("Writing the metrics", "evaluate"):
-        metrics = outcome.metrics | shown | {"warnings": warnings, "cost": spent}
+        rounds = {"rounds": found} if (found := rounds_of(folder)) else {}
+        metrics = outcome.metrics | rounds | shown | {"warnings": warnings, "cost": spent}
         files.append(write_json(folder / "metrics.json", metrics))
     if outcome.answers:
         with later.step("Writing the answers", "evaluate"):
@@ -306,7 +313,7 @@ def _record(trainer: Trainer, script_args: RecipeArguments) -> dict[str, Any]:
     """Content of done.json, without the run's cost."""
     judges = [part.config for part in getattr(trainer, "reward_funcs", []) if isinstance(part, PreTrainedModel)]
     return {
-        "method": method_name(trainer),
+        "method": method_name(trainer) + (" in rounds" if rounds_of(Path(trainer.args.output_dir)) else ""),
         "settings_hash": settings_hash(script_args.settings),
         "data_hash": data_hash(trainer.train_dataset),
         "start_hash": weights_hash(trainer.accelerator.unwrap_model(trainer.model).config.name_or_path),

@@ -97,14 +97,14 @@ def sample(
     loaded, tokenizer = open_model(model, trust_remote_code=trust_remote_code)
     asked = _keep(asked, lambda row: check_prompt(loaded.config, tokenizer, row["prompt"]), "prompts")
     settings = options | {"num_samples": num_samples}
-    answer = partial(_answer, loaded, tokenizer, **settings)
+    ask = partial(answer, loaded, tokenizer, **settings)
     step = max(1, AT_A_TIME * options["batch_size"] // num_samples)  # prompts between two writes
-    with in_steps(answer, asked, target, step=step, model=model, settings=settings) as done:
+    with in_steps(ask, asked, target, step=step, model=model, settings=settings) as done:
         lines = [{**row, **answered} for row, answered in zip(asked, done, strict=True)]
         made = (
             _own_rejected(lines)
             if pairs
-            else _ranked(lines, partial(_checked, check, columns) if check else judge)
+            else ranked(lines, partial(_checked, check, columns) if check else judge)
             if judge
             else lines
         )
@@ -151,7 +151,7 @@ def read_prompts(
     return found if pairs else list({json.dumps(row["prompt"]): row for row in found}.values())
 
 
-def _answer(model: Any, tokenizer: Any, rows: Rows, *, num_samples: int, **options: Any) -> Rows:
+def answer(model: Any, tokenizer: Any, rows: Rows, *, num_samples: int, **options: Any) -> Rows:
     """Texts of `num_samples` answers to each row's prompt, and whether each of them ended."""
     repeated = [row["prompt"] for row in rows for _ in range(num_samples)]
     answers = iter(generate(model, tokenizer, repeated, **options))
@@ -214,20 +214,27 @@ def _checked(
     return np.array([*given], dtype=float)
 
 
-def _ranked(lines: Rows, judge: str | Marker) -> list[Any]:
-    """Makes a pair of every two answers of a line that the judge scores differently; other pairs are counted."""
+def ranked(lines: Rows, judge: str | Marker, *, best_against_worst: bool = False) -> list[Any]:
+    """Makes pairs of a line's answers that the judge scores differently; other pairs are counted.
+
+    Args:
+        lines: A prompt and its `completions` each.
+        judge: As in `sample`, or a function that scores an answer to each line, NaN where it gives no score.
+        best_against_worst: Make one pair of each line, of its best and its worst answer; by default of every two.
+    """
     asked, texts = zip(*((line, text) for line in lines for text in dict.fromkeys(line["completions"])), strict=True)
     given = judge(asked, texts) if callable(judge) else model_judge(judge)([line["prompt"] for line in asked], texts)
     scores, unknown = iter(given.tolist()), int(np.isnan(given).sum())
-    ranked = []
+    pairs = []
     for line in lines:
         scored = [(next(scores), text) for text in dict.fromkeys(line["completions"])]
         scored = [both for both in scored if not math.isnan(both[0])]
         best_first = sorted(scored, key=lambda both: -both[0])
-        for (high, chosen), (low, rejected) in itertools.combinations(best_first, 2):
+        ends = zip(best_first[:1], best_first[-1:], strict=True)  # of a single answer twice the same, which is no pair
+        for (high, chosen), (low, rejected) in ends if best_against_worst else itertools.combinations(best_first, 2):
             pair = {"prompt": line["prompt"], "chosen": chosen, "rejected": rejected}
-            ranked.append(pair | {"preference_strength": high - low})
-    return _keep(ranked, _check_ranked, "pairs", same_answer_again=_repeated(lines), not_judged=unknown)
+            pairs.append(pair | {"preference_strength": high - low})
+    return _keep(pairs, _check_ranked, "pairs", same_answer_again=_repeated(lines), not_judged=unknown)
 
 
 def _repeated(lines: Rows) -> int:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +37,7 @@ from dpo_recipes.models.open import open_model
 from dpo_recipes.ppo import PPOConfig
 from dpo_recipes.recipe import RecipeArguments
 from dpo_recipes.runs import model_card as record
+from dpo_recipes.sample.rounds import RoundsConfig
 
 STAND_IN = '''"""A stand-in that trains nothing, and leaves what a run leaves."""
 import json, os, sys
@@ -60,7 +62,7 @@ if ending.exists():
 def folder(tmp_path, monkeypatch):
     (tmp_path / "recipes" / "profiles").mkdir(parents=True)
     (tmp_path / "recipes" / "profiles" / "cpu.yaml").write_text("use_cpu: true\n")
-    for kind in ("lora", "reward", "ppo", "rloo"):
+    for kind in ("lora", "reward", "rounds", "ppo", "rloo"):
         (tmp_path / "recipes" / f"mine_{kind}.py").write_text(STAND_IN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -76,11 +78,13 @@ def recipe_of(kind, **flags):
 
 
 def planned(*, betas=("0.1",), seeds=(0,), judge=True, root="out", **flags_of):
-    kinds = ["dpo", "reward", "ppo", *(["rloo"] if "rloo" in flags_of else [])]
+    kinds = ["dpo", "reward", "ppo", *(kind for kind in ("rounds", "rloo") if kind in flags_of)]
     recipes = {kind: recipe_of(kind, **flags_of.get(kind, {})) for kind in kinds}
     if judge:
         recipes["judge"] = recipes["reward"]
-    return plan.plan_stages(recipes, betas=betas, seeds=seeds, root=Path(root), updates={"ppo": 176, "rloo": 22})
+    return plan.plan_stages(
+        recipes, betas=betas, seeds=seeds, root=Path(root), amounts={"rounds": 352, "ppo": 176, "rloo": 22}
+    )
 
 
 def flags(stage):
@@ -125,18 +129,18 @@ def test_a_run_that_is_no_comparisons_is_never_replaced(ran, folder):
 
 
 def test_every_algorithm_is_trained_with_every_beta_and_seed_on_the_same_data(folder):
-    grid = planned(betas=("0.1", "0.3"), seeds=(0, 1), rloo={})
+    grid = planned(betas=("0.1", "0.3"), seeds=(0, 1), rloo={}, rounds={})
     names = [stage.name for stage in grid]
-    one = ["dpo-0.1-0", "dpo-0.3-0", "reward-0", "ppo-0.1-0", "ppo-0.3-0", "rloo-0.1-0", "rloo-0.3-0"]
+    one = ["dpo-0.1-0", "dpo-0.3-0", "reward-0"]
+    one += [f"{kind}-{beta}-0" for kind in ("rounds", "ppo", "rloo") for beta in ("0.1", "0.3")]
     assert names == ["judge", *one, *(name[:-1] + "1" for name in one)]
     learners = grid[1:]
     assert {flags(stage)["part"] for stage in learners} == {"learn"}
     assert {stage.name: flags(stage)["seed"] for stage in learners} == {name: name[-1] for name in names[1:]}
-    tried = {
-        kind: [(flags(s)["beta"], flags(s)["seed"]) for s in grid if s.kind == kind] for kind in ("dpo", "ppo", "rloo")
-    }
-    assert tried["dpo"] == tried["ppo"] == tried["rloo"]
-    assert [flags(stage).get("max_steps") for stage in grid[3:7]] == [None, "176", "176", "22"]
+    tried = {kind: [(flags(s)["beta"], flags(s)["seed"]) for s in grid if s.kind == kind] for kind in plan.ALGORITHMS}
+    assert tried["dpo"] == tried["rounds"] == tried["ppo"] == tried["rloo"]
+    assert [flags(stage).get("max_steps") for stage in grid[3:9]] == [None, None, None, "176", "176", "22"]
+    assert [flags(stage).get("num_prompts") for stage in grid[3:7]] == [None, "352", "352", None]
 
 
 def test_the_judge_is_another_model_than_the_one_that_ppo_raises(folder):
@@ -230,7 +234,8 @@ def dpo_launch():
         ("--ppo.max_steps 3", "Give --dpo.max_steps"),
         ("--reward_model_name_or_path x", "the comparison trains one"),
         ("--overwrite true", "remove the folder"),
-        ("--budget samples", "PPO and RLOO sample as many answers"),
+        ("--budget samples", "all others sample as many answers"),
+        ("--rounds.num_prompts 64", "all others sample as many answers"),
         ("--ppo.max_prompt_length 64", "--max_length: all learn from the prompts"),
         ("--learning_rat 1e-5", "--learning_rat is a setting of none of the recipes dpo"),
         ("--dpo.center_rewards_coefficient 0.1", "--dpo.center_rewards_coefficient is a setting of none"),
@@ -268,7 +273,7 @@ def test_the_same_lora_preset_token_limit_and_sampling_are_the_recipes_own(dpo_l
     monkeypatch.setattr("sys.argv", ["dpo-recipes"])
     for name in ("quickstart", "hh_rlhf_lora"):
         there = replace(dpo_launch, recipe=RECIPES / f"{name}.py")
-        recipes = plan.read_recipes(there, ["dpo", "ppo", "rloo"], flags=[])
+        recipes = plan.read_recipes(there, ["dpo", "rounds", "ppo", "rloo"], flags=[])
         presets = [
             {key: getattr(recipe.model_args, key) for key in budget.PRESET if hasattr(recipe.model_args, key)}
             for recipe in recipes.values()
@@ -311,7 +316,7 @@ def test_a_recipe_without_siblings_ends_in_one_line_and_status_2(folder, capsys)
 
 
 @pytest.mark.parametrize(
-    "words", [["--stages", "sft"], ["--stages", "dpo,gpt"], ["--betas", "0.1,0.10"], ["--seeds", "0,x"]]
+    "words", [["--methods", "sft"], ["--methods", "dpo,gpt"], ["--betas", "0.1,0.10"], ["--seeds", "0,x"]]
 )
 def test_a_call_that_makes_no_sense_is_refused(words, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -330,8 +335,9 @@ def budgeted(tmp_path, *, epochs=2.0, max_steps=-1):
         "reward": RewardConfig(**common, **offline | {"num_train_epochs": 2.0}),
         "ppo": PPOConfig(**common, **online, num_iterations=4),
         "rloo": RLOOConfig(**common, **online, num_generations=4),
+        "rounds": RoundsConfig(**common, **offline, num_rounds=3, num_generations=4),
     }
-    pairs = {"dpo": 16, "reward": 16, "ppo": 32, "rloo": 64}
+    pairs = {"dpo": 16, "reward": 16, "ppo": 32, "rloo": 64, "rounds": 16}
     return {
         kind: replace(recipe_of(kind), training_args=args, script_args=RecipeArguments(pairs_per_update=pairs[kind]))
         for kind, args in arguments.items()
@@ -340,17 +346,45 @@ def budgeted(tmp_path, *, epochs=2.0, max_steps=-1):
 
 def test_equal_samples_are_as_many_answers_as_dpo_sees_pairs(folder, tmp_path):
     recipes = budgeted(tmp_path)
-    given = dict(dpo=recipes["dpo"], pairs=704)
+    amount = partial(budget.amount_within, recipes=recipes, pairs=704)
     # 704 pairs twice: 1,408 answers are 22 rollouts of 64; PPO's are 2 updates of 32 each, 4 times.
-    assert budget.updates_within(recipes["ppo"], **given) == 22 * 2 * 4
-    assert budget.updates_within(recipes["rloo"], **given) == 22
-    said = budget.budget_in_words(recipes, 704, {"ppo": 22 * 2 * 4, "rloo": 22})
-    assert "DPO sees 1,408 pairs a seed, of 704 different ones; PPO samples 1,408 answers; RLOO samples 1,408" in said
-    # 160 pairs: three whole rollouts, the third not full.
-    dpo = budgeted(tmp_path, max_steps=10)["dpo"]
-    assert budget.updates_within(recipes["ppo"], dpo=dpo, pairs=704) == 3 * 2 * 4
+    assert amount(recipes["ppo"]) == 22 * 2 * 4
+    assert amount(recipes["rloo"]) == 22
+    assert amount(recipes["rounds"]) == 1408 / 4
+    said = budget.budget_in_words(recipes, 704, {"rounds": 352, "ppo": 22 * 2 * 4, "rloo": 22})
+    assert "DPO sees 1,408 pairs a seed, of 704 different ones" in said
+    assert "DPO in rounds samples 1,408 answers, 4 to a prompt, in 3 rounds; PPO samples 1,408 answers" in said
+    # 160 pairs: three whole rollouts, the third not full; rounds sample as many answers as PPO.
+    fewer = recipes | {"dpo": budgeted(tmp_path, max_steps=10)["dpo"]}
+    amount = partial(budget.amount_within, recipes=fewer, pairs=704)
+    assert amount(recipes["ppo"]) == 3 * 2 * 4
+    assert amount(recipes["rounds"]) == 192 / 4
+    del fewer["ppo"]
+    assert amount(recipes["rounds"]) == 168 / 4  # whole prompts in each of three rounds
+    fewer = recipes | {"dpo": budgeted(tmp_path, max_steps=3)["dpo"]}
     with pytest.raises(RecipeError, match="DPO sees 48 pairs, and one rollout of ppo has 64 answers"):
-        budget.updates_within(recipes["ppo"], dpo=budgeted(tmp_path, max_steps=3)["dpo"], pairs=704)
+        budget.amount_within(recipes["ppo"], recipes=fewer, pairs=704)
+
+
+def test_rounds_that_nobody_asked_for_are_left_out_if_there_is_no_recipe(folder, monkeypatch, capsys):
+    assert plan._without_missing_rounds(Path("recipes/mine_lora.py"), ["dpo", "rounds"]) == ["dpo", "rounds"]
+    Path("recipes/mine_rounds.py").unlink()
+    assert plan._without_missing_rounds(Path("recipes/mine_lora.py"), ["dpo", "rounds", "ppo"]) == ["dpo", "ppo"]
+    assert "no recipe for DPO in rounds beside mine_lora.py" in capsys.readouterr().out
+
+
+def test_unequal_numbers_of_scored_answers_are_told(tmp_path, folder):
+    online = {"updates": 176, "start_hash": "s"}
+    own = {"pairs_per_update": 32, "num_iterations": 4, "generation_batch_size": 64, "num_generations": 4}
+    stages = [finished(tmp_path, f"{kind}-0.1-0", settings=own) for kind in ("dpo", "rounds", "ppo")]
+    (stages[2].folder / "done.json").write_text(json.dumps(online))
+    account = tmp_path / "rounds-0.1-0" / "round-1" / "round.json"
+    account.parent.mkdir()
+    for scored, held in ((1408, True), (1348, True), (704, False)):
+        account.write_text(json.dumps({"round": 1, "answers": scored, "updates": 22}))
+        checks = budget.check_match(stages, **MATCH)
+        assert {check["held"] for check in checks if "scored as many answers" in check["detail"]} == {held}
+        assert sum(not check["held"] for check in checks) == (not held)
 
 
 def test_the_parts_share_no_prompt_and_are_all_there_is():
@@ -547,6 +581,7 @@ def test_the_report_does_not_make_a_run_another(folder, monkeypatch):
 TINY = {
     **{"max_length": 256, "pairs_per_update": 4, "per_device_train_batch_size": 4, "warmup_steps": 0},
     **{"max_completion_length": 8, "generation_batch_size": 8, "num_iterations": 2},
+    **{"rounds.num_rounds": 2, "rounds.num_generations": 2},
     **{"dpo.max_steps": 4, "reward.max_steps": 3, "save_steps": 1, "eval_strategy": "no", "learning_rate": 1e-3},
 }
 
@@ -575,32 +610,33 @@ def started(dpo_recipes, folder, *, wait_for=None):
 
 @pytest.mark.slow
 def test_a_comparison_that_was_killed_goes_on_to_the_same_result(tmp_path, tiny_model, hh_rows, dpo_recipes):
-    """One in one go, one killed in DPO, in PPO and among the answers; a third stage fails and is told."""
+    """One in one go, one killed in DPO, in rounds, in PPO and among the answers; a third stage fails and is told."""
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         shutil.copytree(tiny_model, tmp_path / name / "start")
         shutil.copy(hh_rows, tmp_path / name / "rows.jsonl")
     result = started(dpo_recipes, tmp_path / "whole")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "Stage 4 of 4: ppo-0.1-0; " in result.stdout
+    assert "Stage 5 of 5: ppo-0.1-0; " in result.stdout
     assert " min left" in result.stdout
     out = tmp_path / "whole" / "out"
     whole = json.loads((out / "results.json").read_text())
-    assert [model["label"] for model in whole["models"]] == ["SFT", "DPO, beta 0.1", "PPO, beta 0.1"]
+    assert [model["algorithm"] for model in whole["models"]] == ["sft", "dpo", "rounds", "ppo"]
     assert all(check["held"] for check in whole["fairness"]), whole["fairness"]
-    assert len(whole["fairness"]) == 6  # a judge was trained
-    assert whole["costs"]["ppo-0.1-0"]["samples"] == whole["costs"]["dpo-0.1-0"]["samples"] == 16
+    assert len(whole["fairness"]) == 7  # a judge was trained
+    assert {whole["costs"][f"{kind}-0.1-0"]["samples"] for kind in ("dpo", "rounds", "ppo")} == {16}
     assert all(run["reward_model"] is not None for run in whole["runs"].values())
     assert len(whole["runs"]["ppo-0.1-0"]["judge"]) == whole["prompts"] <= 12
     parts = {name: part["prompts"] for name, part in whole["parts"].items()}
     assert parts["learn"] > parts["judge"] > parts["test"] > 0
-    assert len((out / "records.jsonl").read_text().splitlines()) == 3 * whole["prompts"]
+    assert len((out / "records.jsonl").read_text().splitlines()) == 4 * whole["prompts"]
 
-    for place in ("dpo-0.1-0/checkpoint-2/trainer_state.json", "ppo-0.1-0/checkpoint-4", "answers/dpo-0.1-0.json"):
+    places = ("dpo-0.1-0/checkpoint-2/trainer_state.json", "rounds-0.1-0/round-2", "ppo-0.1-0/checkpoint-4")
+    for place in (*places, "answers/dpo-0.1-0.json"):
         started(dpo_recipes, tmp_path / "killed", wait_for=place)
     result = started(dpo_recipes, tmp_path / "killed")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("finished before") == 4
+    assert result.stdout.count("finished before") == 5
     killed = json.loads((tmp_path / "killed" / "out" / "results.json").read_text())
     assert killed["runs"] == whole["runs"]
     assert "Resuming from" in (tmp_path / "killed" / "killed.log").read_text()
@@ -610,7 +646,7 @@ def test_a_comparison_that_was_killed_goes_on_to_the_same_result(tmp_path, tiny_
     result = started(dpo_recipes, tmp_path / "killed")
     assert result.returncode == 1, result.stdout + result.stderr
     told = json.loads((tmp_path / "killed" / "out" / "results.json").read_text())
-    assert told["failed"] == ["reward-0 (exit 2)", "ppo-0.1-0 (not begun)"]
+    assert told["failed"] == ["reward-0 (exit 2)", "rounds-0.1-0 (not begun)", "ppo-0.1-0 (not begun)"]
     assert [model["label"] for model in told["models"]] == ["SFT", "DPO, beta 0.1"]
     assert told["verdict"][0].startswith("With reservations: ")
     assert told["verdict"][1].startswith("This is a part of the comparison")

@@ -33,7 +33,7 @@ def few_fits():
     """A regression for every resample is what takes the time; fewer resamples of the rest save more."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimates, "RESAMPLES_OF_FITS", 10)
-        patch.setitem(estimates.estimate.__kwdefaults__, "resamples", 100)
+        patch.setitem(estimates.estimate.__kwdefaults__, "resamples", 200)
         yield
 
 
@@ -66,9 +66,10 @@ def stage(kind, name, needs=(), beta=None, seed=None):
     return Stage(kind, name, Launch(Path("r"), Path("p"), Path("a"), ()), Path(name), tuple(needs), beta, seed)
 
 
-def compared(*, betas=BETAS, seeds=SEEDS, ppo=0.75, dpo=0.6, rloo=None, failed=(), without=(), unequal=()):
+def compared(*, betas=BETAS, seeds=SEEDS, ppo=0.75, dpo=0.6, rloo=None, rounds=None, failed=(), without=(), unequal=()):
     """What results.json holds, of drawn runs."""
     algorithms = {"dpo": (dpo, 60.0), "ppo": (ppo, 200.0), "rloo": (rloo, 150.0)}
+    algorithms["rounds"] = (rounds, 120.0)
     runs = {f"sft-{seed}": run_of(seed, reward=0.45, kl=0.0) for seed in seeds}
     stages, costs = [], {}
     for seed in seeds:
@@ -286,6 +287,33 @@ def reported_alike(pairs_of_seeds):
         won = [[estimates.wins(REWARDS[one], REWARDS[other])] for one, other in pairs]
         said.append(estimates.is_noise(estimates.estimate(estimates.mean, won, resamples=400)))
     return plain.mean(said)
+
+
+def test_p_values_are_those_of_the_intervals_and_holm_corrects_them_for_their_number():
+    draw = np.random.default_rng(0)
+    for shift in (0.4, 0.45, 0.5, 0.55, 0.62):
+        won = [[(draw.uniform(size=150) < shift).astype(float)] for _ in range(3)]
+        found = estimates.estimate(estimates.mean, won, resamples=1000, nothing=0.5)
+        assert (found["p_value"] >= 0.05) == estimates.is_noise(found), found
+    one = estimates.estimate(estimates.mean, [[np.repeat([1.0, 0.0], [60, 40])]], resamples=1000, nothing=0.5)
+    assert one["p_value"] == pytest.approx(0.046, abs=0.02)  # a normal's, at two standard errors
+    assert estimates.holm([0.02, 0.01, 0.03, 0.5]) == pytest.approx([0.06, 0.04, 0.06, 0.5])  # by hand
+    assert estimates.holm([0.4, 0.9]) == pytest.approx([0.8, 0.9])
+    assert estimates.holm([]) == []
+
+
+def test_contenders_are_ranked_only_where_holms_correction_allows_it():
+    results = compared(betas=("0.1",), dpo=0.3, rounds=0.8, ppo=0.8, seeds=(0,))
+    labels = ["DPO, beta 0.1", "DPO in rounds, beta 0.1", "PPO, beta 0.1"]
+    assert [(duel["one"], duel["other"]) for duel in results["duels"]] == [*itertools.combinations(labels, 2)]
+    ranking = results["verdict"][1]
+    assert "DPO in rounds, beta 0.1 over DPO, beta 0.1; PPO, beta 0.1 over DPO, beta 0.1." in ranking
+    assert "Not told apart: " in ranking
+    assert "All 3 pairs were compared, at 95 % with Holm's correction" in ranking
+    assert results["verdict"][0] == "No clear winner"
+    p_values = [duel["win_rate"]["p_value"] for duel in results["duels"]]
+    assert [duel["p_value"] for duel in results["duels"]] == pytest.approx(estimates.holm(p_values))
+    assert max(p_values) > 0.05 > min(p_values)
 
 
 def test_two_copies_of_one_model_are_reported_as_no_different():

@@ -40,6 +40,7 @@ PROFILES = sorted(path.stem for path in (RECIPES / "profiles").glob("*.yaml"))
 HH_RLHF = ["hh_rlhf_full", "hh_rlhf_lora", "hh_rlhf_qlora", "hh_rlhf_sft"]
 REWARD = ["gsm8k_verifier", "hh_rlhf_reward", "imdb_sentiment_reward", "quickstart_reward"]
 ONLINE = ["hh_rlhf_ppo", "hh_rlhf_rloo", "imdb_sentiment_ppo", "quickstart_ppo", "quickstart_rloo"]
+ROUNDS = ["hh_rlhf_rounds", "quickstart_rounds"]
 SIBLINGS = {"gsm8k": "gsm8k_lora", "hh": "hh_rlhf_lora", "imdb": "imdb_sentiment_lora", "quickstart": "quickstart"}
 """DPO recipes by the first word of a name."""
 ON_DATASETS = [
@@ -54,7 +55,7 @@ ON_DATASETS = [
 
 
 def test_there_are_recipes_and_profiles():
-    assert {"quickstart", "quickstart_sft", *ON_DATASETS, *REWARD, *ONLINE} <= set(NAMES)
+    assert {"quickstart", "quickstart_sft", *ON_DATASETS, *REWARD, *ONLINE, *ROUNDS} <= set(NAMES)
     assert {"cpu", "local", "gpu", "turing"} <= set(PROFILES)
 
 
@@ -141,6 +142,13 @@ def test_the_code_of_ppo_and_rloo_is_the_same(data):
         assert "not PPO" in (RECIPES / f"{name}.py").read_text()
 
 
+def test_the_loop_of_all_recipes_in_rounds_is_the_same():
+    texts = [(RECIPES / f"{name}.py").read_text() for name in ROUNDS]
+    loops = [text[text.index("\ndef main") : text.index("    finish_run(")] for text in texts]
+    assert loops[0] == loops[1]
+    assert not any("offline" in text for text in texts)
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("name", ONLINE)
@@ -163,7 +171,7 @@ def test_a_rollout_is_whole_updates_under_every_profile(name, processes, profile
 
 @pytest.mark.parametrize(
     ("name", "sibling"),
-    [(name, SIBLINGS[name.split("_")[0]]) for name in ["hh_rlhf_sft", *REWARD, *ONLINE]],
+    [(name, SIBLINGS[name.split("_")[0]]) for name in ["hh_rlhf_sft", *REWARD, *ONLINE, *ROUNDS]],
 )
 def test_settings_that_two_algorithms_share_read_the_same(name, sibling):
     """Same groups in the same order, and the same line for the same setting but for what must differ."""
@@ -178,6 +186,8 @@ def test_settings_that_two_algorithms_share_read_the_same(name, sibling):
     if name in ONLINE:  # which counts answers
         may_change |= {"beta", "pairs_per_update", "per_device_train_batch_size"}
         may_change |= {"logging_steps", "eval_steps", "save_steps"}
+    if name in ROUNDS:
+        may_change |= {"eval_steps", "save_steps"}
     shared = set(lines[sibling]) & set(lines[name]) - may_change
     assert len(shared) > (10 if name in ONLINE else 15)
     assert {key: lines[name][key] for key in shared} == {key: lines[sibling][key] for key in shared}
@@ -271,11 +281,12 @@ def test_every_recipe_trains_under_what_a_profile_for_cards_asks_for(name, profi
     assert {"done.json", "metrics.json", "report.html"} <= {file.name for file in run.iterdir()}
     done, held = (json.loads((run / f"{file}.json").read_text()) for file in ("done", "settings"))
     assert done["warnings"] == []
-    budget = settings["tokens_per_step"] if config_of(name) is DPOConfig else None  # others count rows
+    budget = settings["tokens_per_step"] if issubclass(config_of(name), DPOConfig) else None  # others count rows
     assert held["tokens_per_step"] == budget
     assert held["per_device_train_batch_size"] == settings["per_device_train_batch_size"]
     assert held["bf16"] == (profile != "turing")
-    losses = json.loads((run / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    part = run / "round-1" if name in ROUNDS else run
+    losses = json.loads((part / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert all(math.isfinite(log["loss"]) for log in losses if "loss" in log)
 
 

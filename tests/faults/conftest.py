@@ -10,6 +10,7 @@ FEW = ["--max_steps", "6", "--save_steps", "2", "--eval_steps", "3", "--logging_
 FEW += ["--pairs_per_update", "4", "--per_device_train_batch_size", "2", "--learning_rate", "1e-3"]
 ONLINE = ["--generation_batch_size", "8", "--num_iterations", "1", "--max_prompt_length", "200"]
 ONLINE += ["--max_completion_length", "8"]
+ROUNDS = [*ONLINE[4:], "--num_rounds", "2", "--num_prompts", "40", "--num_generations", "2"]
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +24,8 @@ def train(dpo_recipes, tiny_model, reward_model, hh_rows):
 
     def train(name, *more):
         models = ["--model_name_or_path", tiny_model, "--dataset_name", hh_rows]
-        online = [*ONLINE, "--reward_model_name_or_path", reward_model] if name.endswith("ppo") else []
+        online = ONLINE if name.endswith("ppo") else ROUNDS if name.endswith("rounds") else []
+        online = [*online, "--reward_model_name_or_path", reward_model] if online else []
         call = [dpo_recipes, "train", name, "--profile", "cpu", *models, *FEW, *online, "--output_dir", "run", *more]
         return [str(word) for word in call]
 

@@ -8,6 +8,7 @@ from commands import run_forked
 from kills import (
     COMPARISON,
     EVALUATION,
+    ROUNDS,
     TRAINING,
     came_to_the_same,
     is_same,
@@ -45,6 +46,31 @@ def test_a_killed_training_goes_on_to_the_same_weights(name, phase, train, undis
     came_to_the_same(there, whole, told)
     again = run_forked(*train(name)[1:], cwd=tmp_path)
     assert "holds this run, finished: nothing to do" in again.stdout, told + again.stdout + again.stderr
+
+
+def test_rounds_that_are_killed_again_and_again_come_to_the_same_weights(train, seed, tmp_path):
+    """Kills come in sampling, in ranking, in training, between rounds and at the end; finished rounds are kept."""
+    folder, whole = tmp_path / "killed", tmp_path / "whole"
+    folder.mkdir(), whole.mkdir()
+    times, status = run(train("hh-rlhf-rounds"), whole, ROUNDS, output="run")
+    assert status == 0, (whole / "log").read_text()
+    assert {*ROUNDS} <= {*times}
+    told, first = "", {}
+    for phase in (*ROUNDS, None):
+        delay = moment(phase, times, f"{seed} rounds {phase}") if phase else 0.0
+        there = [*folder.glob("run/round-*/checkpoint-*")]
+        resume = ["--resume_from_checkpoint", "true"] if there else []
+        call, at = train("hh-rlhf-rounds", *resume), (phase, delay, kill_all) if phase else None
+        _, status = run(call, folder, ROUNDS, output="run", at=at)
+        told += f"--fault-seed {seed}: killed {delay:.3f} s into {phase}\n{(folder / 'log').read_text()}"
+        assert {file: file.stat().st_mtime_ns for file in first} == first, told
+        if (folder / "run" / "round-2").exists():
+            first = {file: file.stat().st_mtime_ns for file in (folder / "run" / "round-1").glob("*.json*")}
+    assert status == 0, told
+    came_to_the_same(folder / "run", whole / "run", told)
+    for number in (1, 2):
+        of = [(place / "run" / f"round-{number}" / "pairs.jsonl").read_text() for place in (folder, whole)]
+        assert of[0] == of[1], told
 
 
 @pytest.mark.parametrize(
@@ -113,7 +139,8 @@ def test_a_comparison_killed_again_and_again_comes_to_the_same_results(
         "--max_length 256 --pairs_per_update 4 --per_device_train_batch_size 4 --max_completion_length 8 --save_steps 1"
     )
     few += " --generation_batch_size 8 --num_iterations 2 --dpo.max_steps 4 --reward.max_steps 3 --eval_strategy no"
-    call = f"{dpo_recipes} compare hh-rlhf-lora --profile cpu --seeds 0 --prompts 4 {few} --warmup_steps 0".split()
+    few += " --methods dpo,ppo --warmup_steps 0"
+    call = f"{dpo_recipes} compare hh-rlhf-lora --profile cpu --seeds 0 --prompts 4 {few}".split()
     call += ["--dataset_name", str(hh_rows), "--model_name_or_path", str(tiny_model), "--output_dir", "out"]
     folder, whole = tmp_path / "killed", tmp_path / "whole"
     folder.mkdir(), whole.mkdir()

@@ -64,6 +64,17 @@ EVALUATION: Phases = {
     "pages": has("eval.json"),
 }
 
+ROUNDS: Phases = {
+    "sampling": lambda _, run: any(run.glob("round-1/answers.jsonl.*.part")),
+    "ranking": has("round-1/answers.jsonl"),
+    "training of round 1": has("round-1/checkpoint-2"),
+    "end of round 1": has("round-1/checkpoint-6/trainer_state.json"),
+    "between rounds": prints("Round 2 of 2"),
+    "training of round 2": has("round-2/checkpoint-2/trainer_state.json"),
+    "save": is_open,
+    "pages": has("metrics.json"),
+}
+
 COMPARISON: Phases = {
     **{f"stage {number}": prints(f"Stage {number} of 4") for number in range(1, 5)},
     "answers": prints("Answers of "),
@@ -164,9 +175,12 @@ def names_with(whole: Path, saved: Collection[str]) -> set[str]:
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
-    """Update and loss of every log up to the last checkpoint."""
-    last = max(run.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
-    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    """Update and loss of every log up to the last checkpoint, or of all rounds."""
+    held = run / "log.json"
+    if not held.exists():
+        held = max(run.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+        held /= "trainer_state.json"
+    history = json.loads(held.read_text())["log_history"]
     return [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
 
 

@@ -215,7 +215,7 @@ def check_compare(words: list[str]) -> None:
     if options.recipe == "mine_lora.py":  # of a reader who has written it
         return
     launch = prepare(options.recipe, profile="cpu")
-    recipes = read_recipes(launch, options.stages or ["dpo", "ppo"], flags=flags)
+    recipes = read_recipes(launch, options.methods, flags=flags)
     assert {"dpo", "reward", "ppo"} <= {*recipes}
 
 
