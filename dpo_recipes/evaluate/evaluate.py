@@ -293,7 +293,8 @@ def _confirm(cost: str, *, yes: bool) -> None:
     say(cost, always=not yes)
     if not yes and sys.stdin.isatty():
         with suppress(EOFError):
-            yes = input("Spend that? [y/N] ").strip().lower() in ("y", "yes")
+            say("Spend that? [y/N]", always=True)
+            yes = input().strip().lower() in ("y", "yes")
     if not yes:
         raise RecipeError("Nothing was asked. To spend that, give --yes; fewer --prompts cost less.")
 
