@@ -11,6 +11,7 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.ppo import PPOConfig
 from dpo_recipes.presets import LORA, QLORA
 from dpo_recipes.recipe import OnlineArguments, RecipeArguments, parse_recipe
+from dpo_recipes.sample.rounds import RoundsConfig
 
 CONFIGS = {"dpo": DPOConfig, "sft": SFTConfig, "reward": RewardConfig, "rloo": RLOOConfig, "ppo": PPOConfig}
 
@@ -229,7 +230,8 @@ def test_an_upload_during_the_training_is_refused_and_the_command_for_later_name
 
 def test_every_setting_of_the_table_is_a_field(parse):
     known = {name for kind in CONFIGS.values() for name in kind.__dataclass_fields__}
-    known |= {*OnlineArguments.__dataclass_fields__, *ModelConfig.__dataclass_fields__}
+    parts = (OnlineArguments, ModelConfig, RoundsConfig)
+    known |= {name for kind in parts for name in kind.__dataclass_fields__}
     rows = [row for kind in ("ranges", "names", "effects", "limits") for row in settings.TABLE[kind]]
     named = {name for row in rows for name in row["settings"].split()}
     named |= {name for row in rows for key in ("when", "needs", "unless") for name in row.get(key, ())}

@@ -14,7 +14,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "compare",
         help="train a recipe and its rivals on the same data, and report",
-        usage="%(prog)s RECIPE [--quick] [--methods dpo,rounds,ppo,rloo] [--seeds 0,1,2] [--betas X,Y]",
+        usage="%(prog)s RECIPE [--quick] [--methods dpo,rounds,ppo] [--seeds 0,1,2] [--betas X,Y]",
         epilog="Every other flag is a TRL argument: --max_length 512 for all, --ppo.learning_rate 1e-5 for one.",
         examples=["compare quickstart --quick", "compare hh-rlhf-lora --methods dpo,ppo,rloo --profile gpu"],
     )
