@@ -57,9 +57,7 @@ def build(start: str, folder: str, budget: int | None) -> PPOTrainer:
     tokenizer = AutoTokenizer.from_pretrained(start)
     lora = get_peft_config(ModelConfig(**LORA))
     torch.manual_seed(0)
-    return PPOTrainer(
-        start, length, args, train_dataset=train_prompts(), processing_class=tokenizer, peft_config=lora
-    )
+    return PPOTrainer(start, length, args, train_dataset=train_prompts(), processing_class=tokenizer, peft_config=lora)
 
 
 def rollout(trainer: PPOTrainer, prompts: Dataset, *, few_long: bool, seed: int) -> dict[str, Any]:

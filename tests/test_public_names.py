@@ -18,7 +18,7 @@ NAMES = {
         *("MAX_NEW_TOKENS", "both_answers", "build_model", "evaluation_prompts", "load_pairs", "parts", "reward"),
         "scores",
     ],
-    "ppo": ["PPOConfig", "PPOTrainer"],
+    "ppo": ["PPOConfig", "PPOTrainer", "RLOOTrainer"],
     "preflight": ["prepare_pairs", "prepare_prompts"],
     "presets": ["LORA", "QLORA"],
     "recipe": ["OnlineArguments", "RecipeArguments", "load_tokenizer", "parse_recipe", "run"],

@@ -91,7 +91,9 @@ def test_cards_are_named_and_a_torch_that_sees_none_is_found(tmp_path, monkeypat
     assert rows["profile"] == "local, accelerate file single_gpu"
     assert rows["micro-batch"] == "8,192 tokens, about 28 pairs as in hh-rlhf"
     decided = r"qwen2.5-1.5b with LoRA: tokens_per_step 8,192 with activation checkpointing on.*; tokens_per_step "
-    assert re.match(decided + r"[\d,]+ \(auto\) with activation checkpointing on, .* of 24.2 GB", rows["memory decides"])
+    assert re.match(
+        decided + r"[\d,]+ \(auto\) with activation checkpointing on, .* of 24.2 GB", rows["memory decides"]
+    )
     if not torch.cuda.is_available():
         assert "sees none" in part.findings[0].what
         assert "Install a torch" in part.findings[0].remedy
