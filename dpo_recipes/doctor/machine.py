@@ -100,7 +100,7 @@ def _what_fits(profile: Mapping[str, Any], size: int) -> str:
     from dpo_recipes.presets import LORA
 
     config, budget = AutoConfig.for_model(**SIZES[EXAMPLE]), profile.get("tokens_per_step")
-    settings: dict[str, Any] = LORA | {"activation_checkpointing": "auto", "max_length": 1024} | profile
+    settings: dict[str, Any] = LORA | {"activation_checkpointing": "auto", "max_length": 1024} | dict(profile)
     settings["per_device_train_batch_size"] = 64  # a whole update
     weights = count_weights(config, settings)
     budgets = [*([budget] if budget else []), "auto"]
