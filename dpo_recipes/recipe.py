@@ -183,6 +183,7 @@ def _parse(
     parts = [*dataclass_types, *([] if loads_by_name else [_LoadedByName])]
     usage = "%(prog)s [--config PROFILE.yaml] [--SETTING VALUE ...]"  # the full one would bury an error's one line
     parser = TrlParser(parts, allow_abbrev=False, prog=Path(argv[0]).name, usage=usage)
+    parser.set_defaults_with_config(activation_checkpointing=True)  # TRL's own default, by its deprecated name
     if unknown := parser.set_defaults_with_config(**recipe):
         raise RecipeError(f"RECIPE has keys that TRL does not know: {' '.join(unknown)}. Correct or remove them.")
     parser.set_defaults_with_config(**profile)

@@ -132,6 +132,7 @@ def test_gradient_accumulation_follows_from_pairs_per_update(parse, pairs, batch
         ("--per_device_train_batch_size 2", "tokens_per_step: 4096", (2, 32, None)),
         ("--tokens_per_step 4096", "per_device_train_batch_size: 8", (8, 8, 4096)),
         ("--tokens_per_step 0", "tokens_per_step: 4096\nper_device_train_batch_size: 8", (8, 8, 0)),
+        ("--tokens_per_step auto", "tokens_per_step: 4096\nper_device_train_batch_size: 8", (8, 8, "auto")),
     ],
 )
 def test_a_token_budget_holds_unless_a_batch_was_given_later(parse, flags, profile, expected, capsys):
@@ -145,6 +146,21 @@ def test_a_profiles_token_budget_is_dropped_where_weights_are_divided_among_proc
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     script_args, args, _ = parse(profile="tokens_per_step: 4096\nper_device_train_batch_size: 8")
     assert (args.per_device_train_batch_size, script_args.tokens_per_step) == (8, None)
+
+
+@pytest.mark.parametrize("wrong", ["-1", "1e4", "many", "true"])
+def test_a_token_budget_is_a_number_or_auto(parse, wrong):
+    with pytest.raises(RecipeError, match=f"tokens_per_step is {wrong}. It counts tokens at a time: 8192 .*auto"):
+        parse("--tokens_per_step", wrong)
+
+
+def test_activation_checkpointing_is_left_to_the_estimate_where_nobody_gave_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    recipe = dict(model_name_or_path="some/model", output_dir="outputs/x", use_cpu=True, bf16=False, report_to="none")
+    argv = ["recipe.py"]
+    for flags, expected in (([], "auto"), (["--activation_checkpointing", "true"], True)):
+        script_args, _, _ = parse_recipe(recipe, (RecipeArguments, DPOConfig, ModelConfig), argv=[*argv, *flags])
+        assert script_args.settings["activation_checkpointing"] == expected
 
 
 def test_a_token_budget_and_a_batch_in_one_command_are_refused(parse):
@@ -198,6 +214,14 @@ def test_a_rollout_is_learned_from_in_whole_updates(parse_online, batch, process
     _, args, _ = parse_online(*flags, processes=processes)
     assert (args.gradient_accumulation_steps, args.steps_per_generation) == (accumulation, batches)
     assert args.generation_batch_size == answers
+
+
+def test_a_token_budget_of_answers_is_a_flag_of_its_own(parse_online, tmp_path):
+    script_args, args, _ = parse_online("--tokens_per_step", "4096")
+    assert args.tokens_per_step == script_args.settings["tokens_per_step"] == 4096
+    (tmp_path / "profile.yaml").write_text("tokens_per_step: 4096\nper_device_train_batch_size: 8")
+    _, args, _ = parse_online("--config", "profile.yaml")  # where the number of answers is that of PPO and RLOO
+    assert (args.tokens_per_step, args.per_device_train_batch_size) == (None, 8)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
