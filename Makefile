@@ -32,7 +32,7 @@ train: $(STAMP) ## train RECIPE (quickstart); PROFILE and ACCELERATE name files 
 	@exec $(BIN)/dpo-recipes train $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) \
 	  $(if $(ACCELERATE),--accelerate $(ACCELERATE)) $(ARGS)
 
-compare: $(STAMP) ## compare DPO with PPO on RECIPE's data; ARGS="--quick", ARGS="--betas 0.05,0.1,0.3 --seeds 0,1,2"
+compare: $(STAMP) ## compare DPO, rounds and PPO on RECIPE's data; ARGS="--quick", ARGS="--betas 0.05,0.1,0.3 --seeds 0,1,2"
 	@exec $(BIN)/dpo-recipes compare $(RECIPE) $(if $(PROFILE),--profile $(PROFILE)) \
 	  $(if $(ACCELERATE),--accelerate $(ACCELERATE)) $(ARGS)
 

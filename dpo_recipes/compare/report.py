@@ -16,7 +16,7 @@ LOOKS = dict(zip(NAMES, zip("◆●■▲▼✚", COLOURS, strict=True), strict=
 """Marker and colour of each contender, the same in every plot, bar and table."""
 PLOTS = {  # measure on the x-axis: file, title
     "kl": ("reward_kl.svg", "The judge's reward, and the KL to the reference model that it costs"),
-    "reward_model": ("two_rewards.svg", "The judge's reward, and the score by the reward model that PPO optimises"),
+    "reward_model": ("two_rewards.svg", "The judge's reward, and the score by the reward model that all but DPO raise"),
 }
 
 

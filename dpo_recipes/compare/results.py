@@ -161,7 +161,8 @@ def _ranking(pairs: Sequence[Mapping[str, Any]]) -> str:
     """Who is better than whom, as far as the corrected intervals say."""
     over, open_ = [], []
     for pair in pairs:
-        ahead, behind = (pair["one"], pair["other"])[:: 1 if pair["win_rate"]["mean"] >= 0.5 else -1]
+        names = [pair[side].partition(", beta ")[0] for side in ("one", "other")]
+        ahead, behind = names[:: 1 if pair["win_rate"]["mean"] >= 0.5 else -1]
         if _is_noise(pair):
             open_.append(f"{ahead} and {behind}")
         else:
@@ -191,7 +192,8 @@ def _in_words(pair: Mapping[str, Any], one: Mapping[str, Any], other: Mapping[st
     more = "no more" if estimates.is_noise(pair["difference"], 0.0) else "more"
     words = (
         f"{won}: the judge prefers its answer to {_percent(share(rate['mean']))} of {rate['n']} prompts, ties "
-        f"counting one half (95 % interval {interval(rate['low'], rate['high'])} over prompts{over_seeds}){lead}. "
+        f"counting one half (95 % interval {interval(rate['low'], rate['high'])} over prompts{over_seeds}; "
+        f"p = {pair['p_value']:.3f} after Holm's correction){lead}. "
         f"At equal length it would be {_percent(share(pair['length_controlled']['mean']))}. "
         f"At temperature {temperature} the judge's reward is {one['judge']['mean']:.3f} for {pair['one']} and "
         f"{other['judge']['mean']:.3f} for {pair['other']}, {more} than noise apart, at a KL to the reference model of "

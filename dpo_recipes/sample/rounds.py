@@ -271,10 +271,11 @@ def finish_round(this: Round, trainer: DPOTrainer, script_args: OnlineArguments)
     kl = sampled_kl(trainer, prompts, max_new_tokens=this.args.max_completion_length)
     log, updates = trainer.state.log_history, trainer.state.global_step
     last = {name: value for entry in log for name, value in entry.items()}
-    seconds = last.get("train_runtime", 0.0) * updates / max(1, updates - first_update(trainer))
+    part = (updates - first_update(trainer)) / updates or 1.0  # of the updates that seconds and tokens were counted in
+    spent = {"training_seconds": last.get("train_runtime", 0.0) / part, "tokens": (last.get("num_tokens") or 0) / part}
     if trainer.is_world_process_zero():
         write_json(this.folder / LOG_FILE, {"log_history": log})
-    this.note(on_policy_share=share, kl=kl, training_seconds=seconds, tokens=last.get("num_tokens"), updates=updates)
+    this.note(on_policy_share=share, kl=kl, updates=updates, **spent)
     say(f"Round {this.number}: on-policy share {share:.3f}, reward-model margin {margin:.3f}, KL {kl['nats']:.2f} nats")
     if this.is_last:
         _join(this.folder.parent, trainer, script_args)
@@ -311,7 +312,7 @@ def _join(folder: Path, trainer: DPOTrainer, script_args: OnlineArguments) -> No
         updates += account["updates"]
         health = found | both | {"updates": updates}
     seconds = sum(sum(spent for key, spent in each.items() if key.endswith("_seconds")) for each in accounts)
-    log.append({"train_runtime": seconds, "num_tokens": sum(each["tokens"] or 0 for each in accounts), "step": updates})
+    log.append({"train_runtime": seconds, "num_tokens": sum(each["tokens"] for each in accounts), "step": updates})
     if trainer.is_world_process_zero():
         write_json(folder / LOG_FILE, {"log_history": log})
         if script_args.health != "off":
