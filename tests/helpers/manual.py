@@ -40,6 +40,8 @@ NOT_RUN = {
     r"--judge https?:": "needs an endpoint; tests/evaluate runs one",
     r"accelerate launch": "starts two processes; tests/launch runs the same line on small data",
     r"python tests/|python benchmarks/": "takes an hour or more",
+    r"--machines": "needs two machines; tests/launch/test_machines.py runs two network namespaces",
+    r"--accelerate (fsdp2|zero)": "needs cards; tests/launch/test_engines.py runs the same files on a CPU",
     r"\bpage RUN": "needs a finished run; tests/runs calls it on one",
     r"--report_to wandb": "needs wandb, which may be missing; tests/test_tracking.py runs it where it is installed",
 }
@@ -173,6 +175,9 @@ def check_train(words: list[str]) -> None:
             at = flags.index(flag)
             assert find_settings(kind, flags[at + 1], recipe=recipe).is_file()
             del flags[at : at + 2]
+    for flag in ("--machines", "--rank", "--main"):
+        if flag in flags:
+            del flags[flags.index(flag) : flags.index(flag) + 2]
     if "--sweep" in flags:
         at = flags.index("--sweep")
         end = next((number for number in range(at + 1, len(flags)) if flags[number].startswith("--")), len(flags))
