@@ -59,7 +59,7 @@ test-all: $(STAMP) ## run the tests of `make test` and the slow tests, which tra
 	  -m "not gpu and not network and (slow or not faults)" $(ARGS)
 
 test-faults: $(STAMP) ## test kills, signals, full disks and bad input; ARGS="--fault-seed 7" draws other moments
-	@exec $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations 25 -m faults tests/faults $(ARGS)
+	@exec $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations 25 -m faults $(ARGS)
 
 test-gpu: $(STAMP) ## run the tests that need a card; without a card each test is skipped with its reason
 	@exec $(BIN)/python -m pytest -q -rs -m gpu $(ARGS)

@@ -1,11 +1,16 @@
 """Ends a recipe: the exit status and the one message that say what was wrong and what to do."""
 
 import errno
+import faulthandler
+import json
 import os
 import re
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -25,6 +30,7 @@ def run(main: Callable[[], Result]) -> Result:
     interrupted.
     """
     quiet_libraries()
+    faulthandler.register(signal.SIGUSR2, file=2)  # the launcher asks a run that stands still where it is
     outlive_the_terminal()
     SECRETS.update(secrets_of(sys.argv))
     try:
@@ -114,7 +120,11 @@ def is_disk_full(error: Exception) -> bool:
 
 
 def _leave(status: int, message: str) -> NoReturn:
-    """Ends the process; the main process alone shows the message, without secrets."""
+    """Ends the process; the main process shows the message, without secrets, and the launcher that of another one."""
+    message = runnable(hide(message, SECRETS))
     if int(os.environ.get("RANK", "0")) == 0:
-        sys.stderr.write(f"{runnable(hide(message, SECRETS))}\n")
+        sys.stderr.write(f"{message}\n")
+    elif file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
     raise SystemExit(status)

@@ -163,6 +163,17 @@ def test_activation_checkpointing_is_left_to_the_estimate_where_nobody_gave_it(m
         assert script_args.settings["activation_checkpointing"] == expected
 
 
+def test_log_probs_and_gradients_leave_fsdp2_in_float32(parse, monkeypatch):
+    _, args, _ = parse("--bf16", "true")
+    assert args.fsdp_plugin_args is None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    _, args, _ = parse("--bf16", "true")
+    policy = args.fsdp_plugin_args["mixed_precision_policy"]
+    dtypes = (policy.param_dtype, policy.reduce_dtype, policy.output_dtype)
+    assert dtypes == (torch.bfloat16, torch.float32, torch.float32)
+
+
 def test_a_token_budget_and_a_batch_in_one_command_are_refused(parse):
     with pytest.raises(RecipeError, match="exclude one another"):
         parse("--tokens_per_step", "4096", "--per_device_train_batch_size", "4")

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import time
 from itertools import islice
 from types import FrameType
 from typing import Any
@@ -182,8 +183,10 @@ class ReferenceGuard(TrainerCallback):
         if self.checked:
             return
         self.checked = True
-        batch, reference = self._first_pairs(min(REFERENCE_PAIRS, self.trainer.args.per_device_train_batch_size))
+        batch = self._first_pairs(min(REFERENCE_PAIRS, self.trainer.args.per_device_train_batch_size))
+        # The policy first: FSDP2 takes the gradients' dtype in its first pass, from weights that are trained then.
         policy = self._logps(self.trainer.model_wrapped, batch)
+        reference = self._reference_logps(batch)
         if not policy.isfinite().all():
             raise UnhealthyRunError(
                 "The log-probs of the first pairs are NaN or infinite before the first update. The model's weights "
@@ -196,13 +199,15 @@ class ReferenceGuard(TrainerCallback):
         if nats is not None and not nats <= self.tolerance:  # NaN is refused too
             raise WrongReferenceError(nats)
 
-    def _first_pairs(self, count: int) -> tuple[dict[str, Any], torch.Tensor | None]:
-        """The first training pairs as a batch, and their log-probs by the reference model; None if it is not here."""
-        batch = prepare_inputs(
-            self.trainer, self.trainer.data_collator(list(islice(self.trainer.train_dataset, count)))
-        )
+    def _first_pairs(self, count: int) -> dict[str, Any]:
+        """The first training pairs as a batch."""
+        rows = list(islice(self.trainer.train_dataset, count))
+        return dict(prepare_inputs(self.trainer, self.trainer.data_collator(rows)))
+
+    def _reference_logps(self, batch: dict[str, Any]) -> torch.Tensor | None:
+        """Log-probs of the reference model; None if it is not here."""
         with reference_in_memory(self.trainer) as reference:
-            return batch, None if reference is None else self._logps(reference, batch)
+            return None if reference is None else self._logps(reference, batch)
 
     def _logps(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         was_training = model.training
@@ -234,7 +239,8 @@ class ReferenceGuard(TrainerCallback):
         if self.at_start is None or self.trainer.args.sync_ref_model:
             return None
         logps, pairs = self.at_start
-        batch, reference = self._first_pairs(int(pairs))
+        batch = self._first_pairs(int(pairs))
+        reference = self._reference_logps(batch)
         off = 0.0 if reference is None else (float(reference.sum()) - logps) / int(batch["completion_mask"].sum())
         if abs(off) <= self.tolerance:
             return None
@@ -250,17 +256,23 @@ class InterruptCallback(TrainerCallback):
 
     transformers' `enable_jit_checkpoint` waits three seconds, ignores Ctrl-C and may save within a step, when random
     numbers of that step have been drawn already. Only a save at a step's end makes a resume bit-identical.
-    A second signal ends the run at once.
+    A second signal ends the run at once, unless it is a SIGTERM that comes with the first: a cluster sends it to every
+    process, and the launcher passes on the one that it was sent itself.
     """
+
+    TOGETHER = 5.0  # seconds
 
     def __init__(self) -> None:
         self.signal = 0  # none yet
+        self.since = 0.0
         self.previous: dict[int, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == self.signal == signal.SIGTERM and time.monotonic() - self.since < self.TOGETHER:
+            return
         if self.signal:
             raise SystemExit(128 + number)
-        self.signal = number
+        self.signal, self.since = number, time.monotonic()
         logger.warning("Interrupted: saving a checkpoint at the end of this step (once more: stop at once).")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from dpo_recipes.catalog import as_recipe, find_recipe, find_settings
 from dpo_recipes.flags import YES_OR_NO
 from dpo_recipes.launch.launch import prepare
+from dpo_recipes.launch.machines import read_machines
 from dpo_recipes.launch.sweep import sweep
 from dpo_recipes.machine import BFLOAT16, card_memory, default_profile, gpu_cards, set_environment
 
@@ -51,6 +52,9 @@ def add_parser(commands: Any) -> None:
     profile = "cpu, turing, local, gpu or a YAML file; by default what the machine has"
     training.add_argument("--profile", metavar="P", help=profile)
     training.add_argument("--accelerate", metavar="A", help="cpu2, multi_gpu, fsdp2, zero3, ... or a YAML file")
+    training.add_argument("--machines", type=int, metavar="N", help="train on N machines, by this call on each of them")
+    training.add_argument("--rank", type=int, metavar="R", help="with --machines: this machine's number, 0 to N - 1")
+    training.add_argument("--main", metavar="HOST:PORT", help="with --machines: the address of the machine of rank 0")
     training.add_argument("--sweep", nargs="+", metavar="KEY=A,B", help="train with every combination of these values")
     training.set_defaults(call=_train, takes_flags=True)
 
@@ -80,7 +84,9 @@ def _inspect(options: argparse.Namespace, flags: list[str]) -> None:
 
 
 def _train(options: argparse.Namespace, flags: list[str]) -> int:
-    launch = prepare(options.recipe, profile=options.profile, accelerate=options.accelerate, flags=flags)
+    machines = read_machines(options.machines, options.rank, options.main)
+    settings = dict(profile=options.profile, accelerate=options.accelerate)
+    launch = prepare(options.recipe, **settings, machines=machines, flags=flags)
     return sweep(launch, options.sweep) if options.sweep else launch.run()
 
 

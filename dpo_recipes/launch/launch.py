@@ -18,6 +18,7 @@ from dpo_recipes.catalog import find_recipe, find_settings, read_yaml, recipe_se
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json
 from dpo_recipes.flags import grouped, says_no
+from dpo_recipes.launch.machines import Machines
 from dpo_recipes.machine import ENVIRONMENT, default_profile, free_threads, gpu_cards
 from dpo_recipes.manifest import finished_run
 from dpo_recipes.secrecy import hide_flags
@@ -33,7 +34,12 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"
 
 
 def prepare(
-    name: str, *, profile: str | None = None, accelerate: str | None = None, flags: Sequence[str] = ()
+    name: str,
+    *,
+    profile: str | None = None,
+    accelerate: str | None = None,
+    machines: Machines | None = None,
+    flags: Sequence[str] = (),
 ) -> "Launch":
     """The launch of a recipe, whose `run` trains it.
 
@@ -41,6 +47,7 @@ def prepare(
         name: A recipe's name or path.
         profile: Name or path of the machine's settings; by default what the machine has.
         accelerate: Name or path of accelerate's settings; by default what the profile needs.
+        machines: The machines that train together, or None for this one alone.
         flags: TRL arguments, which beat the profile and the recipe.
 
     Raises:
@@ -52,9 +59,12 @@ def prepare(
     cards = gpu_cards()
     profile_file = find_settings("profiles", profile or default_profile(cards), recipe=recipe)
     on_cpu = read_yaml(profile_file).get("use_cpu") or not cards
-    default_devices = "cpu" if on_cpu else "single_gpu" if len(cards) == 1 else "multi_gpu"
+    alone = len(cards) == 1 and not machines
+    default_devices = ("cpu2" if machines else "cpu") if on_cpu else "single_gpu" if alone else "multi_gpu"
     accelerate_file = find_settings("accelerate", accelerate or default_devices, recipe=recipe)
-    return Launch(recipe, profile_file, accelerate_file, flags=tuple(flags))
+    if machines and read_yaml(accelerate_file).get("distributed_type") == "NO":
+        raise RecipeError(f"{accelerate_file} is for one process. Several machines need multi_gpu, fsdp2, zero3, ...")
+    return Launch(recipe, profile_file, accelerate_file, flags=tuple(flags), machines=machines)
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ class Launch:
     profile: Path
     accelerate: Path
     flags: tuple[str, ...]
+    machines: Machines | None = None
 
     def run(self) -> int:
         """Trains each stage that this recipe needs and that is missing or out of date, then this recipe.
@@ -142,7 +153,7 @@ class Launch:
                 continue
             with suppress(RecipeError):
                 recipe = find_recipe(named[1], beside=self.recipe.parent)
-                stage = Launch(recipe, self.profile, self.accelerate, flags=())
+                stage = Launch(recipe, self.profile, self.accelerate, flags=(), machines=self.machines)
                 stages[key] = stage.going_on(keep=key in self.given())
         return stages
 
@@ -221,9 +232,12 @@ class Launch:
 
     def _arguments(self) -> list[str]:
         """The words that follow `accelerate launch` when the line is typed by hand."""
-        on_all_cards = "num_processes" not in read_yaml(self.accelerate)
-        processes = ["--num_processes", str(self._processes())] if on_all_cards else []
-        files = ["--config_file", str(self.accelerate), *processes, str(self.recipe), "--config", str(self.profile)]
+        machines = self.machines
+        on_all_cards = machines or "num_processes" not in read_yaml(self.accelerate)
+        all_processes = self._processes() * (machines.count if machines else 1)
+        where = ["--num_processes", str(all_processes)] if on_all_cards else []
+        where += machines.arguments() if machines else []
+        files = ["--config_file", str(self.accelerate), *where, str(self.recipe), "--config", str(self.profile)]
         return [*files, *self.flags]
 
     def _environment(self) -> dict[str, str]:
@@ -234,6 +248,7 @@ class Launch:
         return defaults | os.environ | {"DPO_RECIPES_REQUEST": self.request()}
 
     def _processes(self) -> int:
+        """Processes on this machine."""
         return int(read_yaml(self.accelerate).get("num_processes") or max(1, len(gpu_cards())))
 
 

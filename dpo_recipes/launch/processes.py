@@ -12,16 +12,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import psutil
 
+from dpo_recipes.launch.machines import WAIT, Machines, Watch, not_met
 from dpo_recipes.terminal import outlive_the_terminal
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STANDSTILL = 30.0  # seconds without work, after a signal, that show a process to be frozen
+HANG = 45.0  # seconds without work, of several processes and of the network, that show a hang without any signal
+QUIET = 100_000  # bytes received in that time that the machines' signs of life explain
 LITTLE = 0.01  # share of a processor, and megabytes a second, that processes use while they wait for one another
 
 
@@ -30,7 +34,8 @@ def supervise(arguments: Sequence[str], environment: dict[str, str]) -> int:
 
     Ctrl-C, SIGTERM and a closed terminal reach every training process once; the third Ctrl-C kills them, and so does a
     standstill after a signal, where a process is frozen and the others wait for it. No process of the run outlives this
-    call. If this process is killed, the run ends a few seconds later.
+    call. If this process is killed, the run ends a few seconds later. Several processes that stand still are killed,
+    too; the variable DPO_RECIPES_HANG sets after how many seconds, and 0 never.
     """
     received: list[int] = []
     heeded = [number for number in FORWARDED if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
@@ -53,17 +58,24 @@ def supervise(arguments: Sequence[str], environment: dict[str, str]) -> int:
         os.close(held)
         for number, handler in before.items():
             signal.signal(number, handler)
-    return 128 + received[0] if is_frozen else _status(process.returncode)
+    if is_frozen:
+        return 128 + received[0] if received else 1
+    return _status(process.returncode)
 
 
 def _wait(process: subprocess.Popen[Any], received: list[int]) -> bool:
     """Hands on each signal as it is received until the process ends; returns True if the run was frozen and killed."""
     handled, is_frozen, work, since = 0, False, dict[int, float](), time.monotonic()
+    hang, traffic = float(os.environ.get("DPO_RECIPES_HANG", HANG)), _received_bytes()
     while process.poll() is None:
-        if handled and time.monotonic() - since > STANDSTILL and not is_frozen:
+        limit = STANDSTILL if handled else hang
+        if limit and time.monotonic() - since > limit and not is_frozen:
             done, states = _work(process.pid)
-            is_frozen, work, since = _is_frozen(work, done, states), done, time.monotonic()
+            quiet = _received_bytes() - traffic < QUIET and len(_ranks(process.pid)) > 1
+            is_frozen = _is_frozen(work, done, states) and (handled > 0 or quiet)
+            work, since, traffic = done, time.monotonic(), _received_bytes()
             if is_frozen:
+                _show_where(process.pid)
                 sys.stderr.write(f"{_FROZEN}\n")
                 _kill(process.pid)
         for number in received[handled:]:
@@ -76,6 +88,34 @@ def _wait(process: subprocess.Popen[Any], received: list[int]) -> bool:
                 process.send_signal(number)
         time.sleep(0.05)
     return is_frozen
+
+
+def _received_bytes() -> int:
+    """Bytes that came over the network: a download may keep all processes waiting."""
+    cards = psutil.net_io_counters(pernic=True)
+    return sum(card.bytes_recv for name, card in cards.items() if name != "lo")
+
+
+def _ranks(leader: int) -> list[psutil.Process]:
+    """The training processes on this machine, by their ranks."""
+    with suppress(psutil.Error):
+        return sorted(psutil.Process(leader).children(), key=lambda child: child.pid)
+    return []
+
+
+def _show_where(leader: int) -> None:
+    """Writes the state of each of several training processes, and lets each write its stack, in the same order."""
+    ranks = _ranks(leader)
+    for child in ranks if len(ranks) > 1 else []:
+        with suppress(psutil.Error):
+            rank, is_stopped = child.environ().get("RANK", "?"), child.status() == psutil.STATUS_STOPPED
+            what = "is stopped; the others wait for it." if is_stopped else "waits. Its stack is below."
+            sys.stderr.write(f"Rank {rank} (process {child.pid}) {what}\n")
+    sys.stderr.flush()
+    for child in ranks if len(ranks) > 1 else []:
+        with suppress(psutil.Error):
+            child.send_signal(signal.SIGUSR2)  # `recipe.run` has registered faulthandler
+            time.sleep(0.3)
 
 
 _FROZEN = (
@@ -92,8 +132,8 @@ def _descendants(leader: int) -> list[psutil.Process]:
     return []
 
 
-def _kill(leader: int) -> None:
-    for number in [leader, *(process.pid for process in _descendants(leader))]:
+def _kill(leader: int, *, also_leader: bool = True) -> None:
+    for number in [*[leader] * also_leader, *(process.pid for process in _descendants(leader))]:
         with suppress(ProcessLookupError):
             os.kill(number, signal.SIGKILL)
 
@@ -162,22 +202,69 @@ def _inside(lifeline: int, arguments: list[str]) -> int:
     outlive_the_terminal()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is started yet: Ctrl-C may simply end this process
     threading.Thread(target=_stop_with_parent, args=(lifeline,), daemon=True).start()
-    os.environ |= {"PET_SIGNALS_TO_HANDLE": "SIGUSR2", "PET_SHUTDOWN_TIMEOUT": "120"}  # torch elastic: leave ours alone
+    os.environ |= {"PET_SIGNALS_TO_HANDLE": "SIGUSR2", "PET_SHUTDOWN_TIMEOUT": "30"}  # torch elastic: leave ours alone
+    level = os.environ.get("TORCH_CPP_LOG_LEVEL")
+    os.environ["TORCH_CPP_LOG_LEVEL"] = level or "FATAL"  # here a store that cannot be reached has sentences of its own
     from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed import DistError
 
+    if level is None:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]  # the training processes say what they have to say
+    options = launch_command_parser().parse_args(arguments)
     for number in FORWARDED:
         signal.signal(number, _pass_on)
+    watch = None
+    if options.num_machines:
+        place = options.main_process_ip, int(options.main_process_port)
+        machines = Machines(options.num_machines, options.machine_rank, *place)
+        options.rdzv_conf = f"timeout={WAIT}"
+        watch = Watch(machines, end_training=lambda: _kill(os.getpid(), also_leader=False))
+        watch.start()
     try:
-        launch_command(launch_command_parser().parse_args(arguments))
+        status, why = _launch(partial(launch_command, options), arguments[1])
+    except DistError:
+        if watch is None:
+            raise
+        status, why = 1, not_met(watch.machines)
+    if watch and watch.reason:  # said already
+        return watch.status if status else 0
+    if why:
+        sys.stderr.write(f"{why}\n")
+    if watch:
+        watch.leave(_status(status), why)
+    return status
+
+
+def _launch(launch: Callable[[], None], file: str) -> tuple[int, str]:
+    """Lets accelerate start the training processes; returns the exit status and a sentence about what went wrong."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        launch()
     except subprocess.CalledProcessError as failure:
-        return failure.returncode
+        return failure.returncode, ""
     except ChildFailedError as failure:
-        return int(failure.get_first_failure()[1].exitcode)
+        return _first_failure(failure)
     except (ValueError, ImportError) as error:  # raised before a process is started
-        sys.stderr.write(f"accelerate cannot launch with {arguments[1]}: {error}\n")
-        return 2
-    return 0
+        return 2, f"accelerate cannot launch with {file}: {error}"
+    return 0, ""
+
+
+def _first_failure(failure: Any) -> tuple[int, str]:
+    """The exit status of the process that failed first, and a sentence about it where rank 0 has not said it."""
+    rank, first = failure.get_first_failure()
+    status, main = int(first.exitcode), failure.failures.get(0)
+    if -status in FORWARDED or status > 128 or (status > 0 and main and main.exitcode > 0):
+        return status, ""
+    if status > 0:
+        why = f": {first.message}" if os.path.isfile(first.error_file) else ". Its error is above."
+        return status, f"Rank {rank} (process {first.pid}) failed with exit status {status}{why}"
+    name = signal.Signals(-status).name
+    memory = ", as the kernel does when memory runs out" if -status == signal.SIGKILL else ""
+    return status, (
+        f"Rank {rank} (process {first.pid}) was ended by {name}{memory}, so all processes were ended. Complete "
+        "checkpoints are kept: continue with --resume_from_checkpoint true."
+    )
 
 
 def _pass_on(number: int, _: object) -> None:

@@ -59,7 +59,7 @@ class DeclareCheckpoints(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Declares the checkpoint of this update."""
-        if control.should_save and state.is_world_process_zero:
+        if control.should_save and args.should_save:
             declare(args.output_dir, *self._names(state))
 
     on_epoch_end = on_step_end
@@ -67,7 +67,7 @@ class DeclareCheckpoints(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Lists the files that all processes have written."""
         PartialState().wait_for_everyone()
-        if state.is_world_process_zero:
+        if args.should_save:
             settle(args.output_dir, *self._names(state))
 
 

@@ -4,9 +4,11 @@ import fcntl
 import logging
 import os
 import platform
+import socket
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
@@ -15,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, ProgressCallback, Trainer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOTrainer, RewardTrainer
 
 from dpo_recipes.ending import is_disk_full
@@ -71,8 +75,8 @@ def start_run(trainer: Trainer, script_args: RecipeArguments, *, reference_is_st
         reference_is_start: As in `add_guards`.
 
     Raises:
-        RecipeError: If another process trains in that folder, weights of the initial model are NaN or infinite, or
-            the trainer does not know `tokens_per_step`.
+        RecipeError: If another process trains in that folder, another machine does not see it, weights of the initial
+            model are NaN or infinite, or the trainer does not know `tokens_per_step`.
     """
     budget = getattr(trainer, "tokens_per_step", None)
     asked = script_args.tokens_per_step and "tokens_per_step" in dict(grouped(sys.argv[1:]))
@@ -87,8 +91,10 @@ def start_run(trainer: Trainer, script_args: RecipeArguments, *, reference_is_st
         trainer.add_callback(Stopwatch(script_args.timed_updates))
         return
     _add_callbacks(trainer, script_args)
-    if trainer.is_world_process_zero():
-        take_folder(Path(trainer.args.output_dir), script_args)
+    folder = Path(trainer.args.output_dir)
+    if trainer.args.should_save:  # the main process, with save_on_each_node one process of each machine
+        take_folder(folder, script_args)
+    _refuse_hidden_folder(trainer, folder)
     trainer.on_halved = partial(_store_budget, trainer, script_args)
     start_tracking(trainer, script_args.settings)
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
@@ -99,7 +105,17 @@ def start_run(trainer: Trainer, script_args: RecipeArguments, *, reference_is_st
         f"{script_args.pairs_per_update} {unit} = {trainer.args.per_device_train_batch_size} a device x "
         f"{trainer.args.world_size} process(es) x {trainer.args.gradient_accumulation_steps} accumulated."
         + (f" Micro-batches hold up to {budget:,} tokens." if budget else "")
+        + _said_of_the_end(trainer)
     )
+
+
+def _said_of_the_end(trainer: Trainer) -> str:
+    """A sentence about the pairs that accelerate repeats so that all processes have as many; empty without any."""
+    at_once = trainer.args.per_device_train_batch_size * trainer.args.world_size
+    repeated = -len(trainer.train_dataset) % at_once if isinstance(trainer.train_dataset, Sized) else 0
+    if trainer.args.world_size == 1 or not repeated or trainer.args.dataloader_drop_last:
+        return ""
+    return f" The last {at_once} rows of an epoch are filled up with {repeated} of its first ones, which count twice."
 
 
 def _refuse_broken_model(trainer: Trainer) -> None:
@@ -147,8 +163,27 @@ def _store_budget(trainer: Trainer, script_args: RecipeArguments, budget: int) -
         write_json(Path(trainer.args.output_dir) / SETTINGS_FILE, script_args.settings)
 
 
+def _refuse_hidden_folder(trainer: Trainer, folder: Path) -> None:
+    """Raises RecipeError if a machine cannot see the main one's output folder and is to keep no checkpoints itself."""
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) < 2 or trainer.args.save_on_each_node:
+        return
+    lock, token = folder / ".lock", ""
+    [expected] = broadcast_object_list([lock.read_text() if trainer.is_world_process_zero() else None])
+    for _ in range(20):  # a network disk may show a new file late
+        token = lock.read_text() if lock.exists() else ""
+        if token == expected:
+            break
+        time.sleep(0.5)
+    if blind := [rank for rank, seen in enumerate(gather_object([token])) if seen != expected]:
+        raise RecipeError(
+            f"The machine of rank {blind[0]} does not see {folder} of the main machine, so that it could not resume. "
+            "Put the folder on a file system that all machines share, or let each keep checkpoints of its own: "
+            "--save_on_each_node true."
+        )
+
+
 def _lock(folder: Path) -> None:
-    """Holds the folder until this process ends, however it ends."""
+    """Holds the folder until this process ends, however it ends. The file's text is this process's own."""
     claim(folder, ".lock", "completions")  # TRL writes the latter with --log_completions true
     lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
@@ -157,6 +192,8 @@ def _lock(folder: Path) -> None:
         raise RecipeError(
             f"Another run is training in {folder}. Wait for it, or choose another --output_dir."
         ) from error
+    os.truncate(lock, 0)
+    os.write(lock, f"{socket.gethostname()} {os.getpid()} {time.time()}".encode())
 
 
 def finish_run(
@@ -254,10 +291,10 @@ def _refuse_broken_weights(trainer: Trainer) -> None:
 
 def _save(trainer: Trainer, folder: Path) -> None:
     """Saves the trained weights, and raises RuntimeError unless the folder holds them bit for bit."""
-    if trainer.is_world_process_zero():
+    if trainer.args.should_save:
         declare(folder, NEW_FILES)
     trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
+    if trainer.args.should_save:
         if not sharded(trainer):
             with trainer.without_critic() if isinstance(trainer, PPOTrainer) else nullcontext():
                 check_saved(folder, trained_weights(trainer.accelerator.unwrap_model(trainer.model)))
@@ -269,9 +306,11 @@ def _merge(trainer: Trainer, folder: Path) -> PreTrainedModel:
     # Without accelerate's wrapper, under which a float32 model computes in 16 bits too.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     is_reward_model = isinstance(trainer, RewardTrainer)
-    if getattr(model, "is_quantized", False):  # merge into the base's own weights, not the 4-bit ones
-        trusted = trainer.args.trust_remote_code
-        model, _ = open_model(str(folder), as_trained=False, reward_model=is_reward_model, trust_remote_code=trusted)
+    if getattr(model, "is_quantized", False) or sharded(trainer):  # merge into the base's own weights, read whole
+        unset_hf_deepspeed_config()  # under which ZeRO-3 would divide this model, too
+        how: dict[str, Any] = {"device_map": {"": "cpu"}} if sharded(trainer) else {}  # no card may have room for it
+        how |= dict(as_trained=False, reward_model=is_reward_model, trust_remote_code=trainer.args.trust_remote_code)
+        model, _ = open_model(str(folder), **how)
     merged = merge_adapter(model, _probe(trainer))
     replace_adapter(folder, merged)
     return merged

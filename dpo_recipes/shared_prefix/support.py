@@ -20,6 +20,9 @@ TESTED = ["gemma2", "gemma3_text", "gpt2", "gpt_neo", "gpt_neox", "llama", "mist
 SHOWN = {"cpu": {"float64", "float32", "bfloat16"}, "cuda": {"float32", "bfloat16"}}
 """By device, the dtypes of a run that were compared with plain TRL: docs/shared_prefix.md has both tables."""
 
+PROCESSES = {"NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED", "FSDP"}
+"""Kinds of processes (`DistributedType`) under which results were compared with plain TRL's: docs/scale.md."""
+
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 """Other layers carry a state from token to token, which a packed row would carry into the next sequence."""
 
@@ -61,7 +64,8 @@ def _in_settings(trainer: DPOTrainer, base: PreTrainedModel) -> dict[str, Any]:
         "vision and other parts next to the language model": vision or base.config.get_text_config() is not base.config,
         "truncation_mode=keep_end, which cuts a pair's prompt in two ways": args.truncation_mode != "keep_start",
         "a data collator other than TRL's": type(trainer.data_collator) not in collators,
-        f"processes of the type {processes}, not tested": processes not in ("NO", "MULTI_CPU", "MULTI_GPU"),
+        f"processes of the type {processes}, not tested": processes
+        not in ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED", "FSDP"),
         "batches that the main process dispatches": args.accelerator_config.dispatch_batches,
         "torch.compile and Liger kernels, not tested": args.torch_compile or args.use_liger_kernel or compiled,
         "noise on embeddings (NEFTune)": noise,
@@ -107,7 +111,9 @@ def _untested(trainer: DPOTrainer, base: PreTrainedModel) -> dict[str, Any]:
         trainer.accelerator.mixed_precision, "other"
     )
     device = base.device.type
+    in_16_bits = trainer.accelerator.mixed_precision != "no"
     return {
+        "FSDP in 16 bits, which rounds a packed row otherwise than plain TRL": trainer.is_fsdp_enabled and in_16_bits,
         f"the architecture {base.config.model_type}, not tested": base.config.model_type not in TESTED,
         f"{dtype} on the device {device}, not tested": dtype not in SHOWN.get(device, ()),
     }

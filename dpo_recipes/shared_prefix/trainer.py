@@ -288,11 +288,12 @@ class SharedPrefixDPOTrainer(DPOTrainer):
         """Falls back if a batch's log-probs are not plain TRL's: a model may share wrongly without an error.
 
         The comparison is in float32, where a fault cannot hide behind rounding, and in the run's own dtype, whose
-        attention may be another function.
+        attention may be another function. Weights that are divided among processes cannot be made float32.
         """
+        divided = self.is_fsdp_enabled or self.is_deepspeed_enabled
         for model in self._models():
             exact = model.dtype in (torch.float32, torch.float64) and self.accelerator.mixed_precision == "no"
-            ways = {"float32": nullcontext() if exact else in_float32(model)}
+            ways = {} if divided and not exact else {"float32": nullcontext() if exact else in_float32(model)}
             ways |= {} if exact else {"16 bits": self.accelerator.autocast()}
             for dtype, way in ways.items():
                 with torch.no_grad(), way:

@@ -1,5 +1,6 @@
 import copy
 import math
+import signal
 
 import pytest
 import torch
@@ -9,7 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer
 
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
-from dpo_recipes.health.guards import ReferenceGuard, WrongReferenceError, add_guards, start_reference_at_policy
+from dpo_recipes.health.guards import (
+    InterruptCallback,
+    ReferenceGuard,
+    WrongReferenceError,
+    add_guards,
+    start_reference_at_policy,
+)
 
 
 def say(role, content):
@@ -293,3 +300,18 @@ def test_a_reference_is_compared_on_the_same_pairs_after_a_resume_with_smaller_b
     with torch.no_grad():
         resumed.model.base_model.model.model.norm.weight.mul_(3)
     assert "has moved" in guard.moved()
+
+
+def test_sigterms_that_come_together_are_one_and_a_later_one_ends_the_run_at_once():
+    """A cluster signals every process, and the launcher passes its own signal on."""
+    callback = InterruptCallback()
+    for _ in range(3):
+        callback._handle(signal.SIGTERM, None)
+    assert callback.signal == signal.SIGTERM
+    with pytest.raises(SystemExit) as ended:
+        callback._handle(signal.SIGINT, None)
+    assert ended.value.code == 130
+    callback.since -= callback.TOGETHER
+    with pytest.raises(SystemExit) as ended:
+        callback._handle(signal.SIGTERM, None)
+    assert ended.value.code == 143

@@ -45,6 +45,8 @@ NOT_RUN = {
     r"transformers serve": "runs until it is ended; tests/publish serves a model by this command",
     r"--against (model|ollama)": "needs a file of another program; tests/publish checks such files",
     r"^(vllm|ollama|llama-\w+) |convert_hf_to_gguf": "is another program's command, and that program never ran here",
+    r"--machines": "needs two machines; tests/launch/test_machines.py runs two network namespaces",
+    r"--accelerate (fsdp2|zero)": "needs cards; tests/launch/test_engines.py runs the same files on a CPU",
     r"\bpage RUN": "needs a finished run; tests/runs calls it on one",
     r"openai/gsm8k": "needs GSM8K's questions from the Hub; tests/sample runs such a judge",
     r"dpo-recipes .*--help$": "lists the settings; tests/test_cli.py runs it",
@@ -186,6 +188,9 @@ def check_train(words: list[str]) -> None:
             at = flags.index(flag)
             assert find_settings(kind, flags[at + 1], recipe=recipe).is_file()
             del flags[at : at + 2]
+    for flag in ("--machines", "--rank", "--main"):
+        if flag in flags:
+            del flags[flags.index(flag) : flags.index(flag) + 2]
     if "--sweep" in flags:
         at = flags.index("--sweep")
         end = next((number for number in range(at + 1, len(flags)) if flags[number].startswith("--")), len(flags))

@@ -308,7 +308,48 @@ def test_one_of_two_processes_killed_ends_the_other(start: Callable, folder: Pat
     os.kill(started[1]["pid"], signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 137, output
+    assert f"Rank 1 (process {started[1]['pid']}) was ended by SIGKILL" in output
     assert not _alive(started[0]["pid"])
+
+
+@pytest.mark.parametrize("how", ["asleep", "stopped"])
+def test_processes_that_stand_still_are_ended_with_a_word_on_each(start: Callable, folder: Path, how: str) -> None:
+    process = start("stand-in", "--sleep", "--accelerate", "cpu2", DPO_RECIPES_HANG="3")
+    pids = [json.loads(_wait_for(folder / f"started{rank}"))["pid"] for rank in (0, 1)]
+    if how == "stopped":
+        os.kill(pids[1], signal.SIGSTOP)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    what = "is stopped; the others wait for it" if how == "stopped" else "waits. Its stack is below"
+    assert f"Rank 1 (process {pids[1]}) {what}" in output
+    assert "A process of the run is frozen" in output
+    assert not any(map(_alive, pids))
+
+
+def test_one_process_may_stand_still(start: Callable, folder: Path) -> None:
+    process = start("stand-in", "--sleep", DPO_RECIPES_HANG="1")
+    pid = json.loads(_wait_for(folder / "started"))["pid"]
+    time.sleep(4)
+    assert _alive(pid)
+    assert process.poll() is None
+
+
+def test_a_message_of_another_rank_than_0_is_shown(start: Callable, folder: Path) -> None:
+    script = folder / "recipes" / "one_fails.py"
+    script.write_text(
+        '"""Rank 1 finds its disk full."""\n'
+        "import errno, os, time\nfrom dpo_recipes.recipe import run\n"
+        "def main():\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "    time.sleep(60)\n"
+        "run(main)\n"
+    )
+    process = start("one_fails", "--accelerate", "cpu2")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert "failed with exit status 1: A disk is full." in output
+    assert "Rank 1 (process" in output
 
 
 @pytest.mark.parametrize("status", [0, 2, 7])

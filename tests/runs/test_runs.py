@@ -2,16 +2,20 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+from accelerate.data_loader import BatchSamplerShard
 from commands import run_train
 from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file, save_file
+from torch.utils.data import BatchSampler
 
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.machine import peak_memory
 from dpo_recipes.runs.model_card import data_hash
-from dpo_recipes.runs.run import _lock
+from dpo_recipes.runs.run import _lock, _said_of_the_end
 
 ROWS = [{"prompt": f"p{number}", "chosen": f"c{number}", "rejected": "no", "id": number} for number in range(2500)]
 
@@ -86,3 +90,16 @@ def test_an_initial_model_with_broken_weights_is_blamed_and_not_the_learning_rat
         "base_model.model.", ""
     ).replace(".base_layer", "")
     assert not (tmp_path / "run" / "settings.json").exists()
+
+
+@pytest.mark.parametrize(("rows", "repeated"), [(16, 0), (13, 3), (3, 1)])
+def test_uneven_data_loses_no_row_and_the_rows_that_count_twice_are_said(rows, repeated):
+    """Two processes with two rows each at a time, as accelerate divides them."""
+    whole = BatchSampler(range(rows), batch_size=2, drop_last=False)
+    shards = [BatchSamplerShard(whole, num_processes=2, process_index=rank) for rank in (0, 1)]
+    trained = Counter(row for shard in shards for batch in shard for row in batch)
+    assert set(trained) == set(range(rows))
+    assert sum(trained.values()) - rows == repeated
+    args = SimpleNamespace(per_device_train_batch_size=2, world_size=2, dataloader_drop_last=False)
+    said = _said_of_the_end(SimpleNamespace(args=args, train_dataset=range(rows)))
+    assert (f"with {repeated} of its first ones" in said) == bool(repeated)
