@@ -40,6 +40,7 @@ NOT_RUN = {
     r"--judge https?:": "needs an endpoint; tests/evaluate runs one",
     r"accelerate launch": "starts two processes; tests/launch runs the same line on small data",
     r"python tests/|python benchmarks/": "takes an hour or more",
+    r"sbatch": "needs SLURM; tests/launch/test_cluster.py runs the script where one is there",
     r"--machines": "needs two machines; tests/launch/test_machines.py runs two network namespaces",
     r"--accelerate (fsdp2|zero)": "needs cards; tests/launch/test_engines.py runs the same files on a CPU",
     r"\bpage RUN": "needs a finished run; tests/runs calls it on one",
@@ -242,6 +243,9 @@ def check_command(command: str) -> None:
             check_launch(rest)
         case [".venv/bin/python", file, *_] if file != "-m":
             assert (REPOSITORY / file).is_file()
+        case ["sbatch", *rest]:
+            at = rest.index("recipes/cluster/slurm.sh")
+            check_train(rest[at + 1 :])
         case [".venv/bin/pre-commit", "install"] | ["lm_eval", *_]:
             pass
         case _ if command.startswith("make "):
