@@ -275,7 +275,7 @@ def test_train_passes_on_every_flag_it_does_not_know(monkeypatch: pytest.MonkeyP
     )
     flags = ["--beta", "0.3", "--pro", "x", "--learning_rate", "-1e-6", "--loss_type", "sigmoid", "sft", "--lora_r=4"]
     assert main(["train", "quickstart", *flags, "--profile", "cpu"]) == 7
-    assert calls == [(("quickstart",), {"profile": "cpu", "accelerate": None, "flags": flags})]
+    assert calls == [(("quickstart",), {"profile": "cpu", "accelerate": None, "machines": None, "flags": flags})]
 
 
 def test_ctrl_c_between_two_stages_is_130(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,7 @@ NOT_RUN = {
     r"transformers serve": "runs until it is ended; tests/publish serves a model by this command",
     r"--against (model|ollama)": "needs a file of another program; tests/publish checks such files",
     r"^(vllm|ollama|llama-\w+) |convert_hf_to_gguf": "is another program's command, and that program never ran here",
+    r"sbatch": "needs SLURM; tests/launch/test_cluster.py runs the script where one is there",
     r"--machines": "needs two machines; tests/launch/test_machines.py runs two network namespaces",
     r"--accelerate (fsdp2|zero)": "needs cards; tests/launch/test_engines.py runs the same files on a CPU",
     r"\bpage RUN": "needs a finished run; tests/runs calls it on one",
@@ -265,6 +266,8 @@ def check_command(command: str) -> None:
             assert (REPOSITORY / file).is_file()
         case ["python", "convert_hf_to_gguf.py", *_] | ["vllm" | "ollama" | "llama-server" | "llama-quantize", *_]:
             pass
+        case ["sbatch", *rest]:
+            check_train(rest[rest.index("recipes/cluster/slurm.sh") + 1 :])
         case [".venv/bin/pre-commit", "install"] | ["lm_eval", *_] | [".venv/bin/transformers", "serve", *_]:
             pass
         case _ if command.startswith("make "):
