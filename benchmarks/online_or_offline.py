@@ -39,7 +39,8 @@ from dpo_recipes.terminal import say
 RECIPES = Path(__file__).parent.parent / "recipes"
 START, REWARD = "outputs/quickstart_sft", "outputs/quickstart_reward"
 CONTENDERS = ("offline DPO", "1 round", "2 rounds", "4 rounds", "PPO", "RLOO")
-COLOURS = ("#1f82c0", "#9d3df2", "#b86bff", "#d7aaff", "#d55e00", "#009e73")
+COLOURS = ("#1f82c0", "#9d3df2", "#9d3df2", "#9d3df2", "#d55e00", "#009e73")
+LINES = ("-", "-", "--", ":", "-", "-")
 GRID = (0.25, 0.5, 0.75, 1.0, 1.5)  # nats
 ROLLOUT = 64  # answers
 POINTS = 4  # checkpoints of a run, about
@@ -172,10 +173,9 @@ def at_kl(run: dict[str, Any], kl: float) -> float | None:
     return float(np.interp(kl, xs, ys)) if kl <= xs[-1] else None
 
 
-def _with_interval(values: list[float], places: int = 3) -> str:
-    low, high = t_interval(values, (-np.inf, np.inf))
-    interval = "" if low is None else f" [{low:.{places}f}, {high:.{places}f}]"
-    return f"{np.mean(values):.{places}f}{interval}"
+def _with_interval(values: list[float], *, share: bool = True) -> str:
+    low, high = t_interval(values, (0.0, 1.0) if share else (-np.inf, np.inf))
+    return f"{np.mean(values):.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
 
 def table(found: list[dict[str, Any]]) -> str:
@@ -186,7 +186,8 @@ def table(found: list[dict[str, Any]]) -> str:
     for contender in CONTENDERS:
         own = [run for run in found if run["contender"] == contender]
         last = [run["points"][-1] for run in own]
-        cells = [_with_interval([each[key] for each in last]) for key in ("reward", "kl", "implicit_accuracy")]
+        keys = ("reward", "kl", "implicit_accuracy")
+        cells = [_with_interval([each[key] for each in last], share=key != "kl") for key in keys]
         for kl in GRID:
             there = [reward for run in own if (reward := at_kl(run, kl)) is not None]
             cells.append(_with_interval(there) if len(there) == seeds else f"not reached by {seeds - len(there)}")
@@ -207,7 +208,7 @@ def differences(found: list[dict[str, Any]]) -> str:
         for kl in GRID:
             both = [(at_kl(run, kl), at_kl(base[run["seed"]], kl)) for run in own]
             there = [one - other for one, other in both if one is not None and other is not None]
-            cells.append(_with_interval(there) if len(there) == len(own) else "not reached")
+            cells.append(_with_interval(there, share=False) if len(there) == len(own) else "not reached")
         lines.append(f"| {contender} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -216,10 +217,10 @@ def draw(found: list[dict[str, Any]], file: Path) -> None:
     """Draws the curves of all runs: a thin line a run, a mark at its end."""
     mpl.rcParams["svg.hashsalt"] = "0"
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for contender, colour in zip(CONTENDERS, COLOURS, strict=True):
+    for contender, colour, line in zip(CONTENDERS, COLOURS, LINES, strict=True):
         for number, run in enumerate(run for run in found if run["contender"] == contender):
             points = [(0.0, run["first"]["reward"]), *((each["kl"], each["reward"]) for each in run["points"])]
-            style = dict(color=colour, linewidth=1, label=contender if not number else None)
+            style = dict(color=colour, linestyle=line, linewidth=1, label=contender if not number else None)
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, markevery=[-1], **style)
     axes.set(xlabel="KL to the first model, nats an answer", ylabel="exact reward", ylim=(None, 1))
     axes.legend(frameon=False, loc="lower right")

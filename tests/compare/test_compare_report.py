@@ -352,7 +352,7 @@ def test_the_verdict_names_the_winner_by_how_much_and_at_what_cost():
     lead = int(re.fullmatch(r"PPO, by (\d+) points of win rate", headline)[1])
     assert abs(lead - (share - (100 - share))) <= 1  # both are rounded
     assert f", a lead of {lead} points. At equal length" in words
-    assert re.search(r", \d+ % to \d+ % over 3 seeds\)", words)
+    assert re.search(r", \d+ % to \d+ % over 3 seeds; p = 0\.\d+ after Holm's correction\)", words)
     reward = r"At temperature 0.6 the judge's reward is 0\.\d+ for DPO, beta 0.1 and 0\.\d+ for PPO, beta 0.1, "
     apart = r"more than noise apart, at a KL to the reference model of 3\.\d and 3\.\d nats\."
     assert re.search(reward + apart, words)

@@ -143,8 +143,8 @@ def test_rounds_leave_one_adapter_that_each_round_has_moved_on(run, tiny_model, 
     answers = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     prompts, texts = [each["prompt"] for each in answers], [each["before"]["text"] for each in answers]
     model, tokenizer = (kind.from_pretrained(tiny_model) for kind in (AutoModelForCausalLM, AutoTokenizer))
-    again = generate(model, tokenizer, prompts, max_new_tokens=len(tokenizer(texts[0])["input_ids"]))
-    assert [each["text"] for each in again][:2] == texts[:2]
+    again = generate(model, tokenizer, prompts, max_new_tokens=128)
+    assert [each["text"] for each in again] == texts
 
 
 @pytest.mark.slow
