@@ -78,6 +78,7 @@ def test_every_recipe_parses_under_every_profile(name, profile, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     parser = TrlParser(classes_of(name))
+    parser.set_defaults_with_config(activation_checkpointing=True)  # as parse_recipe does
     assert parser.set_defaults_with_config(**recipe["RECIPE"]) == []
     flags = ["--config", str(RECIPES / "profiles" / f"{profile}.yaml"), "--use_cpu", "true"]
     script_args, training_args, model_args = parser.parse_args_and_config(flags)
