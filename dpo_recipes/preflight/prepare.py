@@ -116,7 +116,9 @@ def _prepare(
     for split, rows in measured.pairs.items():
         pairs[split] = rows.remove_columns([*extra.intersection(rows.column_names)])
     name = script_args.settings.get("model_name_or_path") or tokenizer.name_or_path
-    decided = decide(script_args, training_args, measured.pairs["train"], name=name, task=task_of(training_args))
+    task, decided = task_of(training_args), None
+    if not (prompts_only and task == "preference"):  # rounds decide when they have made pairs of the prompts
+        decided = decide(script_args, training_args, measured.pairs["train"], name=name, task=task)
     if script_args.is_dry_run or state.is_main_process:
         say("\n".join(measured.lines))
         show_findings(measured.findings)

@@ -228,8 +228,8 @@ def test_no_recipe_imports_another_and_nothing_imports_a_recipe():
 ROOMS = [  # imports point from a later line to an earlier one
     {"errors", "trl_patches", "__init__"},
     {"estimates", "files", "machine", "presets", "secrecy", "terminal"},
-    {"catalog", "dataset_adapters", "flags", "manifest", "pages", "playground", "settings"},
-    {"data_files", "ending", "models", "tracking"},
+    {"dataset_adapters", "flags", "manifest", "pages", "playground", "settings"},
+    {"catalog", "data_files", "ending", "models", "tracking"},
     {"loading", "ppo", "recipe", "shared_prefix"},
     {"preflight"},
     {"health"},
