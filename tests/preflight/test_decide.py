@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from trl import DPOConfig
 
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.files import write_json
 from dpo_recipes.preflight import decide as module
 from dpo_recipes.preflight.decide import BUSY, MARGIN, choose, decide, this_machine
 from dpo_recipes.preflight.memory import count_weights, memory_parts
@@ -64,9 +65,9 @@ def decided(tiny_model, tmp_path, monkeypatch):
 
 
 def test_a_decision_is_in_the_arguments_and_in_the_settings(decided, tiny_model):
-    line, script_args, args = decided(8, tokens_per_step="auto")
+    line, script_args, args = decided(16, tokens_per_step="auto")
     assert line.startswith(f"activation checkpointing off, tokens_per_step {args.tokens_per_step:,}: about ")
-    assert "of the 8 MB of this machine's card" in line
+    assert "of the 17 MB of this machine's card" in line
     assert args.activation_checkpointing is args.gradient_checkpointing is False
     assert args.tokens_per_step == script_args.tokens_per_step == script_args.settings["tokens_per_step"]
     assert args.budget_is_estimated
@@ -75,8 +76,8 @@ def test_a_decision_is_in_the_arguments_and_in_the_settings(decided, tiny_model)
     config = AutoConfig.from_pretrained(tiny_model)
     settings = script_args.settings | {"max_length": 90, "longest_pair": 100}
     weights = count_weights(config, settings)
-    assert sum(memory_parts(config, weights, settings, task="preference").values()) <= (1 - MARGIN) * 8 * 2**20
-    _, script_args, args = decided(4, tokens_per_step=400)
+    assert sum(memory_parts(config, weights, settings, task="preference").values()) <= (1 - MARGIN) * 16 * 2**20
+    _, script_args, args = decided(8, tokens_per_step=400)
     assert (script_args.settings["activation_checkpointing"], args.activation_checkpointing) == (True, True)
     assert not args.budget_is_estimated
     assert decided(8, activation_checkpointing=True)[0] == ""
@@ -138,7 +139,7 @@ def test_a_run_decides_says_so_and_a_resumed_run_takes_the_same_budget(tmp_path,
     settings = tmp_path / "run" / "settings.json"
     held = json.loads(settings.read_text())
     assert (f"{held['tokens_per_step']:,}", held["activation_checkpointing"]) == (budget, False)
-    settings.write_text(json.dumps(held | {"tokens_per_step": 512}))  # as a halved budget would be stored
+    write_json(settings, held | {"tokens_per_step": 512})  # as a halved budget is stored
     again = run_train(*train, "--max_steps", "2", "--resume_from_checkpoint", "true", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "tokens_per_step 512" in again.stdout
