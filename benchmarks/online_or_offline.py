@@ -202,9 +202,8 @@ def differences(found: list[dict[str, Any]]) -> str:
     base = {run["seed"]: run for run in found if run["contender"] == CONTENDERS[0]}
     for contender in CONTENDERS[1:]:
         own = [run for run in found if run["contender"] == contender]
-        cells = [
-            _with_interval([run["points"][-1]["reward"] - base[run["seed"]]["points"][-1]["reward"] for run in own])
-        ]
+        ends = [(run["points"][-1]["reward"], base[run["seed"]]["points"][-1]["reward"]) for run in own]
+        cells = [_with_interval([one - other for one, other in ends], share=False)]
         for kl in GRID:
             both = [(at_kl(run, kl), at_kl(base[run["seed"]], kl)) for run in own]
             there = [one - other for one, other in both if one is not None and other is not None]
