@@ -11,7 +11,7 @@ from pathlib import Path
 
 PARTS = {
     "layer": "recipe ending presets settings loading data_files manifest tracking trl_patches dataset_adapters "
-    "preflight shared_prefix ppo health runs playground",
+    "preflight shared_prefix ppo health runs rounds playground",
     "commands": "__main__ cli flags catalog launch models sample evaluate compare vote publish pages",
     "doctor": "doctor",
 }

@@ -18,8 +18,8 @@ from dpo_recipes.loading import load_rows, split_pairs
 from dpo_recipes.preflight import prepare_pairs, prepare_prompts
 from dpo_recipes.presets import LORA
 from dpo_recipes.recipe import OnlineArguments, load_tokenizer, parse_recipe, run
+from dpo_recipes.rounds import RoundsConfig, begin_rounds, finish_round, load_policy, rank, sample, start_round
 from dpo_recipes.runs import finish_run
-from dpo_recipes.sample.rounds import RoundsConfig, begin_rounds, finish_round, load_policy, rank, sample, start_round
 from dpo_recipes.shared_prefix import SharedPrefixDPOTrainer
 from trl import ModelConfig
 

@@ -24,7 +24,7 @@ NAMES = {
     "presets": ["LORA", "QLORA"],
     "recipe": ["OnlineArguments", "RecipeArguments", "load_tokenizer", "parse_recipe", "run"],
     "runs": ["finish_run", "start_run"],
-    "sample.rounds": [
+    "rounds": [
         *("RoundsConfig", "begin_rounds", "finish_round", "load_policy", "rank", "sample", "start_round"),
     ],
     "shared_prefix": ["SharedPrefixDPOTrainer"],

@@ -11,7 +11,7 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.ppo import PPOConfig
 from dpo_recipes.presets import LORA, QLORA
 from dpo_recipes.recipe import OnlineArguments, RecipeArguments, parse_recipe
-from dpo_recipes.sample.rounds import RoundsConfig
+from dpo_recipes.rounds import RoundsConfig
 
 CONFIGS = {"dpo": DPOConfig, "sft": SFTConfig, "reward": RewardConfig, "rloo": RLOOConfig, "ppo": PPOConfig}
 

@@ -36,8 +36,8 @@ from dpo_recipes.loading import keep_part, prompt_hashes
 from dpo_recipes.models.open import open_model
 from dpo_recipes.ppo import PPOConfig
 from dpo_recipes.recipe import RecipeArguments
+from dpo_recipes.rounds import RoundsConfig
 from dpo_recipes.runs import model_card as record
-from dpo_recipes.sample.rounds import RoundsConfig
 
 STAND_IN = '''"""A stand-in that trains nothing, and leaves what a run leaves."""
 import json, os, sys

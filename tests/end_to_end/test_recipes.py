@@ -235,7 +235,7 @@ ROOMS = [  # imports point from a later line to an earlier one
     {"health"},
     {"runs"},
     {"launch", "sample"},
-    {"evaluate", "publish", "vote"},
+    {"evaluate", "publish", "rounds", "vote"},
     {"compare", "doctor"},
     {"cli"},
     {"__main__"},

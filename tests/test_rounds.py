@@ -16,10 +16,10 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.models.generation import generate
 from dpo_recipes.models.rewards import model_judge
 from dpo_recipes.recipe import OnlineArguments
+from dpo_recipes.rounds import RoundsConfig, begin_rounds
 from dpo_recipes.runs.metrics import rounds_of
 from dpo_recipes.runs.model_card import weights_hash
 from dpo_recipes.sample import rounds
-from dpo_recipes.sample.rounds import RoundsConfig, begin_rounds
 from dpo_recipes.sample.sampling import ranked
 
 PROMPTS = [[{"role": "user", "content": f"Question {number}?"}] for number in range(10)]
