@@ -28,7 +28,7 @@ from dpo_recipes.terminal import say
 HOW_NOT_WHAT = ("overwrite", "resume_from_checkpoint", "dry_run", "threshold", "hub_token")
 STARTS = ("model_name_or_path", "reward_model_name_or_path")  # each may name the output of another recipe
 # Rooms that train nothing: their code may change without making a run another one. A wheel holds the recipes, too.
-TRAIN_NOTHING = {"recipes", "compare", "evaluate", "doctor", "pages"}
+TRAIN_NOTHING = {"recipes", "compare", "evaluate", "vote", "publish", "doctor", "pages"}
 # glibc gives each large tensor back to the kernel, which clears it before the next use: a third of a step's time.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # bytes
 
