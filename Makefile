@@ -54,7 +54,7 @@ test test-all test-faults test-gpu bench: export WANDB_MODE = offline
 test: $(STAMP) ## run the tests that need neither a GPU nor the network, and are fast; ARGS="-k launch" selects tests
 	@exec $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
 
-test-all: $(STAMP) ## run the tests of `make test` and the slow tests, which train for minutes
+test-all: $(STAMP) ## run the tests of `make test` and the slow tests
 	@exec $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --durations 25 \
 	  -m "not gpu and not network and (slow or not faults)" $(ARGS)
 

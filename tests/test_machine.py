@@ -60,6 +60,7 @@ def test_a_command_in_this_process_takes_the_free_threads_and_hands_none_on(monk
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not list(Path(torch.__file__).parent.glob("lib/libgomp*")), reason="torch has other threads here")
 @pytest.mark.parametrize(
     ("given", "spins"),

@@ -12,6 +12,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_recipes import rounds
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.models.generation import generate
 from dpo_recipes.models.rewards import model_judge
@@ -19,7 +20,6 @@ from dpo_recipes.recipe import OnlineArguments
 from dpo_recipes.rounds import RoundsConfig, begin_rounds
 from dpo_recipes.runs.metrics import rounds_of
 from dpo_recipes.runs.model_card import weights_hash
-from dpo_recipes.sample import rounds
 from dpo_recipes.sample.sampling import ranked
 
 PROMPTS = [[{"role": "user", "content": f"Question {number}?"}] for number in range(10)]

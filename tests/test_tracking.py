@@ -75,6 +75,7 @@ def on_a_terminal(command: list[str], cwd: Path, environment: dict[str, str]) ->
     return process.wait(timeout=300), output.decode()
 
 
+@pytest.mark.slow
 def test_without_a_login_a_terminal_is_not_asked_and_the_run_is_logged_offline(
     tmp_path, tiny_model, hh_rows, dpo_recipes
 ):
@@ -103,6 +104,7 @@ def test_without_a_login_a_terminal_is_not_asked_and_the_run_is_logged_offline(
         assert {f"train/{key}": value for key, value in entry.items()}.items() <= row.items()
 
 
+@pytest.mark.slow
 def test_without_a_terminal_and_with_WANDB_MODE_it_is_logged_offline_too(tmp_path, tiny_model, hh_rows, dpo_recipes):
     command = [dpo_recipes, "train", "hh-rlhf-lora", *FLAGS, "--dataset_name", hh_rows, "--run_name", "own name"]
     command += ["--model_name_or_path", tiny_model, "--output_dir", "run"]

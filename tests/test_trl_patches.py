@@ -93,6 +93,7 @@ def is_private(name):
     return name.startswith("_") and not name.endswith("__")
 
 
+@pytest.mark.slow
 def test_private_names_are_used_in_trl_patches_alone():
     """Other modules use only methods that our trainers override and attributes that they read, listed above."""
     trees = {module.__name__: ast.parse(inspect.getsource(module)) for module in modules()}
@@ -377,6 +378,7 @@ def test_a_tokenizer_with_an_encoding_of_its_own_is_known(method):
 # Trainers
 
 
+@pytest.mark.slow
 def test_a_trainer_counts_from_its_first_update_and_can_skip_its_epochs(tmp_path):
     """If not, look at runs/run.py and runs/model_card.py, which resume and record a run."""
     run = dict(max_steps=2, save_strategy="no", logging_steps=1)

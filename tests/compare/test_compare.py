@@ -166,6 +166,7 @@ def test_a_finished_stage_is_not_run_again_and_an_unfinished_one_goes_on(ran):
     assert ran(planned()) == (statuses, [])
 
 
+@pytest.mark.slow
 def test_a_changed_setting_runs_again_what_depends_on_it_and_nothing_else(ran):
     ran(planned())
     assert ran(planned(ppo={"learning_rate": 1e-4}))[1] == ["ppo-0.1-0 replaced"]

@@ -316,6 +316,7 @@ def test_contenders_are_ranked_only_where_holms_correction_allows_it():
     assert max(p_values) > 0.05 > min(p_values)
 
 
+@pytest.mark.slow
 def test_two_copies_of_one_model_are_reported_as_no_different():
     """The exact rewards of one SFT model's answers to 200 prompts, sampled by 40 seeds.
 
@@ -370,6 +371,7 @@ def test_the_verdict_says_when_it_is_noise():
     assert "a lead of" not in words
 
 
+@pytest.mark.slow
 def test_the_headline_names_a_winner_only_if_it_won_against_every_rival():
     results = compared(betas=("0.1",), dpo=0.3, ppo=0.9, rloo=0.6)
     pairs = [(duel["one"], duel["other"]) for duel in results["duels"]]

@@ -185,6 +185,7 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch):
         final_answer("#### 1")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DATA is None, reason="DPO_RECIPES_DATA names no folder of real data")
 def test_the_checker_agrees_with_every_mark_of_the_real_solutions():
     file = Path(str(DATA)) / "gsm8k" / "example_model_solutions.jsonl.gz"

@@ -288,6 +288,7 @@ messages = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(messages)
 def test_any_messages_are_in_pairs_or_counted(rows):
@@ -395,6 +396,7 @@ texts = st.sampled_from([None, "", " ", "a", "b", "[removed]"])
 scores = st.sampled_from([None, -3, 0, 1, 2, 3, 8])
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(

@@ -222,6 +222,7 @@ def test_lengths_are_drawn_as_the_table_says():
     assert speed.draw_lengths(3, seed=1) == speed.draw_lengths(3, seed=1) != speed.draw_lengths(3, seed=2)
 
 
+@pytest.mark.slow
 def test_plain_trl_and_shared_prompts_are_timed_with_one_model(tmp_path):
     part = speed.check_speed(["tiny"], [1, 2], torch.float32, use_cpu=True, rounds=1, checkpointing=False, say=silent)
     assert [(row[1], row[2]) for row in part.rows] == [(n, kind) for n in "12" for kind in (speed.TRL, speed.OURS)]
@@ -236,6 +237,7 @@ def test_plain_trl_and_shared_prompts_are_timed_with_one_model(tmp_path):
 # ------------------------------------------------------------------------------------------------ recipes
 
 
+@pytest.mark.slow
 def test_recipes_pass_or_give_their_first_error_in_one_line(tmp_path):
     right = RECIPES / "hh_rlhf_reward.py"
     code = right.read_text()

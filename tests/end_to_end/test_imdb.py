@@ -177,6 +177,7 @@ def pairs(gpt2, classifier, tmp_path_factory):
     return file
 
 
+@pytest.mark.slow
 def test_every_two_texts_make_a_pair_ranked_by_the_classifier(pairs, classifier):
     lines = read(pairs)
     reviews = [" ".join(row["text"].split()) for row in read(REVIEWS)]
@@ -264,6 +265,7 @@ def train(folder, name, *flags):
     return result.stdout, run, losses
 
 
+@pytest.mark.slow
 def test_sft_learns_reviews_whole_and_leaves_a_full_model(gpt2, tmp_path):
     flags = ["--dataset_name", REVIEWS, "--model_name_or_path", gpt2, "--max_length", "160"]
     output, run, losses = train(tmp_path, "sft", *flags)
@@ -280,6 +282,7 @@ def test_sft_learns_reviews_whole_and_leaves_a_full_model(gpt2, tmp_path):
     assert (run / "tokenizer.json").exists()
 
 
+@pytest.mark.slow
 def test_dpo_starts_at_ln_2_and_goes_on_with_the_text(gpt2, pairs, tmp_path):
     flags = ["--dataset_name", pairs, "--model_name_or_path", gpt2, "--learning_rate", "1e-3"]
     _, run, losses = train(tmp_path, "lora", *flags)

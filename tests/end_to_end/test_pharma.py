@@ -127,6 +127,7 @@ def test_the_warning_comes_first_in_the_card_and_in_the_recipe():
 TRAINING = ("--max_steps", "2", "--pairs_per_update", "4", "--eval_pairs", "4", "--max_length", "2048")
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_by_the_command_that_a_user_types(tmp_path, tiny_model):
     command = ("pharma-lora", "--profile", "cpu", "--model_name_or_path", tiny_model)
     result = run_train(*command, *TRAINING, cwd=tmp_path)

@@ -425,6 +425,7 @@ def test_the_dataset_adapter_of_the_example_keeps_and_counts_its_rows(tmp_path):
     assert pairs["train"][0]["chosen"][0]["role"] == "assistant"
 
 
+@pytest.mark.slow
 def test_the_first_command_for_own_data_trains_on_the_rows_above_it(tmp_path, tiny_model):
     """As it is printed, but for the model, which it would download."""
     own = section(RECIPES_README, "Your own data")

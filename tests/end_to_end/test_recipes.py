@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import itertools
 import json
 import math
 import re
@@ -9,7 +10,6 @@ import runpy
 import shlex
 import sys
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -199,7 +199,9 @@ def test_dpo_recipes_differ_in_their_data_model_and_names_alone(name):
     reference, other = ((RECIPES / f"{each}.py").read_text() for each in ("hh_rlhf_lora", name))
     marks = ["\nfrom datasets", "\nRECIPE", "\ndef load_pairs", "\ndef main"]
     cuts = [[*map(text.index, marks), len(text)] for text in (reference, other)]
-    parts = [[text[a:b] for a, b in pairwise(cut)] for text, cut in zip((reference, other), cuts, strict=True)]
+    parts = [
+        [text[a:b] for a, b in itertools.pairwise(cut)] for text, cut in zip((reference, other), cuts, strict=True)
+    ]
     imports, settings, _, main = zip(*parts, strict=True)
     assert main[0] == main[1]
     changed = [line[2:].strip() for line in difflib.ndiff(*(text.splitlines() for text in settings)) if line[0] in "+-"]
@@ -264,10 +266,17 @@ def miniatures(tmp_path_factory):
     return tmp_path_factory.mktemp("miniatures")
 
 
+IN_SHORT = {("hh_rlhf_lora", "gpu"), ("hh_rlhf_reward", "gpu"), ("quickstart_ppo", "gpu")}
+"""Recipes and profiles that `make test` trains; `make test-all` trains all of them."""
+
+
 @pytest.mark.parametrize(
-    "profile", [pytest.param(each, marks=[] if each == "gpu" else pytest.mark.slow) for each in STAND_INS]
+    ("name", "profile"),
+    [
+        pytest.param(*both, marks=[] if both in IN_SHORT else pytest.mark.slow, id="-".join(both))
+        for both in itertools.product(NAMES, STAND_INS)
+    ],
 )
-@pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_trains_under_what_a_profile_for_cards_asks_for(name, profile, tmp_path, miniatures, monkeypatch):
     """By the command that a user types, from data to page; the playground asks four prompts instead of two hundred."""
     few = playground.evaluation_prompts()[:4]
@@ -297,7 +306,9 @@ def test_a_recipe_that_makes_its_own_model_refuses_a_dtype_of_its_own(tmp_path):
     assert "dtype has no effect here: this recipe makes its own model" in result.stderr
 
 
-@pytest.mark.parametrize("name", ON_DATASETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "hh_rlhf_lora" else pytest.mark.slow) for name in ON_DATASETS]
+)
 def test_recipe_trains_and_what_it_saved_is_what_it_trained(name, tmp_path, tiny_model, rows_of):
     dataset = rows_for(name, rows_of)
     result = run_train(
@@ -384,6 +395,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reward_model_reloads_whole_and_scores_as_it_did(kind, tmp_path, tiny_model, rows_of):
     result = run_train(
@@ -429,6 +441,7 @@ def test_a_reward_model_reloads_whole_and_scores_as_it_did(kind, tmp_path, tiny_
     assert "WARNING: The reward model" not in result.stdout
 
 
+@pytest.mark.slow
 def test_a_verifier_that_learned_nothing_is_no_better_than_chance_in_words(tmp_path, tiny_model):
     """A random score head, not trained, on questions whose right solutions look like the wrong ones."""
     rows = [
@@ -473,12 +486,15 @@ def test_a_verifier_that_learned_nothing_is_no_better_than_chance_in_words(tmp_p
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
-        ("hh_rlhf_rloo", []),
-        ("hh_rlhf_rloo", ["--accelerate", "cpu2"]),
-        ("hh_rlhf_ppo", []),
-        ("hh_rlhf_ppo", ["--use_peft", "false", "--sync_ref_model", "true", "--ref_model_sync_steps", "1"]),
+        pytest.param("hh_rlhf_rloo", [], id="RLOO"),
+        pytest.param("hh_rlhf_rloo", ["--accelerate", "cpu2"], id="RLOO, two processes", marks=pytest.mark.slow),
+        pytest.param("hh_rlhf_ppo", [], id="PPO", marks=pytest.mark.slow),
+        pytest.param(
+            *("hh_rlhf_ppo", ["--use_peft", "false", "--sync_ref_model", "true", "--ref_model_sync_steps", "1"]),
+            id="PPO, all weights, moving reference",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["RLOO", "RLOO, two processes", "PPO", "PPO, all weights, moving reference"],
 )
 def test_an_online_recipe_trains_and_leaves_a_policy_alone(
     name, flags, tmp_path, tiny_model, reward_model, hh_rows, dpo_recipes
@@ -541,6 +557,7 @@ def test_a_reward_model_that_is_none_is_refused_before_anything_is_loaded(tmp_pa
     assert "Loading weights" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_reward_model_that_learned_nothing_is_no_success(tmp_path, tiny_model, rows_of):
     result = run_train(
         *("hh-rlhf-reward", "--profile", "cpu", "--dataset_name", rows_of["hh"]),
@@ -566,6 +583,7 @@ def starts_dpo(run, folder, hh_rows):
     assert done["start_hash"] != json.loads((run / "done.json").read_text())["start_hash"]
 
 
+@pytest.mark.slow
 def test_a_copied_recipe_runs_from_another_folder_by_plain_python(tmp_path, tiny_model, hh_rows, dpo_recipes):
     copied = run_command(dpo_recipes, "copy", "hh-rlhf-lora", cwd=tmp_path)
     assert copied.returncode == 0, copied.stderr
@@ -617,6 +635,7 @@ def test_the_hint_after_a_mistyped_flag_is_a_command_that_lists_the_settings(tmp
     assert "--help" not in refused.stderr, "there is no file whose settings could be listed"
 
 
+@pytest.mark.slow
 def test_columns_are_renamed_from_the_command_line(tmp_path, tiny_model, rows_of):
     text = Path(rows_of["hh"]).read_text().replace('"chosen"', '"good"').replace('"rejected"', '"bad"')
     (tmp_path / "rows.jsonl").write_text(text)

@@ -64,6 +64,7 @@ def start(command, cwd, log):
         return subprocess.Popen(command, cwd=cwd, stdout=stream, stderr=subprocess.STDOUT, env=environment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -116,6 +117,7 @@ def test_a_killed_run_resumes_bit_identically(name, flags, tmp_path):
     assert history(tmp_path / "killed") == history(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epochs", "updates"), [("0.6", 5), pytest.param("1.5", 12, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("phase", ["training", "report"])
 def test_a_run_of_a_part_of_an_epoch_resumes_to_the_same_weights(epochs, updates, phase, flags, tmp_path):
@@ -143,6 +145,7 @@ def test_a_run_of_a_part_of_an_epoch_resumes_to_the_same_weights(epochs, updates
         (tmp_path / "killed" / "done.json").unlink()  # as if killed again while the report was written
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_neither_trained_again_nor_changed(tmp_path, tiny_model, hh_rows):
     call = ["hh_rlhf_lora", "--profile", "cpu", "--dataset_name", hh_rows, "--model_name_or_path", tiny_model]
     call += ["--output_dir", "run", "--pairs_per_update", "4", "--eval_pairs", "2", "--max_steps", "1"]
@@ -165,6 +168,7 @@ def test_a_finished_run_is_neither_trained_again_nor_changed(tmp_path, tiny_mode
     assert "Removed the earlier run in run: " in replaced.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_interrupt_saves_and_exits_with_its_status(number, status, tmp_path, tiny_model, hh_rows, dpo_recipes):
     command = [dpo_recipes, "train", "hh-rlhf-lora", "--profile", "cpu", "--dataset_name", hh_rows]

@@ -46,6 +46,7 @@ def read_until(pattern, stream, seconds=120):
             said += more
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_ends_the_run_with_a_checkpoint(command, tmp_path):
     master, slave = pty.openpty()
     streams = dict(stdin=slave, stdout=slave, stderr=slave)
@@ -63,6 +64,7 @@ def test_a_closed_terminal_ends_the_run_with_a_checkpoint(command, tmp_path):
     assert not (tmp_path / "run" / "done.json").exists()
 
 
+@pytest.mark.slow
 def test_a_recipe_run_by_hand_saves_when_its_terminal_is_closed(tmp_path, tiny_model, hh_rows):
     recipe = RECIPES / "hh_rlhf_lora.py"
     call = [
@@ -89,6 +91,7 @@ def test_a_recipe_run_by_hand_saves_when_its_terminal_is_closed(tmp_path, tiny_m
     assert len([*(tmp_path / "run").glob("checkpoint-*")]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["a pipe that nobody reads", "a full disk"])
 def test_output_that_cannot_be_written_stops_nothing(where, command, tmp_path):
     more = ["--max_steps", "2"]
@@ -113,6 +116,7 @@ NONE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NONE)
 def test_a_recipe_without_held_out_pairs_is_trained_and_saved(kind, tmp_path, tiny_model, hh_rows):
     text = (RECIPES / "hh_rlhf_lora.py").read_text()

@@ -175,6 +175,7 @@ def test_a_recipe_is_evaluated_by_what_its_run_was_trained_on(call, run, rows, t
     }
 
 
+@pytest.mark.slow
 def test_the_same_call_goes_on_and_says_the_same(call, run, tiny_model, monkeypatch, capsys):
     assert call(run, "--prompts", "8", "--output_dir", "one") == 0
     first = capsys.readouterr()
@@ -188,6 +189,7 @@ def test_the_same_call_goes_on_and_says_the_same(call, run, tiny_model, monkeypa
     assert results[0] | {"made": 0} == results[1] | {"made": 0}
 
 
+@pytest.mark.slow
 def test_a_start_that_was_trained_again_is_asked_again(call, run, tiny_model, tmp_path, capsys):
     start, flags = tmp_path / "start", ("--prompts", "4", "--output_dir", "out", "--base", str(tmp_path / "start"))
     shutil.copytree(tiny_model, start)
@@ -200,6 +202,7 @@ def test_a_start_that_was_trained_again_is_asked_again(call, run, tiny_model, tm
     assert "Answers of after, 2 of 2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_others_wrote_into_the_card_stays(call, run):
     shutil.copytree(run, "mine", ignore=shutil.ignore_patterns("eval*"))
     Path("mine/README.md").write_text("# mine\n\n## Evaluation\n\nBy hand.\n")
@@ -212,6 +215,7 @@ def test_what_others_wrote_into_the_card_stays(call, run):
     assert (card.count("nobody judged"), card.count("## License")) == (1, 2)
 
 
+@pytest.mark.slow
 def test_numbers_that_are_none_are_said_and_make_no_number(call, run, tiny_model, tmp_path, capsys):
     (tmp_path / "odd.py").write_text(
         "def score(prompt, answer):\n"
@@ -277,6 +281,7 @@ def test_a_place_that_cannot_be_written_is_found_before_answers_are_made(call, r
     assert "Answers of" not in said.out
 
 
+@pytest.mark.slow
 def test_beta_is_the_runs_or_the_one_that_is_given(call, run):
     for flags, beta in (((), 0.5), (("--beta", "0.01"), 0.01)):
         assert call(run, *flags, "--prompts", "4", "--output_dir", "out") == 0
@@ -300,6 +305,7 @@ def test_a_full_model_a_reward_model_and_hostile_answers(call, tiny_model, rewar
     assert results["hashes"]["before"] != results["hashes"]["after"]
 
 
+@pytest.mark.slow
 def test_an_endpoint_judges_by_the_command_and_is_asked_once(call, run, monkeypatch, capsys):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with Server() as server:
@@ -411,6 +417,7 @@ def test_all_rows_of_a_file_of_ones_own_are_held_out(trained, kind, tmp_path):
     assert (results["pairs"], results["warnings"]) == (40, [])
 
 
+@pytest.mark.slow
 def test_prompts_that_the_run_was_trained_on_are_named_by_their_lines(trained, tmp_path):
     run, rows = trained
     new = [row | {"prompt": f"A new {row['prompt']}"} for row in rows[:3]]
@@ -424,6 +431,7 @@ def test_prompts_that_the_run_was_trained_on_are_named_by_their_lines(trained, t
     assert f"trained on the prompts of {40 - held_out} of 43 held-out pairs: {file}, line " in warning
 
 
+@pytest.mark.slow
 def test_the_data_of_the_run_is_split_as_the_run_has_split_it(trained):
     run, rows = trained
     file = run.parent / "pairs.jsonl"

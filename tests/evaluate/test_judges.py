@@ -145,6 +145,7 @@ def test_an_endpoint_that_falls_silent_is_asked_no_more_and_its_replies_count(se
     assert "It is asked no more" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["hang", "drip"])
 def test_ctrl_c_ends_the_judging_and_keeps_the_replies(serve, fault, tmp_path):
     server, cache = serve(), tmp_path / "cache.jsonl"

@@ -101,6 +101,7 @@ def test_a_healthy_run_raises_nothing_and_says_what_was_looked_at(start, tmp_pat
     assert held["probes"][0]["probe/ended"] == 1
 
 
+@pytest.mark.slow
 def test_nothing_of_training_changes(start, tmp_path):
     """Probes, with LoRA's dropout drawing random numbers after each: the weights are those without, bit for bit."""
     weights = []
@@ -185,11 +186,13 @@ def test_stop_drops_the_broken_update(start, tmp_path, found):
 # What goes wrong with the data
 
 
+@pytest.mark.slow
 def test_shuffled_labels_are_no_signal(start, tmp_path, found):
     broken = found(dpo(start, tmp_path, shuffle_labels(write_pairs(320)), max_steps=28, eval_steps=28))
     assert set(broken) == {"no_signal"}
 
 
+@pytest.mark.slow
 def test_a_mark_of_few_training_pairs_that_misleads_elsewhere_is_overfitting(start, tmp_path, found):
     """In training the chosen answer begins with junk, held out the rejected one."""
     sides = {"chosen": lambda thing, rng: f"junk {answer(thing, rng.random() < 0.5, rng)}"}
@@ -200,6 +203,7 @@ def test_a_mark_of_few_training_pairs_that_misleads_elsewhere_is_overfitting(sta
     assert "overfitting" in found(trainer)
 
 
+@pytest.mark.slow
 def test_a_word_that_begins_every_chosen_answer_is_a_leak(start, tmp_path, found):
     sides = dict(chosen=lambda thing, rng: "junk " + answer(thing, rng.random() < 0.5, rng))
     sides["rejected"] = lambda thing, rng: answer(thing, rng.random() < 0.5, rng)
@@ -207,6 +211,7 @@ def test_a_word_that_begins_every_chosen_answer_is_a_leak(start, tmp_path, found
     assert "'first_word' alone has 1.000" in broken["leak"].sign
 
 
+@pytest.mark.slow
 def test_longer_chosen_answers_make_answers_longer(start, tmp_path, found):
     sides = {
         side: (lambda *both, n=n: answer(both[0], True, both[1], n)) for side, n in (("chosen", 8), ("rejected", 1))
@@ -235,6 +240,7 @@ def test_a_wrong_reference_is_named(start, tmp_path, found):
     assert "ln 2" in broken["wrong_reference"].sign
 
 
+@pytest.mark.slow
 def test_a_reward_that_can_be_hacked_is(ppo, found):
     """The reward counts one word; a judge of weight 0 wants different ones."""
 
@@ -389,6 +395,7 @@ def test_pairs_of_images_and_a_beta_of_zero_are_no_obstacle(start, tmp_path, fou
 # Stopping, resuming, reporting
 
 
+@pytest.mark.slow
 def test_stop_keeps_the_last_good_checkpoint_and_names_it(start, tmp_path, found):
     """A part of the data has its columns the wrong way round, after one that is learned in 25 updates."""
     clean, other = write_pairs(400), write_pairs(160, seed=3)
@@ -409,6 +416,7 @@ def test_stop_keeps_the_last_good_checkpoint_and_names_it(start, tmp_path, found
     assert incomplete_reason(tmp_path / good) is None
 
 
+@pytest.mark.slow
 def test_without_a_look_after_it_no_checkpoint_is_proven_and_training_can_begin_again(start, tmp_path, found):
     settings = dict(save_strategy="steps", save_steps=2, logging_steps=100, eval_strategy="no", max_steps=12)
     trainer = dpo(start, tmp_path, write_pairs(64), **settings)
@@ -431,6 +439,7 @@ def test_without_a_look_after_it_no_checkpoint_is_proven_and_training_can_begin_
     assert not torch.equal(before, weight)
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_in_nan_says_so_and_can_be_looked_at(tmp_path, tiny_model, hh_rows):
     result = run_train(
         *("hh-rlhf-full", "--profile", "cpu", "--dataset_name", hh_rows, "--model_name_or_path", tiny_model),
@@ -445,6 +454,7 @@ def test_a_run_that_ends_in_nan_says_so_and_can_be_looked_at(tmp_path, tiny_mode
     assert not (tmp_path / "run" / "done.json").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_remembers_what_was_found(start, tmp_path, found):
     settings = dict(learning_rate=1e-2, save_strategy="steps", save_steps=10, eval_steps=10, warmup_steps=0)
     before = found(dpo(start, tmp_path, write_pairs(160), max_steps=10, **settings))
@@ -457,6 +467,7 @@ def test_a_resumed_run_remembers_what_was_found(start, tmp_path, found):
     assert sum(probe["step"] == 0 for probe in json.loads((tmp_path / "health.json").read_text())["probes"]) == 1
 
 
+@pytest.mark.slow
 def test_wandb_gets_an_alert(start, tmp_path, found, monkeypatch):
     import wandb
 

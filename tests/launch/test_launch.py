@@ -326,6 +326,7 @@ def test_processes_that_stand_still_are_ended_with_a_word_on_each(start: Callabl
     assert not any(map(_alive, pids))
 
 
+@pytest.mark.slow
 def test_one_process_may_stand_still(start: Callable, folder: Path) -> None:
     process = start("stand-in", "--sleep", DPO_RECIPES_HANG="1")
     pid = json.loads(_wait_for(folder / "started"))["pid"]
@@ -334,6 +335,7 @@ def test_one_process_may_stand_still(start: Callable, folder: Path) -> None:
     assert process.poll() is None
 
 
+@pytest.mark.slow
 def test_a_message_of_another_rank_than_0_is_shown(start: Callable, folder: Path) -> None:
     script = folder / "recipes" / "one_fails.py"
     script.write_text(
@@ -359,6 +361,7 @@ def test_exit_status_of_two_processes(start: Callable, status: int) -> None:
     assert process.returncode == status, output
 
 
+@pytest.mark.slow
 def test_accelerate_gathers_over_gloo(start: Callable, folder: Path) -> None:
     script = folder / "recipes" / "gathers.py"
     script.write_text(

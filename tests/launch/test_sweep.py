@@ -184,6 +184,7 @@ def test_every_measure_is_found_where_a_run_writes_it():
     assert list(sweep._measures(metrics).values()) == [0.5, 0.9, 0.8, 1.5, 0.9, 0.9, 3.0]
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_whole_sweep(folder, dpo_recipes):
     Path("wait").touch()
     command = [dpo_recipes, "train", "stand_in", "--profile", "cpu", "--sweep", "beta=0.1,0.2"]

@@ -198,6 +198,7 @@ def terminal(run, start, tmp_path, dpo_recipes):
     os.close(opened.keys)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_one_answer_and_ctrl_d_the_session(terminal):
     terminal.wait_for("\n> ")
     terminal.type("Hello?\n")
@@ -212,6 +213,7 @@ def test_ctrl_c_ends_one_answer_and_ctrl_d_the_session(terminal):
     assert terminal.process.wait(timeout=60) == 0
 
 
+@pytest.mark.slow
 def test_an_empty_line_ends_the_session(terminal):
     terminal.wait_for("\n> ")
     terminal.type("\n")

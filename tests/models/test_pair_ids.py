@@ -167,6 +167,7 @@ def in_parts(row):
 # Identical ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda file: file.stem)
 def test_every_chat_template_of_trl_gives_the_same_ids(template, rows, texts):
     tokenizer = byte_tokenizer(texts[:200], markers(template.read_text()) | {"<|im_start|>", "<|im_end|>"})

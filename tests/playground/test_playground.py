@@ -290,6 +290,7 @@ def test_evaluation_asks_what_no_pair_ever_asked():
     assert {phrasing for _, phrasing in trained} == set(range(len(PHRASINGS)))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_pairs_in_every_process():
     code = (
         "import json; from dpo_recipes.playground import *; "

@@ -347,6 +347,7 @@ def test_the_critic_assigns_credit_over_two_steps(build):
     assert sum(count for count, _ in with_critic) < 0.7 * sum(count for count, _ in without)
 
 
+@pytest.mark.slow
 def test_a_large_beta_holds_the_policy_at_the_reference(build):
     kl = {}
     for beta in (0.0, 20.0):
@@ -595,6 +596,7 @@ print("both have the same weights", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(start, tmp_path):
     """Two processes have the gradient of one process with both batches, and their weights stay equal."""
     script = tmp_path / "script.py"

@@ -562,6 +562,7 @@ def test_a_wrong_call_ends_with_status_2(words, message, here, no_weights, hh_ro
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_a_user_types_runs_and_training_prints_the_same_account(tmp_path, tiny_model, hh_rows, dpo_recipes):
     flags = ["--profile", "cpu", "--dataset_name", hh_rows, "--model_name_or_path", tiny_model]
     result = run_command(dpo_recipes, "inspect", "hh-rlhf-lora", *flags, cwd=tmp_path)

@@ -113,6 +113,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, tiny_model, hh_r
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_number_estimates_the_time_and_keeps_nothing(tmp_path, tiny_model, hh_rows):
     flags = ["--model_name_or_path", tiny_model, "--pairs_per_update", "4", "--eval_pairs", "4", "--output_dir", "run"]
     result = run_train(
@@ -130,6 +131,7 @@ def test_a_dry_run_of_a_number_estimates_the_time_and_keeps_nothing(tmp_path, ti
     assert "Give true, false, or the number of updates to time" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_dry_run_plans_the_stage_before_without_training_it(tmp_path):
     result = run_train("quickstart", "--profile", "cpu", "--dry_run", "true", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -139,6 +141,7 @@ def test_a_dry_run_plans_the_stage_before_without_training_it(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_ppo_plans_both_stages_before_it_once_each(tmp_path):
     result = run_train("quickstart-ppo", "--profile", "cpu", "--dry_run", "true", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -164,6 +164,7 @@ def test_plain_text_pairs_are_measured_with_their_eos_and_never_cut(tokenizer, t
     assert_trl_takes_all(pairs["train"], tokenizer, 20)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DATA is None, reason="DPO_RECIPES_DATA names no folder of real data")
 def test_dpo_trainer_takes_every_real_pair_that_the_preflight_kept(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(Path(DATA or "").parent / "models" / "tinytalk-3m")

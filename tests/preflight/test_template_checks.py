@@ -225,6 +225,7 @@ def test_columns_of_the_datas_own_drop_no_pair(tokenizer):
 # Tokenizers of real models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATTERNS)
 def test_the_checks_know_the_templates_and_control_tokens_of_real_models(name, real):
     tokenizer = real(name)
@@ -247,6 +248,7 @@ def test_the_checks_know_the_templates_and_control_tokens_of_real_models(name, r
     assert [control in tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts] == [True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATTERNS)
 def test_tools_and_calls_reach_the_tokens_that_trl_makes(name, real):
     tokenizer = real(name)

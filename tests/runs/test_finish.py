@@ -64,6 +64,7 @@ def trained(name, *flags, cwd, profile, dataset, model):
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rate", "kept"),
     [
@@ -131,6 +132,7 @@ LATER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", LATER)
 def test_a_failure_after_training_loses_nothing_of_it(part, tmp_path, tiny_model, hh_rows, monkeypatch):
     monkeypatch.setattr(runs, part, fail)
@@ -149,6 +151,7 @@ def test_a_failure_after_training_loses_nothing_of_it(part, tmp_path, tiny_model
     assert not [file for file in run.iterdir() if file.name.startswith((".merged", ".report"))]
 
 
+@pytest.mark.slow
 def test_curves_card_and_page_are_made_again_from_the_run_s_files(tmp_path, tiny_model, hh_rows):
     trained("hh-rlhf-lora", cwd=tmp_path, profile="cpu", dataset=hh_rows, model=tiny_model)
     run = tmp_path / "outputs" / "hh_rlhf_lora"

@@ -65,6 +65,7 @@ def test_peak_memory_is_that_of_the_process_itself():
     assert peak_memory() > len(held)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "weight", "value"),
     [

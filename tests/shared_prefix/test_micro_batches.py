@@ -119,6 +119,7 @@ def test_no_more_tokens_than_the_budget_go_through_the_model_at_a_time(shares, t
 # Equality
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shares", "method", "dtype"),
     [
@@ -241,6 +242,7 @@ def dropping(budget, folder, monkeypatch, **given):
     return build(SharedPrefixDPOTrainer, model, "LoRA", folder, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [4, 7], ids=["reference", "policy"])  # the guard on the reference model calls twice
 def test_an_update_without_memory_is_repeated_with_half_of_the_estimated_budget(call, tmp_path, monkeypatch, caplog):
     half = dropping(BUDGET, tmp_path, monkeypatch)

@@ -154,6 +154,7 @@ def test_logits_are_plain_trls_where_they_are_asked_for(tmp_path):
     assert results[0][0].item() == pytest.approx(results[1][0].item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_random_lengths(tmp_path):
     both = trainers(tiny("qwen2", dtype=DOUBLE), "LoRA", tmp_path)
     length = st.integers(1, 40)
@@ -255,6 +256,7 @@ def losses_of(trainer):
 RUN = dict(logging_steps=1, save_strategy="no", max_grad_norm=0.0, lr_scheduler_type="constant", learning_rate=1e-3)
 
 
+@pytest.mark.slow
 def test_a_reference_that_follows_the_policy(tmp_path):
     settings = RUN | dict(sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.5, max_steps=8)
     both = trainers(tiny("llama"), "full", tmp_path, **settings)
