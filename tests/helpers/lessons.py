@@ -43,6 +43,7 @@ def clean(notebook: NotebookNode) -> NotebookNode:
                 continue
             if output.output_type == "stream":
                 output.text = re.sub(r"/\S*/(?=recipes/)", "", output.text)
+                output.text = re.sub(r"/\S*python\S* -m dpo_recipes", "dpo-recipes", output.text)
             if output.output_type == "stream" and kept and kept[-1].output_type == "stream":
                 kept[-1].text += output.text
                 continue
