@@ -187,7 +187,7 @@ def test_dpo_from_a_recipe_runs_and_makes_the_chatbot_safer(executed):
 def test_dpo_against_ppo_runs_and_leaves_a_report(executed):
     folder = executed(NOTEBOOKS[1]) / "outputs/compare/quickstart"
     results = json.loads((folder / "results.json").read_text())
-    assert [model["algorithm"] for model in results["models"]] == ["sft", "dpo", "ppo"]
+    assert [model["algorithm"] for model in results["models"]] == ["sft", "dpo", "rounds", "ppo"]
     assert results["failed"] == []
     assert all(check["held"] for check in results["fairness"]), results["fairness"]
     assert {"report.html", "reward_kl.svg", "two_rewards.svg"} <= {path.name for path in folder.iterdir()}
