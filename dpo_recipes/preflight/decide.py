@@ -53,6 +53,8 @@ def decide(
     settings = script_args.settings
     left = [key for key in ("activation_checkpointing", "tokens_per_step") if settings.get(key) == "auto"]
     if not left:
+        for key, value in getattr(script_args, "decided", {}).items():  # for an earlier round of the same run
+            setattr(training_args, key, value)
         return ""
     if training_args.resume_from_checkpoint:
         held = read_json(Path(training_args.output_dir) / SETTINGS_FILE)
@@ -129,7 +131,7 @@ def choose(
 
 def row_lengths(rows: Dataset, settings: Mapping[str, Any], task: str) -> dict[str, int]:
     """Tokens of the longest sequence and of the longest pair, as it goes through the model; empty for prompts."""
-    if task not in ("preference", "reward"):
+    if task not in ("preference", "reward") or "chosen_tokens" not in rows.column_names:
         return {}
     prompt, chosen, rejected = (np.array(rows[f"{side}_tokens"][:]) for side in ("prompt", "chosen", "rejected"))
     longest = int((prompt + np.maximum(chosen, rejected)).max())
@@ -147,9 +149,9 @@ def this_machine(training_args: Any) -> tuple[str, int]:
 
 def _set(script_args: Any, training_args: Any, checkpointing: bool, budget: int | None) -> None:
     """Puts the decision into the arguments and the settings."""
-    names = dict.fromkeys(("activation_checkpointing", "gradient_checkpointing"), checkpointing)
-    for key, value in names.items():
+    decided = dict.fromkeys(("activation_checkpointing", "gradient_checkpointing"), checkpointing)
+    script_args.settings |= {**decided, "tokens_per_step": budget}
+    decided |= {"tokens_per_step": budget, "budget_is_estimated": script_args.tokens_per_step == "auto"}
+    script_args.decided, script_args.tokens_per_step = decided, budget
+    for key, value in decided.items():
         setattr(training_args, key, value)
-    training_args.budget_is_estimated = script_args.tokens_per_step == "auto"
-    training_args.tokens_per_step = script_args.tokens_per_step = budget
-    script_args.settings |= {**names, "tokens_per_step": budget}
