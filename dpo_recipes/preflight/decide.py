@@ -149,7 +149,7 @@ def this_machine(training_args: Any) -> tuple[str, int]:
 
 def _set(script_args: Any, training_args: Any, checkpointing: bool, budget: int | None) -> None:
     """Puts the decision into the arguments and the settings."""
-    decided = dict.fromkeys(("activation_checkpointing", "gradient_checkpointing"), checkpointing)
+    decided: dict[str, Any] = dict.fromkeys(("activation_checkpointing", "gradient_checkpointing"), checkpointing)
     script_args.settings |= {**decided, "tokens_per_step": budget}
     decided |= {"tokens_per_step": budget, "budget_is_estimated": script_args.tokens_per_step == "auto"}
     script_args.decided, script_args.tokens_per_step = decided, budget

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from commands import RECIPES, run_train
@@ -81,6 +82,14 @@ def test_a_decision_is_in_the_arguments_and_in_the_settings(decided, tiny_model)
     assert (script_args.settings["activation_checkpointing"], args.activation_checkpointing) == (True, True)
     assert not args.budget_is_estimated
     assert decided(8, activation_checkpointing=True)[0] == ""
+
+
+def test_the_next_round_of_a_run_takes_what_the_first_one_decided(decided, tiny_model):
+    _, script_args, first = decided(16, tokens_per_step="auto")
+    later = SimpleNamespace(activation_checkpointing=True, gradient_checkpointing=True, tokens_per_step="auto")
+    assert decide(script_args, later, None, name=str(tiny_model), task="preference") == ""
+    assert vars(later) == {name: getattr(first, name) for name in vars(later)}
+    assert later.budget_is_estimated
 
 
 def test_a_resumed_run_keeps_what_was_decided(decided, tmp_path):
