@@ -109,7 +109,7 @@ def _completion(parser: Parser, shell: str) -> str:
 
 
 def _words_or_files(name: str, command: str) -> dict[str, Any]:
-    """What shtab needs to complete the words that a command prints, and files."""
+    """Returns what shtab takes as the completion of an argument: the words that a command prints, and files."""
     name = f"_dpo_recipes_{name}"
     functions = {
         "bash": f'{name}() {{ compgen -W "$({command})" -- "$1"; compgen -f -- "$1"; }}\n',

@@ -1,4 +1,4 @@
-"""What every recipe shares: its settings and its tokenizer."""
+"""Reads the settings of a recipe and loads its tokenizer."""
 
 import os
 import re

@@ -158,7 +158,7 @@ def _headline(models: Mapping[str, Mapping[str, Any]], pairs: Sequence[Mapping[s
 
 
 def _ranking(pairs: Sequence[Mapping[str, Any]]) -> str:
-    """Who is better than whom, as far as the corrected intervals say."""
+    """Says which contender is better than which other one, as far as the corrected p-values show it."""
     over, open_ = [], []
     for pair in pairs:
         names = [pair[side].partition(", beta ")[0] for side in ("one", "other")]

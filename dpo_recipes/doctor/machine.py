@@ -92,7 +92,7 @@ def look_at_machine(launch: Launch) -> Part:
 
 
 def _what_fits(profile: Mapping[str, Any], size: int) -> str:
-    """What the memory estimate decides for hh-rlhf-lora under this profile, on a device with so many bytes."""
+    """Says what the memory estimate decides for hh-rlhf-lora under this profile, on a device of `size` bytes."""
     from transformers import AutoConfig
 
     from dpo_recipes.preflight.decide import fit

@@ -180,7 +180,7 @@ _OTHER = (
 
 
 def _what() -> str:
-    """What this machine trains: the launcher's hash of it, and the versions of libraries."""
+    """Returns the launcher's hash of what this machine trains, and the versions of its libraries."""
     return " ".join([os.environ.get("DPO_RECIPES_REQUEST", ""), *(f"{name} {version(name)}" for name in SAME)])
 
 

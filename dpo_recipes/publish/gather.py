@@ -40,7 +40,7 @@ UNSPEAKING = r"(tokenizer|vocab|added_tokens)\.json|merges\.txt|.*\.model"
 
 @dataclass
 class Publication:
-    """What is to be published: the files by their names at the Hub, and what speaks against that."""
+    """Collects the files to publish, by their names at the Hub, and the reasons against publishing them."""
 
     hub_id: str
     run: Path  # holds the record of the training

@@ -1,4 +1,4 @@
-"""What a voter sees next and what a click means. All of it follows from the votes on disk."""
+"""Finds the pair that a voter sees next, and keeps what a click means. Both follow from the votes on disk."""
 
 import hashlib
 import html

@@ -1,4 +1,4 @@
-"""What the votes say: a win rate with its interval, the agreement of the voters, and pairs for a next round."""
+"""Makes a result of the votes: a win rate with its interval, the voters' agreement, pairs for a next round."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
