@@ -40,7 +40,7 @@ UNSPEAKING = r"(tokenizer|vocab|added_tokens)\.json|merges\.txt|.*\.model"
 
 @dataclass
 class Publication:
-    """Collects the files to publish, by their names at the Hub, and the reasons against publishing them."""
+    """The files to publish, by their names at the Hub, and the reasons against publishing them."""
 
     hub_id: str
     run: Path  # holds the record of the training
