@@ -6,9 +6,9 @@ from typing import Any
 
 from dpo_recipes.flags import add_sampling, add_trust, at_least, given
 from dpo_recipes.machine import set_environment
+from dpo_recipes.sample.command import DATASET_FLAGS
 
 PASSWORD = "DPO_RECIPES_VOTE_PASSWORD"
-DATASET_FLAGS = ("dataset_name", "dataset_config", "dataset_train_split", "columns")
 
 
 def add_parser(commands: Any) -> None:
