@@ -456,6 +456,7 @@ def test_own_rows_train_as_described_and_leave_what_is_listed(tmp_path, tiny_mod
     }
     left = {re.sub(r"^checkpoint-\d+$", "checkpoint-*", path.name) for path in (tmp_path / "outputs/mine").iterdir()}
     of_others = {"model.safetensors", "config.json", "generation_config.json", "critic.safetensors"}
+    of_others |= {"round-1", "round-2", "log.json"}
     assert left == listed - of_others
     samples = [json.loads(line) for line in (tmp_path / "outputs/mine/samples.jsonl").read_text().splitlines()]
     assert '"ended": true' in section(ERRORS, "Common errors")
