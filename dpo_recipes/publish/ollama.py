@@ -2,18 +2,18 @@
 
 import json
 import re
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
 
 from dpo_recipes.errors import RecipeError
 
 Messages = Sequence[Mapping[str, str]]
-Nodes = list[tuple[Any, ...]]
-"""Parts of a template: ("text", t), ("show", words), ("set", name, words), ("if" or "range", head, nodes, others)."""
-WORD = re.compile(r'"(?:\\.|[^"\\])*"|`[^`]*`|\$?[\w.]+|\$|:=|[=()|,]|\S')
+WORD = re.compile(r'"(?:\\.|[^"\\])*"|`[^`]*`|-?\d+|\$?[\w.]+|\$|:=|[=()|,]|\S')
 FUNCTIONS = {
     "eq": lambda one, *others: any(one == other for other in others),
     "ne": lambda one, other: one != other,
@@ -28,17 +28,12 @@ FUNCTIONS = {
     "slice": lambda values, start=0, end=None: values[start:end],
     "index": lambda values, at: values[at],
     "json": json.dumps,
-    "true": True,
-    "false": False,
 }
-
-
-class _Next(Exception):
-    """Ends one pass of a `range`."""
-
-
-class _Cut(Exception):
-    """Ends the rendering where the model's answer begins."""
+JINJA = SandboxedEnvironment(
+    undefined=StrictUndefined,
+    extensions=["jinja2.ext.loopcontrols"],
+    finalize=lambda value: str(value).lower() if isinstance(value, bool) else value,
+)
 
 
 @dataclass
@@ -76,148 +71,104 @@ def render(modelfile: Modelfile, messages: Messages) -> str:
     """
     try:
         return _render(modelfile, messages)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
         raise RecipeError(f"The TEMPLATE of the Modelfile cannot be rendered: {error}.") from error
 
 
 def _render(modelfile: Modelfile, messages: Messages) -> str:
-    nodes = _parse(modelfile.template)
+    template = modelfile.template
     if modelfile.system and not any(message["role"] == "system" for message in messages):
         messages = [{"role": "system", "content": modelfile.system}, *messages]
-    turns = [{"Role": message["role"], "Content": message["content"]} for message in messages]
-    system = "\n\n".join(turn["Content"] for turn in turns if turn["Role"] == "system")
-    if ".Messages" in modelfile.template:
-        return "".join(_fill(nodes, {"System": system, "Messages": turns, "Response": ""}))
-    written, now = "", {"System": "", "Prompt": "", "Response": ""}
-    names = {"system": "System", "user": "Prompt", "assistant": "Response"}
-    for turn in turns:
-        name = names[turn["Role"]]
+    if ".Messages" in template:
+        turns = [defaultdict(str, Role=message["role"], Content=message["content"]) for message in messages]
+        system = "\n\n".join(turn["Content"] for turn in turns if turn["Role"] == "system")
+        return _fill(template, defaultdict(str, System=system, Messages=turns))
+    written, now = "", defaultdict[str, str](str)
+    for message in messages:
+        name = {"system": "System", "user": "Prompt", "assistant": "Response"}[message["role"]]
         if now["Response"] or (name == "System" and now["Prompt"]):
-            written += "".join(_fill(nodes, now))
-            now = {"System": "", "Prompt": "", "Response": ""}
-        now[name] = turn["Content"]
-    parts: list[str] = []
-    with suppress(_Cut):
-        _fill(nodes, now | {"Response": _Cut}, parts)
-    return written + "".join(parts)
+            written += _fill(template, now)
+            now.clear()
+        now[name] = message["content"]
+    return written + _fill(template, now, cut=True)
 
 
-def _parse(template: str) -> Nodes:
-    """The nodes of a template; white space beside `{{-` and `-}}` is removed."""
-    template = re.sub(r"\{\{/\*.*?\*/\}\}", "", template, flags=re.S)
+def _fill(template: str, root: defaultdict[str, Any], *, cut: bool = False) -> str:
+    return JINJA.from_string(_as_jinja(template, cut=cut)).render(root=root, dot=root, go=FUNCTIONS, unknown=_unknown)
+
+
+def _unknown(word: str) -> None:
+    raise ValueError(f"{word} is not known here")
+
+
+def _as_jinja(template: str, *, cut: bool) -> str:
+    """Translates a template to Jinja's language; with `cut` it ends before the first mention of `.Response`.
+
+    The dot of Go becomes the variable `dot`, `$` becomes `root`, and `$name` becomes `v.name`.
+    """
     template = re.sub(r"\s*\{\{-(?=\s)", "{{", template)
     template = re.sub(r"(?<=\s)-\}\}\s*", "}}", template)
-    parts = deque(enumerate(re.split(r"\{\{(.*?)\}\}", template, flags=re.S)))
-    nodes, _ = _block(parts)
-    return nodes
-
-
-def _block(parts: deque[tuple[int, str]]) -> tuple[Nodes, list[str]]:
-    """Nodes up to the `else` or `end` that closes them, and the words of that action."""
-    nodes: Nodes = []
-    while parts:
-        number, part = parts.popleft()
+    template = re.sub(r"\{\{\s*/\*.*?\*/\s*\}\}", "", template, flags=re.S)
+    opened: list[str] = []
+    written = ["{% set v = namespace() %}"]
+    for number, part in enumerate(re.split(r"\{\{(.*?)\}\}", template, flags=re.S)):
         words = WORD.findall(part)
-        if number % 2 == 0:
-            nodes.append(("text", part))
-        elif words[0] in ("else", "end"):
-            return nodes, words
-        elif words[0] in ("if", "range"):
-            nodes.append(_branch(words, parts))
-        elif len(words) > 2 and words[0].startswith("$") and words[1] in (":=", "="):
-            nodes.append(("set", words[0], words[2:]))
-        else:
-            nodes.append(("show", words))
-    return nodes, ["end"]
+        if number % 2 and cut and ".Response" in words:
+            break
+        written.append(_action(words, opened) if number % 2 else f"{{{{ {part!r} }}}}")
+    return "".join([*written, *(f"{{% end{block} %}}" for block in reversed(opened))])
 
 
-def _branch(words: list[str], parts: deque[tuple[int, str]]) -> tuple[Any, ...]:
-    inner, closed = _block(parts)
-    others: Nodes = []
-    if closed[:2] == ["else", "if"]:
-        others = [_branch(closed[1:], parts)]
-    elif closed == ["else"]:
-        others, _ = _block(parts)
-    return words[0], words[1:], inner, others
+def _action(words: list[str], opened: list[str]) -> str:
+    """Translates the words between two pairs of braces; `opened` holds the blocks that were not ended before."""
+    match words:
+        case ["end"]:
+            return f"{{% end{opened.pop()} %}}"
+        case ["else" | "continue" | "break" as word]:
+            return f"{{% {word} %}}"
+        case ["else", "if", *condition]:
+            return f"{{% elif {_pipeline(deque(condition))} %}}"
+        case ["if", *condition]:
+            opened.append("if")
+            return f"{{% if {_pipeline(deque(condition))} %}}"
+        case ["range", number, ",", value, ":=", *values]:
+            return f"{_action(['range', value, ':=', *values], opened)}{{% set v.{number[1:]} = loop.index0 %}}"
+        case ["range", value, ":=", *values]:
+            return f"{_action(['range', *values], opened)}{{% set v.{value[1:]} = dot %}}"
+        case ["range", *values]:
+            opened.append("for")
+            return f"{{% for dot in {_pipeline(deque(values))} %}}"
+        case [name, ":=" | "=", *value]:
+            return f"{{% set v.{name[1:]} = {_pipeline(deque(value))} %}}"
+    return f"{{{{ {_pipeline(deque(words))} }}}}"
 
 
-def _fill(nodes: Nodes, root: Mapping[str, Any], written: list[str] | None = None) -> list[str]:
-    """Texts of the nodes, filled from the root."""
-    written = [] if written is None else written
-    _run(nodes, root, {"$": root}, written)
-    return written
-
-
-def _run(nodes: Nodes, dot: Any, names: dict[str, Any], written: list[str]) -> None:
-    for kind, *rest in nodes:
-        if kind == "text":
-            written.append(rest[0])
-        elif kind == "set":
-            names[rest[0]] = _value(deque(rest[1]), dot, names)
-        elif rest == [["continue"]]:
-            raise _Next
-        elif kind == "show":
-            value = _value(deque(rest[0]), dot, names)
-            written.append(str(value).lower() if isinstance(value, bool) else str(value))
-        elif kind == "if":
-            head, inner, others = rest
-            _run(inner if _value(deque(head), dot, names) else others, dot, names, written)
-        else:
-            head, inner, others = rest
-            _repeat(head, inner, others, dot, names, written)
-
-
-def _repeat(head: list[str], inner: Nodes, others: Nodes, dot: Any, names: dict[str, Any], written: list[str]) -> None:
-    variables = []
-    if ":=" in head:
-        at = head.index(":=")
-        variables, head = [word for word in head[:at] if word != ","], head[at + 1 :]
-    values = _value(deque(head), dot, names)
-    for number, value in enumerate(values or ()):
-        own = dict(zip(variables[-2:], (number, value) if len(variables) > 1 else (value,), strict=False))
-        with suppress(_Next):
-            _run(inner, value, names | own, written)
-    if not values:
-        _run(others, dot, names, written)
-
-
-def _value(words: deque[str], dot: Any, names: Mapping[str, Any]) -> Any:
-    """Value of a pipeline, up to its end or a closing bracket."""
-    passed: list[Any] = []
+def _pipeline(words: deque[str]) -> str:
+    """Translates calls with pipes between them, up to their end or a closing bracket."""
+    result: list[str] = []
     while True:
-        terms: list[Any] = []
+        terms: list[str] = []
         while words and words[0] not in (")", "|"):
-            if (word := words.popleft()) == "(":
-                terms.append(_value(words, dot, names))
-                words.popleft()
-            else:
-                terms.append(_term(word, dot, names))
-        first, *others = [*terms, *passed]
-        result = first(*others) if callable(first) else first
-        if not words or words[0] == ")":
-            return result
-        words.popleft()
-        passed = [result]
+            word = words.popleft()
+            terms.append(_pipeline(words) if word == "(" else _term(word))
+        first, *others = [*terms, *result]
+        result = [f"{first}({', '.join(others)})" if first.removeprefix("go.") in FUNCTIONS else first]
+        if not words or words.popleft() == ")":
+            return result[0]
 
 
-def _term(word: str, dot: Any, names: Mapping[str, Any]) -> Any:
-    if word[0] == '"':
-        return json.loads(word)
+def _term(word: str) -> str:
     if word[0] == "`":
-        return word[1:-1]
-    if re.fullmatch(r"-?\d+", word):
-        return int(word)
+        return repr(word[1:-1])
+    if word[0] == '"' or re.fullmatch(r"-?\d+|true|false", word):
+        return word
     if word in FUNCTIONS:
-        return FUNCTIONS[word]
+        return f"go.{word}"
     name, *path = word.split(".")
-    if not (name == "" or name in names):
-        raise ValueError(f"{word} is not known here")
-    value = names[name] if name else dot
-    for key in filter(None, path):
-        value = value.get(key, "")
-        if value is _Cut:
-            raise _Cut
-    return value
+    if name and name[0] != "$":
+        return f"unknown({word!r})"
+    start = {"": "dot", "$": "root"}.get(name, f"v.{name[1:]}")
+    return start + "".join(f"[{key!r}]" for key in path if key)
 
 
 def turnwise(parts: Mapping[str, tuple[str, str]], beginning: str) -> str:

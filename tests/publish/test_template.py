@@ -34,6 +34,11 @@ NUMBERED = (
     '{{ if and $last (ne .Role "assistant") }}>{{ end }}{{ end }}{{/* the end */}}'
 )
 
+ASSIGNED = (
+    '{{ $told := "" }}{{- /* by index */ -}}{{ $at := -1 }}{{ range $i, $m := .Messages }}{{ if eq $m.Role "user" }}'
+    "{{ $at = $i }}{{ else }}{{ $told = .Content }}{{ end }}{{ end }}{{ $told }} {{ $at }}"
+)
+
 
 @pytest.mark.parametrize(
     ("template", "conversation", "text"),
@@ -42,6 +47,7 @@ NUMBERED = (
         (LEGACY, [SYSTEM, USER, REPLY, USER], "<s>Be kind<u>Hi<a>Yes?<e><u>Hi<a>"),
         (NUMBERED, [SYSTEM, USER], "[system]Be kind[user]Hi>"),
         (NUMBERED, [USER, REPLY], '[user]Hi"Yes?"'),
+        (ASSIGNED, [SYSTEM, USER, REPLY, USER], "Yes? 3"),
         ("{{ .Prompt }}", [SYSTEM, USER], "Hi"),
         (
             '{{ range .Messages }}{{ if eq .Role "system" }}{{ continue }}{{ end }}<{{ .Content }}>{{ end }}',
