@@ -26,6 +26,7 @@ SILENCE = 30.0  # seconds without a sign of life after which a machine counts as
 STOPPED = (129, 130, 143)  # exit statuses after SIGHUP, Ctrl-C and SIGTERM
 SAME = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 """Libraries whose versions must be the same on all machines."""
+RESUME = "Complete checkpoints are kept: continue with --resume_from_checkpoint true."
 
 
 @dataclass(frozen=True)
@@ -160,19 +161,16 @@ class Watch:
         if self.reason:
             return
         place = f" ({self.machines.host})" if rank == 0 else ""
-        again = (
-            ""
-            if status == 2
-            else (
-                " This machine stops, too. Complete checkpoints are kept: start all machines again with "
-                "--resume_from_checkpoint true."
-            )
-        )
+        again = "" if status == 2 else f" {_AGAIN}"
         self.reason, self.status = f"Machine {rank}{place} {what}.{again}", status
         sys.stderr.write(f"{self.reason}\n")
         self._end_training()
 
 
+_AGAIN = (
+    "This machine stops, too. Complete checkpoints are kept: start all machines again with --resume_from_checkpoint "
+    "true."
+)
 _OTHER = (
     "The recipe, profile, flags, data files, this package and the versions of the libraries must be the same on all "
     "machines: compare the commands and `pip freeze`"

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from dpo_recipes.launch.machines import WAIT, Machines, Watch, not_met
+from dpo_recipes.launch.machines import RESUME, WAIT, Machines, Watch, not_met
 from dpo_recipes.terminal import outlive_the_terminal
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -71,12 +71,13 @@ def _wait(process: subprocess.Popen[Any], received: list[int]) -> bool:
         limit = STANDSTILL if handled else hang
         if limit and time.monotonic() - since > limit and not is_frozen:
             done, states = _work(process.pid)
-            quiet = _received_bytes() - traffic < QUIET and len(_ranks(process.pid)) > 1
+            quiet = _received_bytes() - traffic < QUIET and len(_below(process.pid)) > 1
             is_frozen = _is_frozen(work, done, states) and (handled > 0 or quiet)
             work, since, traffic = done, time.monotonic(), _received_bytes()
             if is_frozen:
                 _show_where(process.pid)
-                sys.stderr.write(f"{_FROZEN}\n")
+                frozen = "A process of the run is frozen: the run ended without a checkpoint of this step."
+                sys.stderr.write(f"{frozen} {RESUME}\n")
                 _kill(process.pid)
         for number in received[handled:]:
             if not handled:
@@ -96,16 +97,19 @@ def _received_bytes() -> int:
     return sum(card.bytes_recv for name, card in cards.items() if name != "lo")
 
 
-def _ranks(leader: int) -> list[psutil.Process]:
-    """The training processes on this machine, by their ranks."""
+def _below(leader: int, *, helpers: bool = False) -> list[psutil.Process]:
+    """The training processes on this machine, by their ranks; with their helpers, if these are asked for.
+
+    torch's launcher starts each training process in a session of its own.
+    """
     with suppress(psutil.Error):
-        return sorted(psutil.Process(leader).children(), key=lambda child: child.pid)
+        return sorted(psutil.Process(leader).children(recursive=helpers), key=lambda child: child.pid)
     return []
 
 
 def _show_where(leader: int) -> None:
     """Writes the state of each of several training processes, and lets each write its stack, in the same order."""
-    ranks = _ranks(leader)
+    ranks = _below(leader)
     for child in ranks if len(ranks) > 1 else []:
         with suppress(psutil.Error):
             rank, is_stopped = child.environ().get("RANK", "?"), child.status() == psutil.STATUS_STOPPED
@@ -118,22 +122,8 @@ def _show_where(leader: int) -> None:
             time.sleep(0.3)
 
 
-_FROZEN = (
-    "A process of the run is frozen: the run ended without a checkpoint of this step. Complete checkpoints are kept: "
-    "continue with --resume_from_checkpoint true."
-)
-
-
-def _descendants(leader: int) -> list[psutil.Process]:
-    """The training processes and their helpers. torch's launcher starts each of them in a session of its own."""
-    with suppress(psutil.Error):
-        found: list[psutil.Process] = psutil.Process(leader).children(recursive=True)
-        return found
-    return []
-
-
 def _kill(leader: int, *, also_leader: bool = True) -> None:
-    for number in [*[leader] * also_leader, *(process.pid for process in _descendants(leader))]:
+    for number in [*[leader] * also_leader, *(process.pid for process in _below(leader, helpers=True))]:
         with suppress(ProcessLookupError):
             os.kill(number, signal.SIGKILL)
 
@@ -141,7 +131,7 @@ def _kill(leader: int, *, also_leader: bool = True) -> None:
 def _work(leader: int) -> tuple[dict[int, float], set[str]]:
     """The work of each process below the leader, in seconds of processor time plus megabytes written; their states."""
     work, states = {}, set()
-    for process in _descendants(leader):
+    for process in _below(leader, helpers=True):
         with suppress(psutil.Error):
             times = process.cpu_times()
             written = process.io_counters().write_bytes / 1e6 if psutil.LINUX else 0
@@ -206,26 +196,20 @@ def _inside(lifeline: int, arguments: list[str]) -> int:
     level = os.environ.get("TORCH_CPP_LOG_LEVEL")
     os.environ["TORCH_CPP_LOG_LEVEL"] = level or "FATAL"  # here a store that cannot be reached has sentences of its own
     from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed import DistError
 
     if level is None:
         del os.environ["TORCH_CPP_LOG_LEVEL"]  # the training processes say what they have to say
     options = launch_command_parser().parse_args(arguments)
     for number in FORWARDED:
         signal.signal(number, _pass_on)
-    watch = None
+    machines = watch = None
     if options.num_machines:
         place = options.main_process_ip, int(options.main_process_port)
         machines = Machines(options.num_machines, options.machine_rank, *place)
         options.rdzv_conf = f"timeout={WAIT}"
         watch = Watch(machines, end_training=lambda: _kill(os.getpid(), also_leader=False))
         watch.start()
-    try:
-        status, why = _launch(partial(launch_command, options), arguments[1])
-    except DistError:
-        if watch is None:
-            raise
-        status, why = 1, not_met(watch.machines)
+    status, why = _launch(partial(launch_command, options), arguments[1], machines)
     if watch and watch.reason:  # said already
         return watch.status if status else 0
     if why:
@@ -235,8 +219,9 @@ def _inside(lifeline: int, arguments: list[str]) -> int:
     return status
 
 
-def _launch(launch: Callable[[], None], file: str) -> tuple[int, str]:
+def _launch(launch: Callable[[], None], file: str, machines: Machines | None) -> tuple[int, str]:
     """Lets accelerate start the training processes; returns the exit status and a sentence about what went wrong."""
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
@@ -245,6 +230,10 @@ def _launch(launch: Callable[[], None], file: str) -> tuple[int, str]:
         return failure.returncode, ""
     except ChildFailedError as failure:
         return _first_failure(failure)
+    except DistError:
+        if machines is None:
+            raise
+        return 1, not_met(machines)
     except (ValueError, ImportError) as error:  # raised before a process is started
         return 2, f"accelerate cannot launch with {file}: {error}"
     return 0, ""
@@ -261,10 +250,8 @@ def _first_failure(failure: Any) -> tuple[int, str]:
         return status, f"Rank {rank} (process {first.pid}) failed with exit status {status}{why}"
     name = signal.Signals(-status).name
     memory = ", as the kernel does when memory runs out" if -status == signal.SIGKILL else ""
-    return status, (
-        f"Rank {rank} (process {first.pid}) was ended by {name}{memory}, so all processes were ended. Complete "
-        "checkpoints are kept: continue with --resume_from_checkpoint true."
-    )
+    ended = f"Rank {rank} (process {first.pid}) was ended by {name}{memory}, so all processes were ended."
+    return status, f"{ended} {RESUME}"
 
 
 def _pass_on(number: int, _: object) -> None:
