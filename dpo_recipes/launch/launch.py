@@ -109,11 +109,9 @@ class Launch:
     def setting(self, key: str) -> str | None:
         """A setting that is a string, from the flags, else the profile, else the recipe."""
         given = self.given()
-        return (
-            " ".join(given[key])
-            if key in given
-            else read_yaml(self.profile).get(key) or recipe_setting(self.recipe, key)
-        )
+        if key in given:
+            return " ".join(given[key])
+        return read_yaml(self.profile).get(key) or recipe_setting(self.recipe, key)
 
     def is_dry_run(self) -> bool:
         """Returns True if the flags ask to start nothing."""

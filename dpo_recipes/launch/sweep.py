@@ -51,15 +51,14 @@ def sweep(launch: Launch, words: Sequence[str]) -> int:
         folders = [str(each.folder()) for each in launches]
         say("\n".join([f"{len(points)} runs, of which this is the first:", *folders]))
         return launches[0].run()
-    is_done = [each.is_done(each.folder()) and "overwrite" not in given for each in launches]
-    missing = [each for each, done in zip(launches, is_done, strict=True) if not done]
+    missing = [each for each in launches if "overwrite" in given or not each.is_done(each.folder())]
     if missing and (status := missing[0].check(*missing[1:])):
         return status
     if "output_dir" not in given:  # the folder of the recipe's own run
         claim(root.parent, root.name)
     results: list[dict[str, Any]] = []
-    for point, each, done in zip(points, launches, is_done, strict=True):
-        folder = each.folder()
+    for point, each in zip(points, launches, strict=True):
+        folder, done = each.folder(), each not in missing
         say(f"\nSweep, run {len(results) + 1} of {len(points)}: {folder}{', finished before' if done else ''}")
         status = 0 if done else each.run()
         if status in STOPPED:
@@ -100,10 +99,8 @@ def _at(launch: Launch, point: dict[str, str], root: Path) -> Launch:
     folder = root / ",".join(f"{key}={value.replace('/', '_')}" for key, value in point.items())
     chosen = [word for key, value in point.items() for word in (f"--{key}", value)]
     there = replace(launch, flags=(*launch.flags, *chosen, "--output_dir", str(folder)))
-    is_same = read_json(folder / "settings.json").get("request") == there.request()
-    if is_same and not {"overwrite", "resume_from_checkpoint"} & {*launch.given()}:
-        there = replace(there, flags=(*there.flags, "--resume_from_checkpoint", "true"))
-    return there
+    is_told = {"overwrite", "resume_from_checkpoint"} & {*launch.given()}
+    return there if is_told else there.going_on(keep=True)
 
 
 def _measures(metrics: Any) -> dict[str, float]:
