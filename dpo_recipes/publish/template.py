@@ -1,6 +1,7 @@
 """Compares the chat template and the stop tokens of an exported model with those that it was trained with."""
 
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def check_template(
         against = write
     if against:
         differs += _against(Path(against), tokenizer)
-    say(f"--- one question, as the model reads it\n{rendered(tokenizer, [USER])}\n---")
+    question = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+    say(f"--- one question, as the model reads it\n{question}\n---")
     for difference in differs:
         say(f"DIFFERS: {difference}")
     if not differs:
@@ -62,12 +64,23 @@ def check_template(
     return int(bool(differs))
 
 
-def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str | None = None) -> str:
-    """The conversation as the tokenizer's chat template, or another one in Jinja, renders it for an answer."""
+def rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, *, template: str | None = None, answer: bool = True
+) -> str:
+    """The conversation as the tokenizer's chat template, or another one in Jinja, renders it, without a BOS token.
+
+    Ollama and llama.cpp put that in front themselves, and one in a Modelfile comes twice.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        messages: The conversation.
+        template: Another chat template.
+        answer: Render it for an answer.
+    """
     text: str = tokenizer.apply_chat_template(
-        list(messages), chat_template=template, tokenize=False, add_generation_prompt=True
+        list(messages), chat_template=template, tokenize=False, add_generation_prompt=answer
     )
-    return text
+    return text.removeprefix(tokenizer.bos_token or "")
 
 
 def _model_stops(model: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Iterator[str]:
@@ -82,9 +95,8 @@ def _model_stops(model: str, tokenizer: PreTrainedTokenizerBase, **options: Any)
 
 
 def _lacks_stop(tokenizer: PreTrainedTokenizerBase, ids: int | list[int] | None, where: str) -> Iterator[str]:
-    known = ids if isinstance(ids, list) else [] if ids is None else [ids]
     end, number = end_of_turn(tokenizer)
-    if number is not None and number not in known:
+    if number is not None and number not in (ids if isinstance(ids, list) else [ids]):
         yield (
             f"{where} is {ids}, and the template ends an answer with {end!r} ({number}). A server that reads this "
             f"file would go on after it: add {number} there."
@@ -135,11 +147,10 @@ def read_gguf(file: Path) -> dict[str, Any]:
 
 
 def _against_gguf(held: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    template, bos = held.get("chat_template"), tokenizer.bos_token or ""
-    if not template:
+    if not (template := held.get("chat_template")):
         yield "the GGUF file holds no chat template: convert the model again from a folder with chat_template.jinja."
     else:
-        yield from differences(tokenizer, lambda messages: rendered(tokenizer, messages, template).removeprefix(bos))
+        yield from differences(tokenizer, lambda messages: rendered(tokenizer, messages, template=template))
     end, number = end_of_turn(tokenizer)
     stops = {held.get("ggml.eos_token_id"), held.get("ggml.eot_token_id")}
     if number is not None and number not in stops:
@@ -151,20 +162,15 @@ def _against_gguf(held: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> I
 
 
 def differences(tokenizer: PreTrainedTokenizerBase, other: Callable[[Messages], str]) -> Iterator[str]:
-    """Yields the first difference between the tokenizer's rendering of a conversation and another one.
-
-    The BOS token is left out of the first: Ollama and llama.cpp put it in front, and one in a Modelfile comes twice.
-    """
-    bos = tokenizer.bos_token or ""
+    """Yields the first difference between the tokenizer's rendering of a conversation and another one."""
     for name, messages in CONVERSATIONS.items():
         try:
-            expected = rendered(tokenizer, messages).removeprefix(bos)
+            expected = rendered(tokenizer, messages)
         except REFUSALS:
             continue
         got = other(messages)
         if got != expected:
-            ended = zip(f"{expected}\0", f"{got}\0\0", strict=False)  # one may be the beginning of the other
-            at = next(number for number, (one, other_one) in enumerate(ended) if one != other_one)
+            at = next(at for at, (one, two) in enumerate(zip_longest(expected, got)) if one != two)
             pieces = (shown(repr(text[max(0, at - NEAR) : at + NEAR])) for text in (expected, got))
             yield "{}: from character {} on. The tokenizer has {}, the file {}.".format(name, at, *pieces)
             return
@@ -193,20 +199,18 @@ def _write_modelfile(file: Path, model: str, tokenizer: PreTrainedTokenizerBase)
 
 def _as_turns(tokenizer: PreTrainedTokenizerBase) -> str:
     """A template of Ollama with the texts around each role's turns, found by rendering conversations."""
-    bos = tokenizer.bos_token or ""
-    one = rendered(tokenizer, [USER]).removeprefix(bos)
-    bare = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=False).removeprefix(bos)
+    one, bare = (rendered(tokenizer, [USER], answer=answer) for answer in (True, False))
     beginning = one[len(bare) :] if one.startswith(bare) else ""
     before_user, _, after = one.partition(ASKED)
     after_user = after.removesuffix(beginning)
-    turns = [*rendered(tokenizer, [USER, REPLY, USER]).removeprefix(bos).split(ASKED), ""]
+    turns = [*rendered(tokenizer, [USER, REPLY, USER]).split(ASKED), ""]
     before_reply, _, after_reply = turns[1].partition(ANSWERED)
     parts = {
         "user": (before_user, after_user),
         "assistant": (before_reply.removeprefix(after_user), after_reply.removesuffix(before_user)),
     }
     try:
-        told = rendered(tokenizer, [SYSTEM, USER]).removeprefix(bos).partition(ASKED)[0]
+        told = rendered(tokenizer, [SYSTEM, USER]).partition(ASKED)[0]
     except REFUSALS:
         return turnwise(parts, beginning)
     before_system, _, after_system = told.partition(TOLD)
