@@ -124,9 +124,8 @@ def _find(run: str, kind: str | None) -> tuple[Path, Path, str]:
 
 def _unhealthy(found: Publication) -> Iterator[str]:
     signs = [str(finding) for finding in read_findings(found.run) if finding.fatal]
-    for file in ("metrics.json", "eval.json"):
-        told = read_json(found.run / file).get("verdict", {})
-        signs += [told["sentence"]] if told.get("word") in ("destroyed", "worse") else []
+    verdicts = [read_json(found.run / file).get("verdict", {}) for file in ("metrics.json", "eval.json")]
+    signs += [verdict["sentence"] for verdict in verdicts if verdict.get("word") in ("destroyed", "worse")]
     if signs:
         yield f"The run is unhealthy: {' '.join(signs)} To publish it all the same, give --anyway."
 
@@ -151,31 +150,21 @@ def _unproven(found: Publication) -> Iterator[str]:
 
 def _origin(found: Publication, base: str | None) -> tuple[str | None, dict[str, Any]]:
     """Name at the Hub of the model that the run comes from, and the licence in the card of the nearest model."""
-    name, models = _start(found.run), list[str]()
-    while name and name not in models:
-        models.append(name)
-        name = _start(Path(name)) if Path(name).is_dir() else None
+    name, models = str(found.run), list[str]()
+    with suppress(RecipeError):  # no file of the last one names another
+        while Path(name).is_dir() and (name := find_start(name)) not in models:
+            models.append(name)
     here = [model for model in models if Path(model).exists() or re.match(r"[/~.]|outputs/", model)]
     at_hub = base or next((model for model in models if model not in here), None)
     licences = (_licence(model) for model in [*here, at_hub] if model)
     return at_hub, next(filter(None, licences), {})
 
 
-def _start(run: Path) -> str | None:
-    """The model that a run started from; None if no file names it."""
-    try:
-        return find_start(str(run))
-    except RecipeError:
-        return None
-
-
 def _licence(name: str) -> dict[str, Any]:
     """Licence fields of a model's card; empty if there is no card, or it cannot be had here."""
-    file = Path(name) / "README.md"
-    if Path(name).is_dir() and not file.exists():
-        return {}
+    place = Path(name, "README.md") if Path(name).is_dir() else name
     try:
-        data = ModelCard.load(file if file.exists() else name, ignore_metadata_errors=True).data.to_dict()
+        data = ModelCard.load(place, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, EntryNotFoundError, HTTPError):
         return {}
     return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
@@ -197,7 +186,7 @@ def _shorten(found: Publication) -> None:
     """Leaves only the last part of paths in the run's own records."""
     for name in RECORDS:
         if name.endswith(".json") and name in found.files:
-            text = Path(found.run / name).read_text(encoding="utf-8")
+            text = (found.run / name).read_text(encoding="utf-8")
             found.files[name] = shorten_paths(text).encode()
             if machine_paths(text):
                 found.notes.append(f"Paths in {name} are shortened to their last part.")
@@ -209,7 +198,7 @@ def _shorten(found: Publication) -> None:
 
 def _add_card(found: Publication, at_hub: str | None, of_base: Mapping[str, Any], licence: Mapping[str, Any]) -> None:
     """Adds the model card: the run's README.md if somebody wrote into it, otherwise one that is filled now."""
-    own, start = found.run / "README.md", _start(found.run)
+    own = found.run / "README.md"
     text = own.read_text(encoding="utf-8") if own.exists() else ""
     config = read_json(found.weights / "config.json") | read_adapter(found.weights)
     scores = "SEQ_CLS" in str(config.get("task_type")) or "SequenceClassification" in str(config.get("architectures"))
@@ -221,7 +210,7 @@ def _add_card(found: Publication, at_hub: str | None, of_base: Mapping[str, Any]
             name=found.hub_id.rpartition("/")[2],
             hub_id=found.hub_id,
             files=found.files,
-            base=at_hub or start,
+            base=at_hub or run_settings(found.run).get("model_name_or_path"),
             base_is_public=at_hub is not None,
             is_adapter=found.kind == "adapter",
             is_reward_model=scores,

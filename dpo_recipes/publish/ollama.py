@@ -50,7 +50,7 @@ def read_modelfile(text: str) -> Modelfile:
     found = Modelfile()
     value = r'("""(?P<long>.*?)"""|"(?P<quoted>(?:\\.|[^"\\\n])*)"|(?P<plain>[^\n]*))'
     for line in re.finditer(rf"^[ \t]*(TEMPLATE|SYSTEM|PARAMETER[ \t]+stop)[ \t]+{value}", text, re.M | re.S | re.I):
-        held = next((line[name] for name in ("long", "quoted", "plain") if line[name] is not None), "")
+        held = line["long"] or line["quoted"] or line["plain"] or ""
         if line[1].upper() == "TEMPLATE":
             found.template = held
         elif line[1].upper() == "SYSTEM":

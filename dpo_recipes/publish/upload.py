@@ -122,13 +122,10 @@ def _explain(error: Exception, api: HfApi, hub_id: str, before: str | None) -> N
         cause = cause.__cause__
     status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else 0
     said = shown(hide(" ".join(str(cause).split())[:300], [get_token() or ""])).rstrip(".")
+    remedy = _how_to_finish(api, hub_id, before)
     if status in REFUSED:
-        raise RecipeError(
-            f"The Hub refused {hub_id} ({status}): {REFUSED[status]}. {_how_to_finish(api, hub_id, before)} ({said})"
-        ) from error
-    raise UploadError(
-        f"The upload to {hub_id} did not end: {said or type(cause).__name__}. {_how_to_finish(api, hub_id, before)}"
-    ) from error
+        raise RecipeError(f"The Hub refused {hub_id} ({status}): {REFUSED[status]}. {remedy} ({said})") from error
+    raise UploadError(f"The upload to {hub_id} did not end: {said or type(cause).__name__}. {remedy}") from error
 
 
 def _how_to_finish(api: HfApi, hub_id: str, before: str | None) -> str:
