@@ -61,12 +61,9 @@ def _of_runs(own: Answers, against: str | None, temperature: float | None) -> An
     rows = [row for row in own if row.get("temperature") == temperature]
     if against:
         theirs = read_jsonl(Path(against) / "samples.jsonl")
-        known = {json.dumps(row["prompt"]): row for row in theirs if row.get("temperature") == temperature}
-        rows = [
-            row | {"before": known[key]["after"]}
-            for row in rows
-            if "after" in known.get(key := json.dumps(row["prompt"]), {})
-        ]
+        same = [row for row in theirs if "after" in row and row.get("temperature") == temperature]
+        known = {json.dumps(row["prompt"]): row["after"] for row in same}
+        rows = [row | {"before": known[key]} for row in rows if (key := json.dumps(row["prompt"])) in known]
     return [{"prompt": row["prompt"], **{side: row[side]["text"] for side in SIDES}} for row in rows]
 
 
@@ -106,18 +103,16 @@ def _generate(
     source = _hash([models, [weights_hash(model) for model in models.values()], list(prompts), options])
     if held.get("source") == source:
         return dict(held)
-    texts: dict[str, dict[str, str]] = {}
+    rows = [{"prompt": prompt} for prompt in prompts]
     for side, model in models.items():
-        say(f"Answers of {model} to {len(prompts)} prompts.")
+        say(f"Answers of {model} to {len(rows)} prompts.")
         loaded, tokenizer = open_model(model, trust_remote_code=trust_remote_code)
-        kept = [prompt for prompt in prompts if _can_answer(check_prompt, loaded.config, tokenizer, prompt)]
-        made = generate(loaded, tokenizer, kept, **options)
-        texts[side] = {json.dumps(prompt): answer["text"] for prompt, answer in zip(kept, made, strict=True)}
-    both = [prompt for prompt in prompts if all(json.dumps(prompt) in given for given in texts.values())]
-    if left := len(prompts) - len(both):
+        rows = [row for row in rows if _can_answer(check_prompt, loaded.config, tokenizer, row["prompt"])]
+        made = generate(loaded, tokenizer, [row["prompt"] for row in rows], **options)
+        rows = [row | {side: answer["text"]} for row, answer in zip(rows, made, strict=True)]
+    if left := len(prompts) - len(rows):
         say(f"{left} prompts are left out, because they fill a model's context or its chat template refuses them.")
-    answers = [{"prompt": each, **{side: texts[side][json.dumps(each)] for side in SIDES}} for each in both]
-    return {"source": source, "answers": answers}
+    return {"source": source, "answers": rows}
 
 
 def _can_answer(check: Any, *arguments: Any) -> bool:

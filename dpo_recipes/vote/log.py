@@ -4,8 +4,9 @@ import fcntl
 import json
 import os
 import threading
-from collections import Counter
+from collections import defaultdict
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +80,11 @@ def standing(votes: list[Vote]) -> dict[tuple[str, str], Vote]:
     return found
 
 
-def repeats(votes: list[Vote]) -> Counter[str]:
+def repeats(votes: list[Vote]) -> dict[str, int]:
     """Numbers of votes on a pair that its voter had judged before: `changed` to another choice, or `same` again."""
-    last: dict[tuple[str, str], str] = {}
-    found = Counter(changed=0, same=0)
+    cast = defaultdict[tuple[str, str], list[str]](list)
     for vote in votes:
         if vote["vote"] != UNDO:
-            key = (vote["voter"], vote["pair"])
-            if key in last:
-                found["same" if last[key] == vote["vote"] else "changed"] += 1
-            last[key] = vote["vote"]
-    return found
+            cast[vote["voter"], vote["pair"]].append(vote["vote"])
+    same = [one == other for choices in cast.values() for one, other in pairwise(choices)]
+    return {"changed": same.count(False), "same": same.count(True)}

@@ -47,18 +47,17 @@ def write_result(run: Path, name: str, against: str | None) -> dict[str, Any]:
         **measure(list(counted.values())),
         "shown": len(pairs),
         "equal": equal,
-        "repeats": dict(repeats(ours)),
+        "repeats": repeats(ours),
         "undone": sum(vote["vote"] == UNDO for vote in ours),
         "of_other_answers": len(votes) - len(ours),
         "torn": torn,
         "next_round": next_round,
         "labels": LABELS,
     }
-    write_jsonl(folder / "pairs.jsonl", made)
+    ready = write_jsonl(folder / "pairs.jsonl", made)
     file, page = write_json(run / "votes.json", read_json(run / "votes.json") | {name: found}), write_run_page(run)
     say("\n".join([*_lines(found), f"{'Result':<14}{file}, on the page {page.name}"]))
     if made:
-        ready = folder / "pairs.jsonl"
         say(f"{'Pairs':<14}{ready}")
         say(f"{'Next round':<14}dpo-recipes train preference-lora --dataset_name {ready} --model_name_or_path MODEL")
     say(f"\n{found['verdict']['sentence']}")
@@ -141,23 +140,18 @@ def next_pairs(
     account = dict.fromkeys(("kept", "overruled", "no_preference", "equal_split", "unfit"), 0)
     kept = []
     for pair in pairs:
-        if pair["pair"] not in tally:
+        if not (given := tally.get(pair["pair"])):
             continue
-        before, after = (tally[pair["pair"]][side] for side in SIDES)
-        if before == after:
-            account["equal_split" if before else "no_preference"] += 1
-            continue
-        sides = SIDES if before > after else SIDES[::-1]
-        row = {
-            "prompt": pair["prompt"],
-            **{name: pair[side] for name, side in zip(("chosen", "rejected"), sides, strict=True)},
-        }
-        if _is_unfit(row):
+        fewer, more = sorted(SIDES, key=given.__getitem__)
+        row = {"prompt": pair["prompt"], "chosen": pair[more], "rejected": pair[fewer]}
+        if given[fewer] == given[more]:
+            account["equal_split" if given[more] else "no_preference"] += 1
+        elif _is_unfit(row):
             account["unfit"] += 1
-            continue
-        account["kept"] += 1
-        account["overruled"] += min(before, after) > 0
-        kept.append(row)
+        else:
+            account["kept"] += 1
+            account["overruled"] += given[fewer] > 0
+            kept.append(row)
     left_out = sum(vote["vote"] not in SIDES for vote in votes)
     return kept, account | {"votes_left_out": left_out}
 
