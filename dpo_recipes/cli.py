@@ -53,14 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check_names(options: Namespace, flags: Sequence[str]) -> None:
     """Raises RecipeError for a misspelt flag, or key of a sweep."""
-    names = [name for name, _ in grouped(flags)] + [
-        word.partition("=")[0] for word in getattr(options, "sweep", None) or ()
-    ]
+    swept = [word.partition("=")[0] for word in getattr(options, "sweep", None) or ()]
     recipe = next((getattr(options, key) for key in ("recipe", "data", "model") if hasattr(options, key)), "")
     source = ""
     with suppress(RecipeError, OSError, UnicodeDecodeError):
         source = catalog.find_recipe(str(recipe)).read_text(encoding="utf-8")
-    refuse_misspelt(names, also=[*vars(options), "config", "help"], source=source)
+    refuse_misspelt([*dict(grouped(flags)), *swept], also=[*vars(options), "config", "help"], source=source)
 
 
 def build_parser() -> Parser:

@@ -55,8 +55,8 @@ def grouped(flags: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 def given(options: argparse.Namespace) -> dict[str, Any]:
     """The options that have a value, by name, without what `cli` reads itself."""
-    held = {name: value for name, value in vars(options).items() if value is not None}
-    return {name: held[name] for name in held if name not in ("call", "takes_flags", "quiet")}
+    read = ("call", "takes_flags", "quiet")
+    return {name: value for name, value in vars(options).items() if value is not None and name not in read}
 
 
 def refuse(parser: argparse.ArgumentParser, flags: Sequence[str], options: argparse.Namespace) -> None:
