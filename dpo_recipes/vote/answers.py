@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ def load_answers(
         RecipeError: If there are neither answers nor prompts.
     """
     own = [row for row in read_jsonl(Path(run) / "samples.jsonl") if {"prompt", *SIDES} <= row.keys()]
-    if not data and (found := _of_runs(own, against, options["temperature"])):
-        write_json(file, {"source": "samples.jsonl", "answers": found[:prompts]})
+    if found := [] if data else _of_runs(own, against, options["temperature"]):
+        held = {"source": "samples.jsonl", "answers": found[:prompts]}
     else:
-        held = _generate(run, against, _prompts(run, own, data, prompts), read_json(file), **options)
-        write_json(file, held)
+        held = _generate(run, against, _prompts(run, own, data, prompts), file, **options)
+    write_json(file, held)
 
 
 def read_pairs(file: Path) -> tuple[Answers, int]:
@@ -84,25 +84,19 @@ def _prompts(run: str, own: Answers, data: Mapping[str, Any], most: int) -> list
 
 
 def _generate(
-    run: str,
-    against: str | None,
-    prompts: Sequence[Any],
-    held: Mapping[str, Any],
-    *,
-    trust_remote_code: bool = False,
-    temperature: float | None,
-    **options: Any,
+    run: str, against: str | None, prompts: list[Any], file: Path, *, trust_remote_code: bool = False, **options: Any
 ) -> dict[str, Any]:
-    """Answers of both models to the prompts that both can answer, or those held already if nothing has changed."""
+    """Answers of both models to the prompts that both can answer, or those in the file if nothing has changed."""
     from dpo_recipes.models.generation import check_prompt, generate  # imports torch
     from dpo_recipes.models.open import find_start, open_model
     from dpo_recipes.runs.model_card import weights_hash
 
     models = dict(zip(SIDES, (against or find_start(run), run), strict=True))
+    temperature = options.pop("temperature")
     options |= {"temperature": 1.0 if temperature is None else temperature}
-    source = _hash([models, [weights_hash(model) for model in models.values()], list(prompts), options])
-    if held.get("source") == source:
-        return dict(held)
+    source = _hash([models, [weights_hash(model) for model in models.values()], prompts, options])
+    if (held := read_json(file)).get("source") == source:
+        return held
     rows = [{"prompt": prompt} for prompt in prompts]
     for side, model in models.items():
         say(f"Answers of {model} to {len(rows)} prompts.")
