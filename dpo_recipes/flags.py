@@ -63,7 +63,7 @@ def refuse(parser: argparse.ArgumentParser, flags: Sequence[str], options: argpa
     """Ends the process with status 2 if there are words that no argument of the parser took."""
     if flags:
         known = [f"--{name}" for name in vars(options)]
-        close = "".join(did_you_mean(word, known) for word in flags[:1] if word.startswith("--"))
+        close = did_you_mean(flags[0], known) if flags[0].startswith("--") else ""
         parser.error(f"unrecognized arguments: {' '.join(hide_flags(flags))}.{close}")
 
 
