@@ -98,9 +98,8 @@ def find_settings(kind: str, name: str, *, recipe: Path) -> Path:
     """
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
         return Path(name)
-    folders = [folder / kind for folder in (recipe.parent, *recipe_folders())]
-    for folder in folders:
-        if (path := folder / f"{name}.yaml").is_file():
+    for folder in (recipe.parent, *recipe_folders()):
+        if (path := folder / kind / f"{name}.yaml").is_file():
             return path
     known = names_of(kind, recipe.parent)
     meant = did_you_mean(name, known)
@@ -111,8 +110,7 @@ def find_settings(kind: str, name: str, *, recipe: Path) -> Path:
 
 def names_of(kind: str, *folders: Path) -> list[str]:
     """Names of the YAML files in the folder `kind` of these folders and of the recipe folders."""
-    places = [*folders, *recipe_folders()]
-    return sorted({path.stem for place in places for path in (place / kind).glob("*.yaml")})
+    return sorted({path.stem for folder in (*folders, *recipe_folders()) for path in folder.glob(f"{kind}/*.yaml")})
 
 
 def recipe_setting(recipe: Path, key: str) -> str | None:
