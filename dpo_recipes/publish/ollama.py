@@ -1,6 +1,7 @@
 """Reads, renders and writes Ollama's Modelfile: the part of Go's templates that chat templates use."""
 
 import json
+import operator
 import re
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
@@ -16,17 +17,13 @@ Messages = Sequence[Mapping[str, str]]
 WORD = re.compile(r'"(?:\\.|[^"\\])*"|`[^`]*`|-?\d+|\$?[\w.]+|\$|:=|[=()|,]|\S')
 FUNCTIONS = {
     "eq": lambda one, *others: any(one == other for other in others),
-    "ne": lambda one, other: one != other,
-    "lt": lambda one, other: one < other,
-    "le": lambda one, other: one <= other,
-    "gt": lambda one, other: one > other,
-    "ge": lambda one, other: one >= other,
+    **{name: getattr(operator, name) for name in ("ne", "lt", "le", "gt", "ge")},
     "and": lambda *values: next((value for value in values if not value), values[-1]),
     "or": lambda *values: next((value for value in values if value), values[-1]),
-    "not": lambda value: not value,
+    "not": operator.not_,
     "len": len,
     "slice": lambda values, start=0, end=None: values[start:end],
-    "index": lambda values, at: values[at],
+    "index": operator.getitem,
     "json": json.dumps,
 }
 JINJA = SandboxedEnvironment(
