@@ -42,7 +42,7 @@ def estimate_cost(
     if budget:
         batches = [rows[part] for rows in batches for part in divide_padded(rows.tolist(), budget)]
     padded = sum(len(rows) * int(rows.max()) for rows in batches) * (2 if two_answers else 1)
-    config = load_config(settings["model_name_or_path"], settings, trust_remote_code=training_args.trust_remote_code)
+    config = load_config(settings["model_name_or_path"], settings)
     at_most = {**settings, "max_length": int(longest.max()), **row_lengths(pairs, settings, task)}
     at_most["per_device_train_batch_size"] = min(training_args.per_device_train_batch_size, len(pairs))
     memory = memory_parts(config, count_weights(config, settings, task=task), at_most, task=task)

@@ -60,7 +60,7 @@ def decide(
         held = read_json(Path(training_args.output_dir) / SETTINGS_FILE)
         settings |= {key: held[key] for key in left if held.get(key, "auto") != "auto"}
     try:
-        config = load_config(name, settings, trust_remote_code=training_args.trust_remote_code)
+        config = load_config(name, settings)
         weights = count_weights(config, settings, task=task)
     except (OSError, ValueError, ImportError) as error:
         if settings.get("tokens_per_step") == "auto":

@@ -30,7 +30,7 @@ def plan_lines(script_args: Any, training_args: Any, tokenizer: Any, pairs: Data
     """
     settings, task = script_args.settings, task_of(training_args)
     name = settings.get("model_name_or_path") or tokenizer.name_or_path
-    config = load_config(name, settings, trust_remote_code=training_args.trust_remote_code)
+    config = load_config(name, settings)
     if folder := os.environ.get(START_FOLDER):
         _leave_start(folder, config, tokenizer, task=task)
     weights = count_weights(config, settings, task=task)

@@ -58,8 +58,8 @@ def inspect(
     tokenizer, model = load_tokenizer(model_args, training_args), str(model_args.model_name_or_path)
     given = {flag.partition("=")[0].removeprefix("--") for flag in flags}
     if recipe is None and "max_length" not in given:  # the default of 1,024 may be more than the model takes
-        config = load_config(model, script_args.settings, trust_remote_code=training_args.trust_remote_code)
-        training_args.max_length = min(training_args.max_length, context_length(config))
+        context = context_length(load_config(model, script_args.settings))
+        training_args.max_length = min(training_args.max_length, context)
     measured = measure_pairs(namespace["load_pairs"], script_args, training_args, tokenizer)
     read_by, seed = tokenizer_to_measure(tokenizer, pairs=measured.pairs["train"]), training_args.seed
     rendered = DatasetDict({split: as_rendered(rows, read_by) for split, rows in measured.pairs.items()})

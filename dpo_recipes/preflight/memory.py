@@ -17,10 +17,10 @@ NORMS_OF_HEADS = {"qwen3", "gemma3_text"}  # architectures that normalise querie
 CPU_TILES = 9  # float32 tiles in the backward pass of trl/kernels/chunked_logprob.py; a GPU's kernel works in place
 
 
-def load_config(name: str, settings: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
-    """The configuration of a model, of the revision that the settings name."""
-    revision = settings.get("model_revision") or "main"
-    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+def load_config(name: str, settings: Mapping[str, Any]) -> Any:
+    """The configuration of a model, of the revision and with the trust in its code that the settings name."""
+    revision, trust = settings.get("model_revision") or "main", bool(settings.get("trust_remote_code"))
+    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
 
 
 def count_weights(config: Any, settings: Mapping[str, Any], *, task: str = "answer") -> dict[str, int]:

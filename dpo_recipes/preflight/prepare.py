@@ -276,7 +276,7 @@ def _check_model(tokenizer: Any, training_args: Any, settings: dict[str, Any], t
     """
     name = tokenizer.name_or_path
     try:
-        config = load_config(name, settings, trust_remote_code=training_args.trust_remote_code)
+        config = load_config(name, settings)
     except (OSError, ValueError):
         return
     used = [tokenizer.pad_token_id, tokenizer.eos_token_id, *(split.get("largest_id") for split in tokens.values())]
@@ -303,8 +303,7 @@ def _check_prompts(prompts: DatasetDict, script_args: Any, training_args: Any, t
             f"{len(prompts['train'])} to train on. Lower --generation_batch_size, or give more rows."
         )
     name, longest = tokenizer.name_or_path, training_args.max_completion_length
-    trust_remote_code = training_args.trust_remote_code
-    context = context_length(load_config(name, script_args.settings, trust_remote_code=trust_remote_code))
+    context = context_length(load_config(name, script_args.settings))
     tokens = [count for rows in prompts.values() for count in rows["prompt_tokens"][:]]
     if over := sum(count + longest > context for count in tokens):
         flag = "max_length" if script_args.max_pair_length else "max_prompt_length"
@@ -316,6 +315,7 @@ def _check_prompts(prompts: DatasetDict, script_args: Any, training_args: Any, t
         )
     if judge := script_args.reward_model_name_or_path:
         revision = script_args.settings.get("model_revision") or "main"  # TRL takes it for both models
-        options = dict(revision=revision, trust_remote_code=trust_remote_code, weights=not script_args.is_dry_run)
+        trust, weights = training_args.trust_remote_code, not script_args.is_dry_run
+        options = dict(revision=revision, trust_remote_code=trust, weights=weights)
         texts = [prompt for rows in prompts.values() for prompt in rows["prompt"][:]]
         check_reward_model(*read_reward_config(judge, **options), texts, max_completion_length=longest)
