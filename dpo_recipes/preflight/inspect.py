@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from datasets import DatasetDict
-from transformers import TrainingArguments
 from trl import DPOConfig, ModelConfig
 
 from dpo_recipes.catalog import read_yaml
@@ -125,14 +124,9 @@ def dataset_recipe(name: str) -> dict[str, Any]:
     return {"RECIPE": {"dataset_name": name, "report_to": "none"}, "load_pairs": load_pairs, **classes}
 
 
-def parse_namespace(
-    namespace: dict[str, Any], script: Path, *, profile: Path, flags: Sequence[str]
-) -> tuple[Any, Any, Any]:
+def parse_namespace(namespace: dict[str, Any], script: Path, *, profile: Path, flags: Sequence[str]) -> tuple[Any, ...]:
     """RecipeArguments, the TRL config and ModelConfig, parsed as the recipe itself would."""
     words = ["--output_dir", f"outputs/inspect/{script.stem}"]
     words += [] if torch.cuda.is_available() else ["--use_cpu", "true"]
     argv = [str(script), "--config", str(profile), *words, *flags]  # a flag of the user's comes later, and wins
-    parsed = parse_recipe(namespace["RECIPE"], argument_classes(namespace), argv=argv, to_train=False)
-    kinds = (RecipeArguments, TrainingArguments, ModelConfig)
-    script_args, training_args, model_args = (next(args for args in parsed if isinstance(args, kind)) for kind in kinds)
-    return script_args, training_args, model_args
+    return parse_recipe(namespace["RECIPE"], argument_classes(namespace), argv=argv, to_train=False)
