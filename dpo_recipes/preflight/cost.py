@@ -15,22 +15,17 @@ from dpo_recipes.shared_prefix.micro_batches import divide, divide_padded
 
 
 def estimate_cost(
-    pairs: Dataset,
-    script_args: Any,
-    training_args: Any,
-    settings: Mapping[str, Any],
-    card: tuple[str, int] | None = None,
+    pairs: Dataset, script_args: Any, training_args: Any, card: tuple[str, int] | None = None
 ) -> dict[str, Any]:
     """The part "cost" of preflight.json.
 
     Args:
         pairs: Training pairs, as `fit` returns them.
-        script_args: RecipeArguments of the recipe.
+        script_args: RecipeArguments of the recipe. Its settings name the model, whose configuration is read.
         training_args: TRL config of the recipe.
-        settings: All settings in force; they name the model, whose configuration is read.
         card: Name and bytes of the device that the run is to fit; None: this machine.
     """
-    task = task_of(training_args)
+    settings, task = script_args.settings, task_of(training_args)
     two_answers = task in ("preference", "reward")
     prompt, chosen, rejected = (np.array(pairs[f"{side}_tokens"][:]) for side in ("prompt", "chosen", "rejected"))
     longest = prompt + (np.maximum(chosen, rejected) if two_answers else chosen)

@@ -67,9 +67,9 @@ def inspect(
     if with_model:
         off = off_distribution.measure(measured.pairs, model, read_by, revision=model_args.model_revision, seed=seed)
     script_args.settings |= _precision_on_device(profile, given)
-    rows, settings, task = measured.pairs["train"], script_args.settings, task_of(training_args)
+    rows, task = measured.pairs["train"], task_of(training_args)
     decided = decide(script_args, training_args, rows, name=model, task=task, card=card)
-    cost = estimate_cost(rows, script_args, training_args, settings=settings, card=card)
+    cost = estimate_cost(rows, script_args, training_args, card)
     thresholds = measured.data["thresholds"]
     findings = [*measured.findings, *cost_findings(cost, thresholds)]
     findings += judge("off_distribution", off["rejected"]["far"], 1, thresholds) if off else []
