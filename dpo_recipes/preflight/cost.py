@@ -8,9 +8,9 @@ import numpy as np
 from datasets import Dataset
 from trl import DPOConfig, RewardConfig
 
-from dpo_recipes.preflight.decide import row_lengths, this_machine
+from dpo_recipes.preflight.decide import this_machine
 from dpo_recipes.preflight.findings import Finding, judge
-from dpo_recipes.preflight.memory import count_weights, load_config, memory_parts, size_text, sizes_text
+from dpo_recipes.preflight.memory import count_weights, load_config, memory_parts, row_lengths, size_text, sizes_text
 from dpo_recipes.shared_prefix.micro_batches import divide, divide_padded
 
 

@@ -10,8 +10,7 @@ from datasets import DatasetDict
 from trl import ModelConfig
 
 from dpo_recipes.preflight.cost import count_updates, micro_batch_text, task_of
-from dpo_recipes.preflight.decide import row_lengths
-from dpo_recipes.preflight.memory import count_weights, load_config, memory_parts, size_text, sizes_text
+from dpo_recipes.preflight.memory import count_weights, load_config, memory_parts, row_lengths, size_text, sizes_text
 
 START_FOLDER = "DPO_RECIPES_DRY_RUN"
 """Environment variable: where to leave the tokenizer and configuration that the next stage's dry run needs."""

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, HfArgumentParser
 from trl import ModelConfig, get_peft_config
@@ -54,8 +56,8 @@ def memory_parts(
     stored = BYTES.get(str(settings.get("dtype")), 4)
     compute = 2 if settings.get("bf16") or settings.get("fp16") else 4
     optimizer = 2 if "8bit" in str(settings.get("optim")) else 8
-    shared = shares_prompts(settings, task)
-    tokens = tokens_at_a_time(settings, task)
+    shared = _shares_prompts(settings, task)
+    tokens = most_tokens(settings, task)
     text = config.get_text_config()
     layer = tokens * _kept_by_a_layer(text, weights, settings, compute=compute, shared=shared)
     at_rest = tokens * text.hidden_size * compute
@@ -78,12 +80,22 @@ def memory_parts(
     return {part: size for part, size in parts.items() if size}
 
 
-def shares_prompts(settings: Mapping[str, Any], task: str) -> bool:
+def row_lengths(rows: Dataset, settings: Mapping[str, Any], task: str) -> dict[str, int]:
+    """Tokens of the longest sequence and of the longest pair, as it goes through the model; empty for prompts."""
+    if task not in ("preference", "reward") or "chosen_tokens" not in rows.column_names:
+        return {}
+    prompt, chosen, rejected = (np.array(rows[f"{side}_tokens"][:]) for side in ("prompt", "chosen", "rejected"))
+    longest = int((prompt + np.maximum(chosen, rejected)).max())
+    packed = int((prompt + chosen + rejected).max())
+    return {"max_length": longest, "longest_pair": packed if _shares_prompts(settings, task) else 2 * longest}
+
+
+def _shares_prompts(settings: Mapping[str, Any], task: str) -> bool:
     """Says if a run with these settings shares prompts, unless its model or device was not tested."""
     return task == "preference" and not says_no(settings.get("shared_prefix", "auto")) and not settings.get("fp16")
 
 
-def tokens_at_a_time(settings: Mapping[str, Any], task: str) -> int:
+def most_tokens(settings: Mapping[str, Any], task: str) -> int:
     """Most tokens that go through the model at a time."""
     longest = _longest(settings)
     row = settings.get("longest_pair") or 2 * longest if task in ("preference", "reward") else longest
