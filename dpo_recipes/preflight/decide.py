@@ -108,7 +108,6 @@ def choose(
         settings: `activation_checkpointing` and `tokens_per_step`, each `auto` or a value.
         most: Tokens of a whole update.
     """
-    budget: Any
     asked, budget = settings["activation_checkpointing"], settings.get("tokens_per_step")
     sizes = range(STEP, most + STEP, STEP)
     size: Any = budget

@@ -116,10 +116,8 @@ def _kept_by_a_layer(
     are kept for either completion, here of as many tokens as both completions.
     """
     width, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    size = getattr(text, "head_dim", None) or width // text.num_attention_heads
-    queries, keys = text.num_attention_heads * size, _key_heads(text) * size
-    gemma = text.model_type.startswith("gemma")
-    norms = (4 if gemma and text.model_type != "gemma" else 2) * width
+    queries, keys = _attention_widths(text)
+    norms = (4 if text.model_type.startswith("gemma") and text.model_type != "gemma" else 2) * width
     norms += queries + keys if text.model_type in NORMS_OF_HEADS else 0
     attention = 3 * queries + 3 * keys if shared else 4 * queries + _longest(settings)  # the output is kept twice
     middle = (6 if "gelu_new" in str(getattr(text, "activation_function", "")) else 4) * inner
@@ -128,8 +126,11 @@ def _kept_by_a_layer(
     return float(compute * numbers + 4 * norms * (1 if weights["frozen"] else 2))
 
 
-def _key_heads(text: Any) -> int:
-    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+def _attention_widths(text: Any) -> tuple[int, int]:
+    """Numbers in a token's queries of all heads, and in its keys or its values."""
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return heads * size, (getattr(text, "num_key_value_heads", None) or heads) * size
 
 
 def _online_parts(
@@ -148,11 +149,8 @@ def _online_parts(
         reward_model = count_weights(load_config(name, settings), {}, task="reward")
         parts["reward model"] = float(stored * sum(reward_model.values()))
     text = config.get_text_config()
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    answers = settings["generation_batch_size"] / settings["world_size"]
-    parts["keys and values"] = (
-        answers * _longest(settings) * text.num_hidden_layers * 2 * _key_heads(text) * width * stored
-    )
+    kept = text.num_hidden_layers * 2 * _attention_widths(text)[1] * stored  # of each token
+    parts["keys and values"] = settings["generation_batch_size"] / settings["world_size"] * _longest(settings) * kept
     return parts
 
 
