@@ -289,9 +289,7 @@ def _check_model(tokenizer: Any, training_args: Any, settings: dict[str, Any], t
         )
     longest = max(split.get("longest_pair", split["prompt"]["max"]) for split in tokens.values())
     if (wanted := training_args.max_length or longest) > (context := context_length(config)):
-        raise RecipeError(
-            f"max_length is {wanted} tokens, and {name} has {context} positions. Set --max_length {context} or less."
-        )
+        raise RecipeError(f"max_length is {wanted} tokens, {name} has {context} positions. Set --max_length {context}.")
 
 
 def _check_prompts(prompts: DatasetDict, script_args: Any, training_args: Any, tokenizer: Any) -> None:
