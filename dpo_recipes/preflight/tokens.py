@@ -264,9 +264,8 @@ def _unrendered(row: Mapping[str, Any], texts: tuple[str, str, str]) -> dict[str
     tools = [tool.get("function", tool).get("name", "") for tool in json.loads(row.get("tools") or "[]")]
     if any(name not in alone for name in tools):
         dropped.add("tools")
-    trims_only = trimmed and "content" not in dropped
-    faults = {"template_drops_text": bool(dropped), "template_trims_text": trims_only}
-    return {**faults, "unrendered": " ".join(sorted(dropped))}
+    faults = {"template_drops_text": bool(dropped), "template_trims_text": trimmed and "content" not in dropped}
+    return faults | {"unrendered": " ".join(sorted(dropped))}
 
 
 def _leaves_of_fields(turns: list[Message]) -> Iterator[tuple[str, str]]:
