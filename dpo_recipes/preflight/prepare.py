@@ -19,9 +19,8 @@ from dpo_recipes.loading import drop_prompts_in_test, keep_part, prompt_hashes
 from dpo_recipes.manifest import claim
 from dpo_recipes.models.rewards import check_reward_model, context_length, read_reward_config
 from dpo_recipes.preflight import account
-from dpo_recipes.preflight.cost import task_of
+from dpo_recipes.preflight.cost import plan_lines, task_of
 from dpo_recipes.preflight.decide import decide
-from dpo_recipes.preflight.dry_run import plan_lines
 from dpo_recipes.preflight.findings import Finding, judged, refuse_failures, set_thresholds, show_findings
 from dpo_recipes.preflight.memory import load_config
 from dpo_recipes.preflight.tokens import MEASURES, Unit, as_plain_text, fit, rendered_pairs
