@@ -140,8 +140,7 @@ def _csv_options(files: list[Path]) -> dict[str, Any]:
         if encoding == "utf-8":
             _refuse_other_encodings(file)
         with _open(file, encoding) as text:
-            sample, is_cut = text.read(_SAMPLE), bool(text.read(1))
-        separator, header = _separator_and_header(sample, is_cut=is_cut)
+            separator, header = _separator_and_header(text.read(_SAMPLE))
         looks.add((encoding, separator))
         texts |= {name for name in header if plain_name(name) in TEXTS}
     if len(looks) > 1:
@@ -151,8 +150,9 @@ def _csv_options(files: list[Path]) -> dict[str, Any]:
     return {**_CSV, "encoding": encoding, "sep": separator, "converters": dict.fromkeys(sorted(texts), str)}
 
 
-def _separator_and_header(sample: str, *, is_cut: bool) -> tuple[str, list[str]]:
+def _separator_and_header(sample: str) -> tuple[str, list[str]]:
     """Returns the separator that divides all records alike, into the most columns, and the first record."""
+    is_cut = len(sample) == _SAMPLE
 
     def records(separator: str) -> list[list[str]]:
         found = [record for record in csv.reader(io.StringIO(sample, newline=""), delimiter=separator) if record]

@@ -52,17 +52,21 @@ def load_rows(script_args: Any) -> DatasetDict:
             f"{script_args.dataset_name} are several datasets, where one is needed. The recipe mixture-lora mixes them."
         )
     name, sample = _name_and_sample(script_args.dataset_name)
-    streaming, columns = script_args.dataset_streaming, _column_names(getattr(script_args, "columns", None))
-    loaded = _pick_splits(open_dataset(name, script_args.dataset_config, streaming=streaming), script_args, name=name)
+    # TRL's ScriptArguments have neither columns nor held_out.
+    columns, held_out = _column_names(getattr(script_args, "columns", None)), getattr(script_args, "held_out", HELD_OUT)
+    streaming = script_args.dataset_streaming
+    found = open_dataset(name, script_args.dataset_config, streaming=streaming)
     splits: dict[str, Dataset] = {}
-    for split, (rows, names) in loaded.items():
-        rows = _first_rows(rows, sample or _STREAMED, name=name) if streaming else rows
+    for split, (rows, names) in _pick_splits(found, script_args, share=held_out, name=name).items():
+        if streaming:
+            with refusing(lambda: f"Cannot read {name}", "Mend it or name another."):
+                rows = Dataset.from_list(list(rows.take(sample or _STREAMED)))
         if not len(rows):
             raise RecipeError(f"The {split} split of {name} has no rows. To go on, {WAY_OUT}.")
         if ROW not in rows.column_names:  # a dataset that was loaded here before, and saved, has it
             rows = rows.add_column(ROW, list(islice(names, len(rows))), feature=Value("string"))
         # Dataset adapters count rows under the name of their split.
-        counted_as = "test" if _held_out_of(script_args) == 1 else split
+        counted_as = "test" if held_out == 1 else split
         splits[split] = concatenate_datasets([_renamed(rows, columns)], split=counted_as)
     if sample is not None and not streaming:
         splits["train"] = _draw(splits["train"], sample, name=name)
@@ -193,13 +197,8 @@ def _column_names(columns: str | None) -> dict[str, str]:
     return {ours.strip(): theirs.strip() for ours, theirs in names}
 
 
-def _held_out_of(script_args: Any) -> float:
-    """Returns the setting `held_out`, which TRL's ScriptArguments lack."""
-    return float(getattr(script_args, "held_out", HELD_OUT))
-
-
-def _pick_splits(splits: Mapping[str, Split], script_args: Any, *, name: str) -> dict[str, Split]:
-    train, test, share = script_args.dataset_train_split, script_args.dataset_test_split, _held_out_of(script_args)
+def _pick_splits(splits: Mapping[str, Split], script_args: Any, *, share: float, name: str) -> dict[str, Split]:
+    train, test = script_args.dataset_train_split, script_args.dataset_test_split
     if test not in splits and test != "test":
         raise RecipeError(
             f"{name} has no split {test}, only {sorted(splits)}. Name one with --dataset_test_split, or leave "
@@ -216,11 +215,6 @@ def _pick_splits(splits: Mapping[str, Split], script_args: Any, *, name: str) ->
         raise RecipeError(f"--dataset_test_split and --dataset_train_split are both {test}. Name two splits.")
     candidates = [split for split in (test, *SPLIT_WORDS["validation"]) if split in splits and split != train]
     return {"train": splits[train]} | ({"test": splits[candidates[0]]} if candidates else {})
-
-
-def _first_rows(rows: Any, most: int, *, name: str) -> Dataset:
-    with refusing(lambda: f"Cannot read {name}", "Mend it or name another."):
-        return Dataset.from_list(list(rows.take(most)))
 
 
 def _renamed(rows: Dataset, columns: Mapping[str, str]) -> Dataset:

@@ -115,9 +115,10 @@ class _LoadedByName:
 
 
 def argument_classes(namespace: Mapping[str, Any]) -> list[type]:
-    """The dataclasses of settings among the names of a recipe file: RecipeArguments, a TRL config, ModelConfig."""
+    """The dataclasses of settings of a recipe file, in this order: RecipeArguments, a TRL config, ModelConfig."""
     classes = [value for value in namespace.values() if isinstance(value, type)]
-    parts = [part for part in classes if issubclass(part, (TrainingArguments, RecipeArguments, ModelConfig))]
+    kinds = (RecipeArguments, TrainingArguments, ModelConfig)
+    parts = [part for kind in kinds for part in classes if issubclass(part, kind)]
     return [part for part in parts if not any(part in other.__mro__[1:] for other in parts)]  # no base of another
 
 

@@ -123,14 +123,14 @@ def _losses_that_count(losses: Any, weights: Any) -> list[Any]:
 def _rows(kind: str, values: Mapping[str, Any], classes: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each setting of this call that has a row of that kind in the table, with the row."""
     for row in TABLE[kind]:
-        if classes & set(row.get("of", classes)) and _matches(values, row.get("when"), default=True):
+        if classes & set(row.get("of", classes)) and _matches(values, row.get("when", {}), default=True):
             yield from ((name, row) for name in row["settings"].split() if name in values)
 
 
-def _matches(values: Mapping[str, Any], wanted: Mapping[str, list[Any]] | None, *, default: bool) -> bool:
+def _matches(values: Mapping[str, Any], wanted: Mapping[str, list[Any]], *, default: bool) -> bool:
     """Returns True if one of the settings has a wanted value; `default` if this call has none of the settings."""
-    there = [name for name in wanted or () if name in values]
-    if not wanted or not there:
+    there = [name for name in wanted if name in values]
+    if not there:
         return default
     return any(value in wanted[name] for name in there for value in _as_list(values[name]))
 
@@ -149,16 +149,15 @@ def _is_inside(value: float, interval: str) -> bool:
 
 
 def _check_effect(name: str, row: Mapping[str, Any], values: Mapping[str, Any], given: Mapping[str, int]) -> None:
-    needs, unless = row.get("needs"), row.get("unless")
+    needs, unless = row.get("needs", {}), row.get("unless", {})
     effective = _matches(values, needs, default=True) and not _matches(values, unless, default=False)
     if (effective and (needs or unless)) or name not in given or values[name] in (*OFF, *row.get("off", ())):
         return
-    switches = {**(needs or {}), **(unless or {})}
     place = given[name]
-    if place < max((given.get(switch, -1) for switch in switches), default=-1) or place == row.get("left_over"):
+    if place < max((given.get(switch, -1) for switch in needs | unless), default=-1) or place == row.get("left_over"):
         return  # RECIPE may keep how often it would evaluate while it does not, and a profile is for all recipes
-    reasons = [f"it needs {switch} {_either(wanted)}" for switch, wanted in (needs or {}).items() if switch in values]
-    reasons += [f"{switch}={values[switch]} does not read it" for switch in unless or {} if switch in values]
+    reasons = [f"it needs {switch} {_either(wanted)}" for switch, wanted in needs.items() if switch in values]
+    reasons += [f"{switch}={values[switch]} does not read it" for switch in unless if switch in values]
     raise RecipeError(f"{name} has no effect here: {row.get('say') or ', or '.join(reasons)}. Leave it out.")
 
 

@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from copy import copy
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -144,7 +145,8 @@ def _divide(dpo: Recipe, *, with_judge: bool) -> dict[str, Dataset]:
     tokenizer = load_tokenizer(dpo.model_args, dpo.training_args)
     parts: dict[str, Dataset] = {}
     for part in ("learn", "judge") if with_judge else (None,):
-        script_args = replace(dpo.script_args, part=part)
+        script_args = copy(dpo.script_args)  # dataclasses.replace would leave its settings out
+        script_args.part = part
         pairs = measure_pairs(dpo.namespace["load_pairs"], script_args, dpo.training_args, tokenizer).pairs
         parts |= {part or "learn": pairs["train"], "test": pairs["test"]}
     check_parts(parts)

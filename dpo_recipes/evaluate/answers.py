@@ -24,7 +24,7 @@ from dpo_recipes.models.likelihood import answer_logps
 from dpo_recipes.models.open import open_model, put_adapter, read_adapter
 from dpo_recipes.models.pair_ids import PairIds, encode_pairs
 from dpo_recipes.models.rewards import Text
-from dpo_recipes.preflight.tokens import render, template_options
+from dpo_recipes.preflight.tokens import render_row
 from dpo_recipes.terminal import say
 
 BATCH = 16  # answers, or completions of pairs, at a time
@@ -157,10 +157,7 @@ def open_reference(name: str, tuned: Sequence[str], *, trust_remote_code: bool) 
 
 
 def _pair_ids(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[PairIds]:
-    rendered = [
-        render(row["prompt"], row["chosen"], row["rejected"], tokenizer=tokenizer, **template_options(row))
-        for row in pairs
-    ]
+    rendered = [render_row(row, tokenizer) for row in pairs]
     return encode_pairs(rendered, tokenizer, is_chat=not isinstance(pairs[0]["prompt"], str))
 
 

@@ -78,14 +78,12 @@ def reader_lines(ledger: Ledger) -> list[str]:
 
 def token_lines(tokens: Mapping[str, Mapping[str, Any]], *, unit: Unit) -> list[str]:
     """The longest and the mean numbers of tokens of each split, in the columns of `account_lines`."""
-    prompts = [split["prompt"] for split in tokens.values()]
-    longest, mean = [prompt["max"] for prompt in prompts], [prompt["mean"] for prompt in prompts]
-    rows = {f"tokens of the longest {unit}": longest, f"  of a {unit}, on average": mean}
+    splits = tokens.values()
+    rows = {f"tokens of the longest {unit}": [split.get("longest_pair", split["prompt"]["max"]) for split in splits]}
+    rows[f"  of a {'prompt' if unit == 'pair' else unit}, on average"] = [split["prompt"]["mean"] for split in splits]
     if unit == "pair":
-        longest = [split["longest_pair"] for split in tokens.values()]
-        completions = [(split["chosen"]["mean"] + split["rejected"]["mean"]) / 2 for split in tokens.values()]
-        rows = {"tokens of the longest pair": longest, "  of a prompt, on average": mean}
-        rows["  of a completion, on average"] = completions
+        means = [(split["chosen"]["mean"] + split["rejected"]["mean"]) / 2 for split in splits]
+        rows["  of a completion, on average"] = means
     return [_line(label, (f"{number:,.0f}" for number in numbers)) for label, numbers in rows.items()]
 
 

@@ -1,36 +1,36 @@
-"""Estimates what training on the pairs will cost: updates, tokens, padding, memory, and whether the device has room."""
+"""Estimates what a run will cost, for `inspect` and for the plan of a dry run: updates, tokens, memory, disk."""
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
-from trl import DPOConfig, RewardConfig
+from datasets import Dataset, DatasetDict
+from trl import DPOConfig, ModelConfig, RewardConfig
 
-from dpo_recipes.preflight.decide import row_lengths, this_machine
+from dpo_recipes.preflight.decide import this_machine
 from dpo_recipes.preflight.findings import Finding, judge
-from dpo_recipes.preflight.memory import count_weights, load_config, memory_parts, size_text, sizes_text
+from dpo_recipes.preflight.memory import count_weights, load_config, memory_parts, row_lengths, size_text, sizes_text
+from dpo_recipes.settings import effective_settings
 from dpo_recipes.shared_prefix.micro_batches import divide, divide_padded
+
+START_FOLDER = "DPO_RECIPES_DRY_RUN"
+"""Environment variable: where to leave the tokenizer and configuration that the next stage's dry run needs."""
 
 
 def estimate_cost(
-    pairs: Dataset,
-    script_args: Any,
-    training_args: Any,
-    settings: Mapping[str, Any],
-    card: tuple[str, int] | None = None,
+    pairs: Dataset, script_args: Any, training_args: Any, card: tuple[str, int] | None = None
 ) -> dict[str, Any]:
     """The part "cost" of preflight.json.
 
     Args:
         pairs: Training pairs, as `fit` returns them.
-        script_args: RecipeArguments of the recipe.
+        script_args: RecipeArguments of the recipe. Its settings name the model, whose configuration is read.
         training_args: TRL config of the recipe.
-        settings: All settings in force; they name the model, whose configuration is read.
         card: Name and bytes of the device that the run is to fit; None: this machine.
     """
-    task = task_of(training_args)
+    settings, task = script_args.settings, task_of(training_args)
     two_answers = task in ("preference", "reward")
     prompt, chosen, rejected = (np.array(pairs[f"{side}_tokens"][:]) for side in ("prompt", "chosen", "rejected"))
     longest = prompt + (np.maximum(chosen, rejected) if two_answers else chosen)
@@ -42,7 +42,7 @@ def estimate_cost(
     if budget:
         batches = [rows[part] for rows in batches for part in divide_padded(rows.tolist(), budget)]
     padded = sum(len(rows) * int(rows.max()) for rows in batches) * (2 if two_answers else 1)
-    config = load_config(settings["model_name_or_path"], settings, trust_remote_code=training_args.trust_remote_code)
+    config = load_config(settings["model_name_or_path"], settings)
     at_most = {**settings, "max_length": int(longest.max()), **row_lengths(pairs, settings, task)}
     at_most["per_device_train_batch_size"] = min(training_args.per_device_train_batch_size, len(pairs))
     memory = memory_parts(config, count_weights(config, settings, task=task), at_most, task=task)
@@ -120,3 +120,67 @@ def cost_lines(cost: Mapping[str, Any]) -> list[str]:
         f"({fits['name']}): {sizes_text(cost['memory'])}",
     ]
     return lines if cost["prefix_share"] else [*lines[:2], lines[3]]
+
+
+def plan_lines(script_args: Any, training_args: Any, tokenizer: Any, pairs: DatasetDict) -> list[str]:
+    """Settings that differ from TRL's defaults, updates, and rough estimates of memory and disk.
+
+    No weight is loaded: the model is built from its configuration on the meta device.
+
+    Args:
+        script_args: RecipeArguments of the recipe.
+        training_args: TRL config of the recipe.
+        tokenizer: Of the initial model.
+        pairs: As `fit` returns them, with the number of tokens of each side.
+    """
+    settings, task = script_args.settings, task_of(training_args)
+    name = settings.get("model_name_or_path") or tokenizer.name_or_path
+    config = load_config(name, settings)
+    if folder := os.environ.get(START_FOLDER):
+        _leave_start(folder, config, tokenizer, task=task)
+    weights = count_weights(config, settings, task=task)
+    lengths = row_lengths(pairs["train"], settings, task)
+    memory = memory_parts(config, weights, settings | lengths | {"world_size": training_args.world_size}, task=task)
+    batch, steps = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
+    updates = count_updates(script_args, training_args, len(pairs["train"]))
+    kept = training_args.save_total_limit or max(1, math.ceil(updates / max(1, training_args.save_steps)))
+    checkpoint, result = 12 * weights["trained"], 4 * weights["trained"]
+    if (budget := settings.get("tokens_per_step")) and task == "preference":
+        batch, steps = batch * steps, 1
+    budget = budget if "chosen_tokens" in pairs["train"].column_names else None  # a round's pairs are not known yet
+    unit = "answers" if task == "online" else "pairs"
+    return [
+        "",
+        "Settings that differ from TRL's defaults",
+        *(f"  {key:<28} {value}" for key, value in changed_settings(script_args, training_args)),
+        "",
+        "Plan",
+        f"  model        {name}: {weights['frozen'] + weights['trained']:,} weights, {weights['trained']:,} trained",
+        f"  update       {script_args.pairs_per_update} {unit} = {batch} a device x {training_args.world_size} "
+        f"process(es) x {steps} accumulated",
+        *([f"  micro-batch  {micro_batch_text(pairs['train'], training_args, budget)}"] if budget else []),
+        f"  updates      {updates:,}" + (" for each answer of a pair that is trained on" if task == "answer" else ""),
+        f"  memory       about {size_text(sum(memory.values()))} a device, without the libraries: {sizes_text(memory)}",
+        f"  disk         about {size_text(checkpoint * (kept + 1) + result)}: up to {kept} + 1 checkpoints of "
+        f"{size_text(checkpoint)}, the result {size_text(result)}",
+        'Nothing was started (dry_run). The estimates are rough: recipes/README.md, "Before a long run".',
+    ]
+
+
+def _leave_start(folder: str, config: Any, tokenizer: Any, *, task: str) -> None:
+    """Saves the configuration and tokenizer that the trained stage would leave."""
+    if task == "reward":
+        config.architectures, config.num_labels = ["AutoModelForSequenceClassification"], 1
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def changed_settings(script_args: Any, training_args: Any) -> list[tuple[str, Any]]:
+    """The settings that differ from TRL's defaults, without those that follow from other settings."""
+    machine = {"use_cpu": False, "bf16": True, "fp16": False}  # other values may be needed to build a config here
+    plain = type(training_args)(output_dir="-", **{key: getattr(training_args, key) for key in machine})
+    defaults = effective_settings([type(script_args)(), ModelConfig(), plain]) | machine
+    follow = ["do_eval", "gradient_accumulation_steps", "gradient_checkpointing", "model_init_kwargs"]
+    follow += ["dry_run", "request"]
+    settings = script_args.settings
+    return [(key, settings[key]) for key in settings if key not in follow and settings[key] != defaults.get(key)]

@@ -5,21 +5,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 from datasets import Dataset
 
 from dpo_recipes.errors import RecipeError
 from dpo_recipes.files import read_json
 from dpo_recipes.machine import gpu_cards
-from dpo_recipes.preflight.memory import (
-    count_weights,
-    load_config,
-    memory_parts,
-    shares_prompts,
-    size_text,
-    tokens_at_a_time,
-)
+from dpo_recipes.preflight.memory import count_weights, load_config, memory_parts, most_tokens, row_lengths, size_text
 from dpo_recipes.recipe import SETTINGS_FILE
 
 MARGIN = 0.25
@@ -60,7 +52,7 @@ def decide(
         held = read_json(Path(training_args.output_dir) / SETTINGS_FILE)
         settings |= {key: held[key] for key in left if held.get(key, "auto") != "auto"}
     try:
-        config = load_config(name, settings, trust_remote_code=training_args.trust_remote_code)
+        config = load_config(name, settings)
         weights = count_weights(config, settings, task=task)
     except (OSError, ValueError, ImportError) as error:
         if settings.get("tokens_per_step") == "auto":
@@ -97,7 +89,7 @@ def fit(
         asked = {"activation_checkpointing": checkpointing, "gradient_checkpointing": False, "tokens_per_step": budget}
         return sum(memory_parts(config, weights, {**settings, **asked}, task=task).values())
 
-    most = tokens_at_a_time({**settings, "tokens_per_step": MOST}, task)  # tokens of a whole update
+    most = most_tokens({**settings, "tokens_per_step": MOST}, task)  # tokens of a whole update
     chosen = choose(total, (1 - MARGIN) * size, settings, most=most)
     return *chosen, total(*chosen)
 
@@ -116,7 +108,6 @@ def choose(
         settings: `activation_checkpointing` and `tokens_per_step`, each `auto` or a value.
         most: Tokens of a whole update.
     """
-    budget: Any
     asked, budget = settings["activation_checkpointing"], settings.get("tokens_per_step")
     sizes = range(STEP, most + STEP, STEP)
     size: Any = budget
@@ -127,16 +118,6 @@ def choose(
         if total(checkpointing, size) <= have and enough:
             break
     return checkpointing, size
-
-
-def row_lengths(rows: Dataset, settings: Mapping[str, Any], task: str) -> dict[str, int]:
-    """Tokens of the longest sequence and of the longest pair, as it goes through the model; empty for prompts."""
-    if task not in ("preference", "reward") or "chosen_tokens" not in rows.column_names:
-        return {}
-    prompt, chosen, rejected = (np.array(rows[f"{side}_tokens"][:]) for side in ("prompt", "chosen", "rejected"))
-    longest = int((prompt + np.maximum(chosen, rejected)).max())
-    packed = int((prompt + chosen + rejected).max())
-    return {"max_length": longest, "longest_pair": packed if shares_prompts(settings, task) else 2 * longest}
 
 
 def this_machine(training_args: Any) -> tuple[str, int]:

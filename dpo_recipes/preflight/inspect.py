@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from datasets import DatasetDict
-from transformers import TrainingArguments
 from trl import DPOConfig, ModelConfig
 
 from dpo_recipes.catalog import read_yaml
@@ -58,8 +57,8 @@ def inspect(
     tokenizer, model = load_tokenizer(model_args, training_args), str(model_args.model_name_or_path)
     given = {flag.partition("=")[0].removeprefix("--") for flag in flags}
     if recipe is None and "max_length" not in given:  # the default of 1,024 may be more than the model takes
-        config = load_config(model, script_args.settings, trust_remote_code=training_args.trust_remote_code)
-        training_args.max_length = min(training_args.max_length, context_length(config))
+        context = context_length(load_config(model, script_args.settings))
+        training_args.max_length = min(training_args.max_length, context)
     measured = measure_pairs(namespace["load_pairs"], script_args, training_args, tokenizer)
     read_by, seed = tokenizer_to_measure(tokenizer, pairs=measured.pairs["train"]), training_args.seed
     rendered = DatasetDict({split: as_rendered(rows, read_by) for split, rows in measured.pairs.items()})
@@ -68,9 +67,9 @@ def inspect(
     if with_model:
         off = off_distribution.measure(measured.pairs, model, read_by, revision=model_args.model_revision, seed=seed)
     script_args.settings |= _precision_on_device(profile, given)
-    rows, settings, task = measured.pairs["train"], script_args.settings, task_of(training_args)
+    rows, task = measured.pairs["train"], task_of(training_args)
     decided = decide(script_args, training_args, rows, name=model, task=task, card=card)
-    cost = estimate_cost(rows, script_args, training_args, settings=settings, card=card)
+    cost = estimate_cost(rows, script_args, training_args, card)
     thresholds = measured.data["thresholds"]
     findings = [*measured.findings, *cost_findings(cost, thresholds)]
     findings += judge("off_distribution", off["rejected"]["far"], 1, thresholds) if off else []
@@ -125,14 +124,9 @@ def dataset_recipe(name: str) -> dict[str, Any]:
     return {"RECIPE": {"dataset_name": name, "report_to": "none"}, "load_pairs": load_pairs, **classes}
 
 
-def parse_namespace(
-    namespace: dict[str, Any], script: Path, *, profile: Path, flags: Sequence[str]
-) -> tuple[Any, Any, Any]:
+def parse_namespace(namespace: dict[str, Any], script: Path, *, profile: Path, flags: Sequence[str]) -> tuple[Any, ...]:
     """RecipeArguments, the TRL config and ModelConfig, parsed as the recipe itself would."""
     words = ["--output_dir", f"outputs/inspect/{script.stem}"]
     words += [] if torch.cuda.is_available() else ["--use_cpu", "true"]
     argv = [str(script), "--config", str(profile), *words, *flags]  # a flag of the user's comes later, and wins
-    parsed = parse_recipe(namespace["RECIPE"], argument_classes(namespace), argv=argv, to_train=False)
-    kinds = (RecipeArguments, TrainingArguments, ModelConfig)
-    script_args, training_args, model_args = (next(args for args in parsed if isinstance(args, kind)) for kind in kinds)
-    return script_args, training_args, model_args
+    return parse_recipe(namespace["RECIPE"], argument_classes(namespace), argv=argv, to_train=False)

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, HfArgumentParser
 from trl import ModelConfig, get_peft_config
@@ -17,10 +19,10 @@ NORMS_OF_HEADS = {"qwen3", "gemma3_text"}  # architectures that normalise querie
 CPU_TILES = 9  # float32 tiles in the backward pass of trl/kernels/chunked_logprob.py; a GPU's kernel works in place
 
 
-def load_config(name: str, settings: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
-    """The configuration of a model, of the revision that the settings name."""
-    revision = settings.get("model_revision") or "main"
-    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+def load_config(name: str, settings: Mapping[str, Any]) -> Any:
+    """The configuration of a model, of the revision and with the trust in its code that the settings name."""
+    revision, trust = settings.get("model_revision") or "main", bool(settings.get("trust_remote_code"))
+    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
 
 
 def count_weights(config: Any, settings: Mapping[str, Any], *, task: str = "answer") -> dict[str, int]:
@@ -54,8 +56,8 @@ def memory_parts(
     stored = BYTES.get(str(settings.get("dtype")), 4)
     compute = 2 if settings.get("bf16") or settings.get("fp16") else 4
     optimizer = 2 if "8bit" in str(settings.get("optim")) else 8
-    shared = shares_prompts(settings, task)
-    tokens = tokens_at_a_time(settings, task)
+    shared = _shares_prompts(settings, task)
+    tokens = most_tokens(settings, task)
     text = config.get_text_config()
     layer = tokens * _kept_by_a_layer(text, weights, settings, compute=compute, shared=shared)
     at_rest = tokens * text.hidden_size * compute
@@ -78,12 +80,22 @@ def memory_parts(
     return {part: size for part, size in parts.items() if size}
 
 
-def shares_prompts(settings: Mapping[str, Any], task: str) -> bool:
+def row_lengths(rows: Dataset, settings: Mapping[str, Any], task: str) -> dict[str, int]:
+    """Tokens of the longest sequence and of the longest pair, as it goes through the model; empty for prompts."""
+    if task not in ("preference", "reward") or "chosen_tokens" not in rows.column_names:
+        return {}
+    prompt, chosen, rejected = (np.array(rows[f"{side}_tokens"][:]) for side in ("prompt", "chosen", "rejected"))
+    longest = int((prompt + np.maximum(chosen, rejected)).max())
+    packed = int((prompt + chosen + rejected).max())
+    return {"max_length": longest, "longest_pair": packed if _shares_prompts(settings, task) else 2 * longest}
+
+
+def _shares_prompts(settings: Mapping[str, Any], task: str) -> bool:
     """Says if a run with these settings shares prompts, unless its model or device was not tested."""
     return task == "preference" and not says_no(settings.get("shared_prefix", "auto")) and not settings.get("fp16")
 
 
-def tokens_at_a_time(settings: Mapping[str, Any], task: str) -> int:
+def most_tokens(settings: Mapping[str, Any], task: str) -> int:
     """Most tokens that go through the model at a time."""
     longest = _longest(settings)
     row = settings.get("longest_pair") or 2 * longest if task in ("preference", "reward") else longest
@@ -104,10 +116,8 @@ def _kept_by_a_layer(
     are kept for either completion, here of as many tokens as both completions.
     """
     width, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    size = getattr(text, "head_dim", None) or width // text.num_attention_heads
-    queries, keys = text.num_attention_heads * size, _key_heads(text) * size
-    gemma = text.model_type.startswith("gemma")
-    norms = (4 if gemma and text.model_type != "gemma" else 2) * width
+    queries, keys = _attention_widths(text)
+    norms = (4 if text.model_type.startswith("gemma") and text.model_type != "gemma" else 2) * width
     norms += queries + keys if text.model_type in NORMS_OF_HEADS else 0
     attention = 3 * queries + 3 * keys if shared else 4 * queries + _longest(settings)  # the output is kept twice
     middle = (6 if "gelu_new" in str(getattr(text, "activation_function", "")) else 4) * inner
@@ -116,8 +126,11 @@ def _kept_by_a_layer(
     return float(compute * numbers + 4 * norms * (1 if weights["frozen"] else 2))
 
 
-def _key_heads(text: Any) -> int:
-    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+def _attention_widths(text: Any) -> tuple[int, int]:
+    """Numbers in a token's queries of all heads, and in its keys or its values."""
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return heads * size, (getattr(text, "num_key_value_heads", None) or heads) * size
 
 
 def _online_parts(
@@ -136,11 +149,8 @@ def _online_parts(
         reward_model = count_weights(load_config(name, settings), {}, task="reward")
         parts["reward model"] = float(stored * sum(reward_model.values()))
     text = config.get_text_config()
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    answers = settings["generation_batch_size"] / settings["world_size"]
-    parts["keys and values"] = (
-        answers * _longest(settings) * text.num_hidden_layers * 2 * _key_heads(text) * width * stored
-    )
+    kept = text.num_hidden_layers * 2 * _attention_widths(text)[1] * stored  # of each token
+    parts["keys and values"] = settings["generation_batch_size"] / settings["world_size"] * _longest(settings) * kept
     return parts
 
 

@@ -64,10 +64,9 @@ def measure(
         parts.append(torch.stack(means.chunk(2, dim=1)).cpu())  # (sides, 2, pairs)
     logps, entropies = torch.cat(parts, dim=2).numpy().transpose(1, 0, 2)  # of each (sides, pairs)
     surplus = -logps - entropies
-    far = (surplus >= FAR).mean(axis=1).tolist()
     sides = {
-        side: {"logp_per_token": _quantiles(logps[n]), "surplus": _quantiles(surplus[n]), "far": far[n]}
-        for n, side in enumerate(SIDES[1:])
+        side: {"logp_per_token": _quantiles(own), "surplus": _quantiles(over), "far": float((over >= FAR).mean())}
+        for side, own, over in zip(SIDES[1:], logps, surplus, strict=True)
     }
     agrees = float((logps[0] > logps[1]).mean())
     names = row_names(train)

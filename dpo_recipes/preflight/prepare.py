@@ -19,9 +19,8 @@ from dpo_recipes.loading import drop_prompts_in_test, keep_part, prompt_hashes
 from dpo_recipes.manifest import claim
 from dpo_recipes.models.rewards import check_reward_model, context_length, read_reward_config
 from dpo_recipes.preflight import account
-from dpo_recipes.preflight.cost import task_of
+from dpo_recipes.preflight.cost import plan_lines, task_of
 from dpo_recipes.preflight.decide import decide
-from dpo_recipes.preflight.dry_run import plan_lines
 from dpo_recipes.preflight.findings import Finding, judged, refuse_failures, set_thresholds, show_findings
 from dpo_recipes.preflight.memory import load_config
 from dpo_recipes.preflight.tokens import MEASURES, Unit, as_plain_text, fit, rendered_pairs
@@ -276,7 +275,7 @@ def _check_model(tokenizer: Any, training_args: Any, settings: dict[str, Any], t
     """
     name = tokenizer.name_or_path
     try:
-        config = load_config(name, settings, trust_remote_code=training_args.trust_remote_code)
+        config = load_config(name, settings)
     except (OSError, ValueError):
         return
     used = [tokenizer.pad_token_id, tokenizer.eos_token_id, *(split.get("largest_id") for split in tokens.values())]
@@ -289,9 +288,7 @@ def _check_model(tokenizer: Any, training_args: Any, settings: dict[str, Any], t
         )
     longest = max(split.get("longest_pair", split["prompt"]["max"]) for split in tokens.values())
     if (wanted := training_args.max_length or longest) > (context := context_length(config)):
-        raise RecipeError(
-            f"max_length is {wanted} tokens, and {name} has {context} positions. Set --max_length {context} or less."
-        )
+        raise RecipeError(f"max_length is {wanted} tokens, {name} has {context} positions. Set --max_length {context}.")
 
 
 def _check_prompts(prompts: DatasetDict, script_args: Any, training_args: Any, tokenizer: Any) -> None:
@@ -303,8 +300,7 @@ def _check_prompts(prompts: DatasetDict, script_args: Any, training_args: Any, t
             f"{len(prompts['train'])} to train on. Lower --generation_batch_size, or give more rows."
         )
     name, longest = tokenizer.name_or_path, training_args.max_completion_length
-    trust_remote_code = training_args.trust_remote_code
-    context = context_length(load_config(name, script_args.settings, trust_remote_code=trust_remote_code))
+    context = context_length(load_config(name, script_args.settings))
     tokens = [count for rows in prompts.values() for count in rows["prompt_tokens"][:]]
     if over := sum(count + longest > context for count in tokens):
         flag = "max_length" if script_args.max_pair_length else "max_prompt_length"
@@ -316,6 +312,7 @@ def _check_prompts(prompts: DatasetDict, script_args: Any, training_args: Any, t
         )
     if judge := script_args.reward_model_name_or_path:
         revision = script_args.settings.get("model_revision") or "main"  # TRL takes it for both models
-        options = dict(revision=revision, trust_remote_code=trust_remote_code, weights=not script_args.is_dry_run)
+        trust, weights = training_args.trust_remote_code, not script_args.is_dry_run
+        options = dict(revision=revision, trust_remote_code=trust, weights=weights)
         texts = [prompt for rows in prompts.values() for prompt in rows["prompt"][:]]
         check_reward_model(*read_reward_config(judge, **options), texts, max_completion_length=longest)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from dpo_recipes.dataset_adapters.adapting import row_names
-from dpo_recipes.estimates import wilson
+from dpo_recipes.models.likelihood import share_ahead
 from dpo_recipes.preflight.findings import CHECKS, Finding, in_words, judge
 from dpo_recipes.preflight.near_duplicates import find_alike, sketch
 
@@ -153,7 +153,7 @@ def _word_margins(chosen: Any, rejected: Any, *, prompts: NDArray[Any], seed: in
 
 
 def _baseline(name: str, margins: NDArray[Any], rows: NDArray[Any], *, names: list[str]) -> dict[str, Any]:
-    share = wilson(float((margins > 0).sum() + (margins == 0).sum() / 2), len(margins))
+    share = share_ahead(margins)
     with_it = margins > 0 if share.mean > 0.5 else margins < 0
     return {
         "label": CHECKS[name]["label"],

@@ -18,6 +18,7 @@ from dpo_recipes.dataset_adapters.ledger import SplitAccount
 from dpo_recipes.models.pair_ids import PairIds, encode_pairs
 from dpo_recipes.preflight.findings import CHECKS
 
+Batch = dict[str, list[Any]]
 Unit = Literal["pair", "prompt", "text"]
 """The part of a row that is measured: the pair, the prompt of an online trainer, or the text of SFT."""
 SIDES = ("prompt", "chosen", "rejected")
@@ -94,7 +95,7 @@ def control_pattern(tokenizer: Any) -> str:
 
 
 def _fit_batch(
-    batch: dict[str, list[Any]],
+    batch: Batch,
     *,
     tokenizer: Any,
     longest: int | None,
@@ -102,7 +103,7 @@ def _fit_batch(
     columns: list[str],
     stops: list[int],
     controls: str,
-) -> dict[str, list[Any]]:
+) -> Batch:
     unmeasured = dict.fromkeys(MEASURES, 0) | {"unrendered": "", "drop_reason": None}
     carried = ("cut_tokens",) if unit == "prompt" else ()  # of the prompt's pair, which was shortened before
     rows = [row | unmeasured | {name: row[name] for name in carried if name in row} for row in _rows(batch)]
@@ -129,7 +130,7 @@ def _fit_batch(
     return {column: [row[column] for row in rows] for column in columns}
 
 
-def _rows(batch: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
+def _rows(batch: Batch) -> Iterator[dict[str, Any]]:
     return (dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True))
 
 
@@ -263,9 +264,8 @@ def _unrendered(row: Mapping[str, Any], texts: tuple[str, str, str]) -> dict[str
     tools = [tool.get("function", tool).get("name", "") for tool in json.loads(row.get("tools") or "[]")]
     if any(name not in alone for name in tools):
         dropped.add("tools")
-    trims_only = trimmed and "content" not in dropped
-    faults = {"template_drops_text": bool(dropped), "template_trims_text": trims_only}
-    return {**faults, "unrendered": " ".join(sorted(dropped))}
+    faults = {"template_drops_text": bool(dropped), "template_trims_text": trimmed and "content" not in dropped}
+    return faults | {"unrendered": " ".join(sorted(dropped))}
 
 
 def _leaves_of_fields(turns: list[Message]) -> Iterator[tuple[str, str]]:
@@ -280,12 +280,10 @@ def _leaves(value: Any) -> Iterator[str]:
     """The texts in a field of a message, however deep."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
-        for name, part in value.items():
-            yield from () if name in _WITHOUT_TEXT else _leaves(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _leaves(part)
+    if isinstance(value, dict):
+        value = [part for name, part in value.items() if name not in _WITHOUT_TEXT]
+    for part in value if isinstance(value, list) else ():
+        yield from _leaves(part)
 
 
 def _says(text: str, leaf: str) -> bool:
@@ -298,14 +296,13 @@ def as_plain_text(pairs: Dataset, tokenizer: Any) -> Dataset:
     """The conversations with a zero-width space inside each text of a control token, which makes it plain text."""
     if pairs.features["prompt"] == Value("string"):
         return pairs
-    options = {"controls": control_pattern(tokenizer)}
-    return map_rows(pairs, _break_controls, features=pairs.features, desc="control tokens as text", **options)
+    controls = control_pattern(tokenizer)
+    return map_rows(pairs, _break_controls, features=pairs.features, desc="control tokens as text", controls=controls)
 
 
-def _break_controls(batch: dict[str, list[Any]], *, controls: str) -> dict[str, list[Any]]:
+def _break_controls(batch: Batch, *, controls: str) -> Batch:
     def broken(turn: dict[str, Any]) -> dict[str, Any]:
-        insert = lambda found: f"{found[0][0]}\u200b{found[0][1:]}"  # noqa: E731
-        return {**turn, "content": re.sub(controls, insert, turn["content"] or "")}
+        return {**turn, "content": re.sub(rf"(?={controls})([\s\S])", "\\1\u200b", turn["content"] or "")}
 
     return {**batch, **{side: [list(map(broken, turns)) for turns in batch[side]] for side in SIDES}}
 
@@ -325,7 +322,7 @@ def as_rendered(pairs: Dataset, tokenizer: Any) -> Dataset:
     return map_rows(pairs, _rendered_batch, features=features, desc="rendering", tokenizer=tokenizer)
 
 
-def _rendered_batch(batch: dict[str, list[Any]], *, tokenizer: Any) -> dict[str, list[str]]:
+def _rendered_batch(batch: Batch, *, tokenizer: Any) -> Batch:
     texts = [_said(row, tokenizer) for row in _rows(batch)]
     sides = {side: [text[place] for text in texts] for place, side in enumerate(SIDES)}
     return sides | {name: batch[name] for name in (ROW,) if name in batch}

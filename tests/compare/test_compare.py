@@ -416,6 +416,23 @@ def test_a_prompt_keeps_its_part_when_its_oldest_turns_go():
     assert 5 < len(whole) < 40
 
 
+def test_each_part_is_measured_with_the_settings_of_the_recipe(monkeypatch):
+    measured = []
+
+    def measure(load_pairs, script_args, training_args, tokenizer):
+        measured.append((script_args.part, script_args.settings["model_revision"]))
+        rows = {"train": {"prompt": [script_args.part]}, "test": {"prompt": ["held out"]}}
+        return SimpleNamespace(pairs={split: Dataset.from_dict(columns) for split, columns in rows.items()})
+
+    monkeypatch.setattr(comparing, "measure_pairs", measure)
+    monkeypatch.setattr(comparing, "load_tokenizer", lambda *_: None)
+    script_args = RecipeArguments(dataset_name="rows.jsonl")
+    script_args.settings = {"model_revision": "v2"}
+    comparing._divide(plan.Recipe("dpo", {"load_pairs": None}, None, script_args, None, None), with_judge=True)
+    assert measured == [("learn", "v2"), ("judge", "v2")]
+    assert script_args.part is None
+
+
 def test_parts_that_share_a_prompt_stop_the_comparison():
     one, two, three = (Dataset.from_dict({"prompt": prompts}) for prompts in (["a", "b"], ["c"], ["d", "b"]))
     comparing.check_parts({"learn": one, "judge": two, "test": two.select([])})

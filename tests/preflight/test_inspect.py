@@ -413,8 +413,8 @@ def test_cost_counts_what_is_padded_and_what_is_repeated(tiny_model, tmp_path):
     training_args = cpu_args(tmp_path, batch=2)
     script_args = RecipeArguments(pairs_per_update=2)
     pairs = lengths((10, 5, 3), (10, 5, 3), (10, 5, 3), (10, 5, 3))
-    values = {"model_name_or_path": str(tiny_model), "per_device_train_batch_size": 2, "max_length": 1024}
-    cost = estimate_cost(pairs, script_args, training_args, settings=values, card=("the 24GB card", 24 * 2**30))
+    script_args.settings = {"model_name_or_path": str(tiny_model), "per_device_train_batch_size": 2, "max_length": 1024}
+    cost = estimate_cost(pairs, script_args, training_args, card=("the 24GB card", 24 * 2**30))
     assert (cost["pairs_per_epoch"], cost["updates"]) == (4, 6)  # DPOConfig trains three epochs
     assert (cost["real_tokens"], cost["padded_tokens"]) == (4 * 28, 4 * 2 * 15)
     assert cost["padding_share"] == pytest.approx(1 - 112 / 120)
@@ -435,8 +435,9 @@ def test_padding_is_that_of_batches_as_trl_makes_them(tiny_model, tmp_path):
 
     training_args = cpu_args(tmp_path, batch=3)
     rows = [(5, 2, 9), (4, 7, 1), (8, 1, 1)]
-    values = {"model_name_or_path": str(tiny_model), "per_device_train_batch_size": 3}
-    cost = estimate_cost(lengths(*rows), RecipeArguments(pairs_per_update=3), training_args, settings=values)
+    script_args = RecipeArguments(pairs_per_update=3)
+    script_args.settings = {"model_name_or_path": str(tiny_model), "per_device_train_batch_size": 3}
+    cost = estimate_cost(lengths(*rows), script_args, training_args)
     ids = [{f"{side}_ids": [1] * count for side, count in zip(SIDES, row, strict=True)} for row in rows]
     batch = DataCollatorForPreference(pad_token_id=0)(ids)
     assert cost["padded_tokens"] == batch["input_ids"].numel()
