@@ -48,7 +48,7 @@ def sample(
     model: str,
     dataset: RecipeArguments,
     *,
-    output: str | None,
+    output: str | None = None,
     pairs: bool,
     num_samples: int,
     judge: str | None = None,
