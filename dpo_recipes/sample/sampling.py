@@ -264,9 +264,7 @@ def _keep(rows: Sequence[Any], check: Callable[[Any], None], what: str, **droppe
 
 
 def _account(kept: int, what: str, dropped: Mapping[str, int]) -> None:
-    meant = DROP_REASONS | {"same_answer_again": "the same answer to the same prompt again"}
-    meant |= {"not_judged": "an answer that the judge cannot judge"}
-    left_out = [f"  {meant.get(reason, reason):<54} -{count}" for reason, count in dropped.items() if count]
+    left_out = [f"  {DROP_REASONS.get(reason, reason):<54} -{count}" for reason, count in dropped.items() if count]
     say("\n".join([f"{kept} {what}{', and left out:' if left_out else ''}", *left_out]))
     if not kept:
         raise RecipeError(f"No {what} are left. The lines above name the reasons.")
