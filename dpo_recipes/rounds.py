@@ -207,8 +207,8 @@ def sample(this: Round, policy: PeftModel, tokenizer: PreTrainedTokenizerBase) -
     step = max(1, AT_A_TIME * BATCH // args.num_generations)  # prompts between two writes
     with PartialState().split_between_processes([{"prompt": prompt} for prompt in this.prompts]) as mine:
         model = str(this.start or policy.config.name_or_path)
-        with in_steps(ask, mine, file, step=step, model=model, settings=settings) as done:
-            lines = gather_object([{**row, **answered} for row, answered in zip(mine, done, strict=True)])
+        with in_steps(ask, mine, file, step=step, model=model, settings=settings) as answered:
+            lines = gather_object(answered)
             if PartialState().is_main_process:
                 write_jsonl(file, lines)
             this.note(answers=len(lines) * args.num_generations, sampling_seconds=time.monotonic() - began)
