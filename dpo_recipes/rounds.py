@@ -218,20 +218,17 @@ def sample(this: Round, policy: PeftModel, tokenizer: PreTrainedTokenizerBase) -
 def rank(this: Round, answers: Rows, reward_model: str) -> Dataset:
     """Makes a pair of the best and the worst answer to each prompt; equal texts and equal scores make no pair."""
     file, began = this.folder / "pairs.jsonl", time.monotonic()
-    if not file.exists():
-        if PartialState().is_main_process:
-            pairs = ranked(answers, reward_model, best_against_worst=True)
-            equal = sum(len({*line["completions"]}) == 1 for line in answers)
-            cut = sum(not ended for line in answers for ended in line["ended"])
-            counts = {"prompts": len(answers), "pairs": len(pairs), "equal_texts": equal, "cut": cut}
-            margin = fmean(pair["preference_strength"] for pair in pairs)
-            write_json(
-                this.folder / ROUND_FILE,
-                {**this.account(), **counts, "not_ranked": len(answers) - equal - len(pairs), "margin": margin}
-                | {"ranking_seconds": time.monotonic() - began},
-            )
-            write_jsonl(file, pairs)
-        PartialState().wait_for_everyone()
+    if PartialState().is_main_process and not file.exists():
+        pairs = ranked(answers, reward_model, best_against_worst=True)
+        equal = sum(len({*line["completions"]}) == 1 for line in answers)
+        cut = sum(not ended for line in answers for ended in line["ended"])
+        counts = {"prompts": len(answers), "pairs": len(pairs), "equal_texts": equal, "cut": cut}
+        counts["not_ranked"] = len(answers) - equal - len(pairs)
+        margin = fmean(pair["preference_strength"] for pair in pairs)
+        more = {"margin": margin, "ranking_seconds": time.monotonic() - began}
+        write_json(this.folder / ROUND_FILE, this.account() | counts | more)
+        write_jsonl(file, pairs)
+    PartialState().wait_for_everyone()
     return Dataset.from_list([_as_prompted(pair) for pair in read_jsonl(file)])
 
 
