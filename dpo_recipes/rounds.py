@@ -37,6 +37,7 @@ from dpo_recipes.health.rules import HEALTH_FILE
 from dpo_recipes.manifest import declare, settle
 from dpo_recipes.models.checkpoints import latest_checkpoint
 from dpo_recipes.models.likelihood import completion_logps, sampled_kl
+from dpo_recipes.models.open import evaluating
 from dpo_recipes.models.rewards import Text, load_reward_model
 from dpo_recipes.recipe import OnlineArguments
 from dpo_recipes.runs.metrics import ROUND_FILE, rounds_of
@@ -282,13 +283,11 @@ def _pair_logps(trainer: DPOTrainer) -> torch.Tensor:
     """Log-probs of both answers of the first training pairs under the policy. Shape (answers,)."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     rows = list(itertools.islice(trainer.train_dataset, MEASURED // 2))
-    was_training, found = model.training, []
-    model.eval()
-    for at in range(0, len(rows), 4):
-        batch = prepare_inputs(trainer, trainer.data_collator(rows[at : at + 4]))
-        with torch.no_grad(), trainer.accelerator.autocast():
+    found = []
+    with evaluating(model), trainer.accelerator.autocast():
+        for at in range(0, len(rows), 4):
+            batch = prepare_inputs(trainer, trainer.data_collator(rows[at : at + 4]))
             found.append(completion_logps(model, batch).sum(dim=1).cpu())
-    model.train(was_training)
     return torch.cat(found)
 
 

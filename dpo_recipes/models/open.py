@@ -280,6 +280,18 @@ def open_model(
     return model.eval(), tokenizer
 
 
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Puts a model into evaluation mode, without gradients, and gives it back its mode (train or eval) at the end."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def _assemble(artifact: Artifact, **options: Any) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Loads a model, an adapter on its base, with the tokenizer that it was saved with."""
     name, full = artifact.name, artifact.base
