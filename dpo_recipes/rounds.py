@@ -102,11 +102,6 @@ class Round:
         """The round's own folder."""
         return Path(self.args.output_dir)
 
-    @property
-    def is_last(self) -> bool:
-        """True if no round follows."""
-        return self.number == self.args.num_rounds
-
     def account(self) -> dict[str, Any]:
         """The numbers of the round that are known by now."""
         return read_json(self.folder / ROUND_FILE)
@@ -150,7 +145,7 @@ def begin_rounds(script_args: OnlineArguments, training_args: RoundsConfig, prom
         args.output_dir, args.model_init_kwargs = str(folder / f"round-{number}"), None
         share = asked[count * (number - 1) // rounds : count * number // rounds]
         this = Round(number, args, share, start, training_args.model_init_kwargs or {})
-        if this.is_last or "updates" not in this.account():
+        if number == rounds or "updates" not in this.account():
             if state.is_main_process:
                 declare(folder, this.folder.name)
             _refuse_another(this, script_args)
@@ -275,7 +270,7 @@ def finish_round(this: Round, trainer: DPOTrainer, script_args: OnlineArguments)
         write_json(this.folder / LOG_FILE, {"log_history": log})
     this.note(on_policy_share=share, kl=kl, updates=updates, **spent)
     say(f"Round {this.number}: on-policy share {share:.3f}, reward-model margin {margin:.3f}, KL {kl['nats']:.2f} nats")
-    if this.is_last:
+    if this.number == this.args.num_rounds:
         _join(this.folder.parent, trainer, script_args)
 
 

@@ -226,8 +226,7 @@ def ranked(lines: Rows, judge: str | Marker, *, best_against_worst: bool = False
     pairs = []
     for line in lines:
         scored = [(next(scores), text) for text in dict.fromkeys(line["completions"])]
-        scored = [both for both in scored if not math.isnan(both[0])]
-        best_first = sorted(scored, key=lambda both: -both[0])
+        best_first = sorted((both for both in scored if not math.isnan(both[0])), key=lambda both: -both[0])
         ends = zip(best_first[:1], best_first[-1:], strict=True)  # of a single answer twice the same, which is no pair
         for (high, chosen), (low, rejected) in ends if best_against_worst else itertools.combinations(best_first, 2):
             pair = {"prompt": line["prompt"], "chosen": chosen, "rejected": rejected}
