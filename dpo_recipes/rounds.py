@@ -37,6 +37,7 @@ from dpo_recipes.health.rules import HEALTH_FILE
 from dpo_recipes.manifest import declare, settle
 from dpo_recipes.models.checkpoints import latest_checkpoint
 from dpo_recipes.models.likelihood import completion_logps, sampled_kl
+from dpo_recipes.models.open import evaluating
 from dpo_recipes.models.rewards import Text, load_reward_model
 from dpo_recipes.recipe import OnlineArguments
 from dpo_recipes.runs.metrics import ROUND_FILE, rounds_of
@@ -101,11 +102,6 @@ class Round:
         """The round's own folder."""
         return Path(self.args.output_dir)
 
-    @property
-    def is_last(self) -> bool:
-        """True if no round follows."""
-        return self.number == self.args.num_rounds
-
     def account(self) -> dict[str, Any]:
         """The numbers of the round that are known by now."""
         return read_json(self.folder / ROUND_FILE)
@@ -149,7 +145,7 @@ def begin_rounds(script_args: OnlineArguments, training_args: RoundsConfig, prom
         args.output_dir, args.model_init_kwargs = str(folder / f"round-{number}"), None
         share = asked[count * (number - 1) // rounds : count * number // rounds]
         this = Round(number, args, share, start, training_args.model_init_kwargs or {})
-        if this.is_last or "updates" not in this.account():
+        if number == rounds or "updates" not in this.account():
             if state.is_main_process:
                 declare(folder, this.folder.name)
             _refuse_another(this, script_args)
@@ -207,8 +203,8 @@ def sample(this: Round, policy: PeftModel, tokenizer: PreTrainedTokenizerBase) -
     step = max(1, AT_A_TIME * BATCH // args.num_generations)  # prompts between two writes
     with PartialState().split_between_processes([{"prompt": prompt} for prompt in this.prompts]) as mine:
         model = str(this.start or policy.config.name_or_path)
-        with in_steps(ask, mine, file, step=step, model=model, settings=settings) as done:
-            lines = gather_object([{**row, **answered} for row, answered in zip(mine, done, strict=True)])
+        with in_steps(ask, mine, file, step=step, model=model, settings=settings) as answered:
+            lines = gather_object(answered)
             if PartialState().is_main_process:
                 write_jsonl(file, lines)
             this.note(answers=len(lines) * args.num_generations, sampling_seconds=time.monotonic() - began)
@@ -218,20 +214,17 @@ def sample(this: Round, policy: PeftModel, tokenizer: PreTrainedTokenizerBase) -
 def rank(this: Round, answers: Rows, reward_model: str) -> Dataset:
     """Makes a pair of the best and the worst answer to each prompt; equal texts and equal scores make no pair."""
     file, began = this.folder / "pairs.jsonl", time.monotonic()
-    if not file.exists():
-        if PartialState().is_main_process:
-            pairs = ranked(answers, reward_model, best_against_worst=True)
-            equal = sum(len({*line["completions"]}) == 1 for line in answers)
-            cut = sum(not ended for line in answers for ended in line["ended"])
-            counts = {"prompts": len(answers), "pairs": len(pairs), "equal_texts": equal, "cut": cut}
-            margin = fmean(pair["preference_strength"] for pair in pairs)
-            write_json(
-                this.folder / ROUND_FILE,
-                {**this.account(), **counts, "not_ranked": len(answers) - equal - len(pairs), "margin": margin}
-                | {"ranking_seconds": time.monotonic() - began},
-            )
-            write_jsonl(file, pairs)
-        PartialState().wait_for_everyone()
+    if PartialState().is_main_process and not file.exists():
+        pairs = ranked(answers, reward_model, best_against_worst=True)
+        equal = sum(len({*line["completions"]}) == 1 for line in answers)
+        cut = sum(not ended for line in answers for ended in line["ended"])
+        counts = {"prompts": len(answers), "pairs": len(pairs), "equal_texts": equal, "cut": cut}
+        counts["not_ranked"] = len(answers) - equal - len(pairs)
+        margin = fmean(pair["preference_strength"] for pair in pairs)
+        more = {"margin": margin, "ranking_seconds": time.monotonic() - began}
+        write_json(this.folder / ROUND_FILE, this.account() | counts | more)
+        write_jsonl(file, pairs)
+    PartialState().wait_for_everyone()
     return Dataset.from_list([_as_prompted(pair) for pair in read_jsonl(file)])
 
 
@@ -277,7 +270,7 @@ def finish_round(this: Round, trainer: DPOTrainer, script_args: OnlineArguments)
         write_json(this.folder / LOG_FILE, {"log_history": log})
     this.note(on_policy_share=share, kl=kl, updates=updates, **spent)
     say(f"Round {this.number}: on-policy share {share:.3f}, reward-model margin {margin:.3f}, KL {kl['nats']:.2f} nats")
-    if this.is_last:
+    if this.number == this.args.num_rounds:
         _join(this.folder.parent, trainer, script_args)
 
 
@@ -285,13 +278,11 @@ def _pair_logps(trainer: DPOTrainer) -> torch.Tensor:
     """Log-probs of both answers of the first training pairs under the policy. Shape (answers,)."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     rows = list(itertools.islice(trainer.train_dataset, MEASURED // 2))
-    was_training, found = model.training, []
-    model.eval()
-    for at in range(0, len(rows), 4):
-        batch = prepare_inputs(trainer, trainer.data_collator(rows[at : at + 4]))
-        with torch.no_grad(), trainer.accelerator.autocast():
+    found = []
+    with evaluating(model), trainer.accelerator.autocast():
+        for at in range(0, len(rows), 4):
+            batch = prepare_inputs(trainer, trainer.data_collator(rows[at : at + 4]))
             found.append(completion_logps(model, batch).sum(dim=1).cpu())
-    model.train(was_training)
     return torch.cat(found)
 
 

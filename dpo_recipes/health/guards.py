@@ -17,6 +17,7 @@ from trl import DPOTrainer, RewardTrainer
 
 from dpo_recipes.errors import RecipeError, UnhealthyRunError
 from dpo_recipes.models.likelihood import completion_logps, reference_in_memory, sharded
+from dpo_recipes.models.open import evaluating
 from dpo_recipes.trl_patches import prepare_inputs
 
 logger = logging.getLogger(__name__)
@@ -210,12 +211,8 @@ class ReferenceGuard(TrainerCallback):
             return None if reference is None else self._logps(reference, batch)
 
     def _logps(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        was_training = model.training
-        model.eval()  # no dropout, no noise
-        with torch.no_grad(), self.trainer.accelerator.autocast():
-            logps = completion_logps(model, batch)
-        model.train(was_training)
-        return logps
+        with evaluating(model), self.trainer.accelerator.autocast():  # no dropout, no noise
+            return completion_logps(model, batch)
 
     def _difference(self, policy: torch.Tensor, reference: torch.Tensor | None, batch: dict[str, Any]) -> float | None:
         """Root mean square difference in nats a token; None where the reference model's log-probs are not known.

@@ -1,7 +1,6 @@
 """Best of N: the answer that a reward model scores highest, against chance, a majority vote and an oracle."""
 
 import math
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import combinations
@@ -70,19 +69,14 @@ def _shares(scores: Array, right: Array, votes: Sequence[str | None], size: int,
         choices = np.array(list(combinations(range(count), size)))
     else:
         choices = rng.permuted(np.tile(np.arange(count), (DRAWS, 1)), axis=1)[:, :size]
-    taken, marks = scores[choices], right[choices]
-    best = taken == taken.max(axis=1, keepdims=True)
-    by_vote = [_voted([votes[each] for each in choice], right[choice]) for choice in choices]
-    by_score = (marks * best).sum(axis=1) / best.sum(axis=1)
-    return np.array([by_score.mean(), right.mean(), np.mean(by_vote), marks.max(axis=1).mean()])
+    marks = right[choices]  # (choices, size)
+    agree = np.array([[vote is not None and vote == other for other in votes] for vote in votes])
+    agreeing = agree[choices[:, :, None], choices[:, None, :]].sum(axis=2)
+    shares = [_highest(scores[choices], marks), right.mean(), _highest(agreeing, marks), marks.max(axis=1).mean()]
+    return np.array(shares)
 
 
-def _voted(votes: Sequence[str | None], right: Array) -> float:
-    """Mean rightness of the answers with the most frequent vote; of all answers if none votes."""
-    counts: Counter[str | None] = Counter(vote for vote in votes if vote is not None)
-    most = max(counts.values(), default=0)
-    marks = defaultdict(list)
-    for vote, mark in zip(votes, right.tolist(), strict=True):
-        if counts.get(vote, 0) == most:
-            marks[vote].append(mark)
-    return float(np.mean([np.mean(each) for each in marks.values()]))
+def _highest(keys: Array, marks: Array) -> float:
+    """Mean over choices of the rightness of the answers with the highest key. Both have shape (choices, size)."""
+    best = keys == keys.max(axis=1, keepdims=True)
+    return float(((marks * best).sum(axis=1) / best.sum(axis=1)).mean())

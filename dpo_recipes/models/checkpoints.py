@@ -102,9 +102,7 @@ def check_saved(folder: str | Path, weights: Mapping[str, torch.Tensor]) -> None
         saved |= load_file(file)
     kept_storage = {weights[name].data_ptr() for name in saved if name in weights}
     for name, tensor in weights.items():
-        if name not in saved:
-            if tensor.data_ptr() in kept_storage:
-                continue
+        if name not in saved and tensor.data_ptr() not in kept_storage:
             raise RuntimeError(f"{folder} lacks {name}: what was saved is not what was trained.")
-        if not torch.equal(saved[name].to(tensor.dtype), tensor.detach().cpu()):
+        if name in saved and not torch.equal(saved[name].to(tensor.dtype), tensor.detach().cpu()):
             raise RuntimeError(f"{name} in {folder} differs from the trained weight: it was not saved as it is.")

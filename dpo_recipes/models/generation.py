@@ -13,6 +13,7 @@ from trl.trainer.utils import pad
 
 from dpo_recipes.dataset_adapters import Drop
 from dpo_recipes.errors import RecipeError
+from dpo_recipes.models.open import evaluating
 from dpo_recipes.models.rewards import Text, context_length
 
 Sampled = tuple[list[int], list[int]]
@@ -55,7 +56,6 @@ def generate(
     return [read_answer(model, tokenizer, *both) for both in zip(prompts, sampled, strict=True)]
 
 
-@torch.no_grad()
 def sample_tokens(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -92,9 +92,7 @@ def sample_tokens(
     order = sorted((row for row in range(len(ids)) if len(ids[row]) < context), key=lambda row: len(texts[row]))
     batches = _batches(order, [len(row) for row in ids], most=batch_size, room=context - max_new_tokens)
     sampled: list[Sampled] = [([], [])] * len(ids)
-    was_training = model.training
-    model.eval()
-    with torch.random.fork_rng():  # the caller's random state stays as it was
+    with evaluating(model), torch.random.fork_rng():  # the caller's random state stays as it was
         torch.manual_seed(seed)
         for rows in tqdm(batches, desc="Generating", leave=False, disable=streamer is not None):
             padded, mask = pad_left([ids[row] for row in rows], tokenizer.pad_token_id, model.device)
@@ -105,7 +103,6 @@ def sample_tokens(
                 answer = tokens[width:]
                 end = next((at for at, token in enumerate(answer, start=1) if token in stops), None)
                 sampled[row] = ids[row], answer[:end]
-    model.train(was_training)
     return sampled
 
 

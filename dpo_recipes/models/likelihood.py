@@ -19,11 +19,10 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, use_adapte
 from dpo_recipes.errors import UnhealthyRunError
 from dpo_recipes.estimates import Estimate, wilson
 from dpo_recipes.models.generation import Sampled, pad_left, sample_tokens
-from dpo_recipes.models.open import identify, load_full
+from dpo_recipes.models.open import evaluating, identify, load_full
 from dpo_recipes.models.rewards import Text
 
 
-@torch.no_grad()
 def answer_logps(
     model: Any, sequences: Sequence[Sampled], *, temperature: float = 1.0, batch_size: int = 1
 ) -> NDArray[np.float64]:
@@ -37,25 +36,22 @@ def answer_logps(
     """
     order = sorted(range(len(sequences)), key=lambda row: sum(map(len, sequences[row])))
     found = np.zeros(len(order))
-    was_training = model.training
-    model.eval()
-    for start in tqdm(range(0, len(order), batch_size), desc="Log-probs", leave=False):
-        places = order[start : start + batch_size]
-        rows = [sequences[place] for place in places]
-        ids, mask = pad_left([prompt + completion for prompt, completion in rows], 0, model.device)
-        labels, _ = pad_left([completion for _, completion in rows], -100, model.device)  # (rows, longest completion)
-        longest = labels.size(1)
-        padding = dict(attention_mask=mask, position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0))
-        padding = {} if mask.all() else padding  # not every model takes position_ids
-        output = model(input_ids=ids, use_cache=False, logits_to_keep=longest + 1, **padding)
-        logits = output.logits[:, -longest - 1 : -1].float() / (temperature or 1.0)  # each predicts the next token
-        losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-        found[places] = -losses.double().sum(dim=1).cpu().numpy()
-    model.train(was_training)
+    with evaluating(model):
+        for start in tqdm(range(0, len(order), batch_size), desc="Log-probs", leave=False):
+            places = order[start : start + batch_size]
+            rows = [sequences[place] for place in places]
+            ids, mask = pad_left([prompt + completion for prompt, completion in rows], 0, model.device)
+            labels, _ = pad_left([completion for _, completion in rows], -100, model.device)  # (rows, longest)
+            longest = labels.size(1)
+            padding = dict(attention_mask=mask, position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0))
+            padding = {} if mask.all() else padding  # not every model takes position_ids
+            output = model(input_ids=ids, use_cache=False, logits_to_keep=longest + 1, **padding)
+            logits = output.logits[:, -longest - 1 : -1].float() / (temperature or 1.0)  # each predicts the next token
+            losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+            found[places] = -losses.double().sum(dim=1).cpu().numpy()
     return found
 
 
-@torch.no_grad()
 def fused_logps(model: Any, sequences: Sequence[Sampled]) -> NDArray[np.float64]:
     """Log-probs of completions in nats, at the temperature of TRL's fused head. Shape (completions,).
 
@@ -63,13 +59,12 @@ def fused_logps(model: Any, sequences: Sequence[Sampled]) -> NDArray[np.float64]
     rounding; and it keeps none of them.
     """
     found = []
-    was_training = model.training
-    model.eval()
-    for prompt, completion in sequences:  # one at a time: nothing is padded
-        ids = torch.tensor([prompt + completion], device=model.device)
-        labels = torch.tensor([[-100] * len(prompt) + completion], device=model.device)
-        found.append(model(input_ids=ids, labels=labels, fused_lm_head=True, use_cache=False).log_probs.double().sum())
-    model.train(was_training)
+    with evaluating(model):
+        for prompt, completion in sequences:  # one at a time: nothing is padded
+            ids = torch.tensor([prompt + completion], device=model.device)
+            labels = torch.tensor([[-100] * len(prompt) + completion], device=model.device)
+            output = model(input_ids=ids, labels=labels, fused_lm_head=True, use_cache=False)
+            found.append(output.log_probs.double().sum())
     return torch.stack(found).cpu().numpy()
 
 
@@ -107,10 +102,8 @@ class PreferenceLogps:
 
     def accuracy(self, *, per_token: bool = False) -> Estimate:
         """Share of pairs whose chosen completion has the higher log-prob, a tie counting one half."""
-        chosen, rejected = self.chosen, self.rejected
-        if per_token:
-            chosen, rejected = chosen / self.chosen_tokens, rejected / self.rejected_tokens
-        return share_ahead(chosen - rejected)
+        tokens = (self.chosen_tokens, self.rejected_tokens) if per_token else (1, 1)
+        return share_ahead(self.chosen / tokens[0] - self.rejected / tokens[1])
 
     def accuracy_against(self, reference: "PreferenceLogps") -> Estimate:
         """Share of pairs with the higher implicit reward, beta log(policy / reference), on the chosen completion."""

@@ -54,16 +54,15 @@ def merge(run: str, output_dir: str | None = None, *, base: str | None = None, t
         raise RecipeError(f"A LoRA adapter is needed, and {run} holds {what}.")
     if not changes_layers(adapter):
         raise _unmergeable(run, adapter)
-    origin = {"lora_adapter": str(Path(run).resolve())}
-    origin["base_model"] = identify(run, base=base, trust_remote_code=trust_remote_code).base
+    named: dict[str, Any] = dict(base=base, trust_remote_code=trust_remote_code)
+    origin = {"lora_adapter": str(Path(run).resolve()), "base_model": identify(run, **named).base}
     origin["weights"] = adapter_print(run)
     in_place = target.resolve() == Path(run).resolve() and (target / "settings.json").exists()  # a run of ours
     if not in_place:
         _earlier_files(target, origin)
     check_writable(target.parent)
     say(f"Merging {run} into {origin['base_model']}.")
-    how: dict[str, Any] = dict(as_trained=False, reward_model=True, trust_remote_code=trust_remote_code)
-    model, tokenizer = open_model(run, base=base, **how)
+    model, tokenizer = open_model(run, as_trained=False, reward_model=True, **named)
     try:
         merged = merge_adapter(model, _probe(tokenizer, model))
     except NotImplementedError as error:

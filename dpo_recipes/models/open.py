@@ -4,7 +4,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from json import JSONDecodeError
 from pathlib import Path
@@ -230,16 +230,14 @@ def check_weights(artifact: Artifact, **options: Any) -> None:
             f'"architectures": ["{kind}"].'
         )
     options["device_map"] = {"": "meta"}
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # of weights that are not kept
-    try:
+    with ExitStack() as restored:
+        if logging.is_progress_bar_enabled():
+            logging.disable_progress_bar()  # of weights that are not kept
+            restored.callback(logging.enable_progress_bar)
         if artifact.adapter:
             _assemble(artifact, **options)
         else:
             load_full(artifact, AutoModelForSequenceClassification if artifact.is_reward_model else None, **options)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def open_model(
@@ -280,6 +278,18 @@ def open_model(
     if artifact.is_reward_model:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # the score is read before the padding
     return model.eval(), tokenizer
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Puts a model into evaluation mode, without gradients, and gives it back its mode (train or eval) at the end."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def _assemble(artifact: Artifact, **options: Any) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,13 +54,10 @@ def prepare_dataset(trainer: DPOTrainer, dataset: Any, processing_class: Any, ar
         how: dict[str, Any] = dict(batched=True, num_proc=processes, desc=f"Tokenizing {name} dataset")
         dataset = dataset.map(_tokenise_batch, fn_kwargs=given, new_fingerprint=key, **how)
         if longest is not None and args.truncation_mode == "keep_start":
-            fits = partial(_leaves_room, longest=longest)
-            dataset = dataset.filter(fits, input_columns="prompt_ids", **how)
+            dataset = dataset.filter(
+                lambda rows: [len(ids) < longest for ids in rows], input_columns="prompt_ids", **how
+            )
     return dataset
-
-
-def _leaves_room(prompt_ids: list[list[int]], *, longest: int) -> list[bool]:
-    return [len(ids) < longest for ids in prompt_ids]
 
 
 def _kinds(dataset: Any) -> set[bool]:

@@ -40,23 +40,19 @@ def in_float32(model: Any) -> Iterator[None]:
     Args:
         model: The model that accelerate prepared, unwrapped. 4-bit weights are multiplied in float32.
     """
-    quantised = {module: module.compute_dtype for module in model.modules() if isinstance(module, Linear4bit)}
     head = (model.get_base_model() if hasattr(model, "get_base_model") else model).get_output_embeddings()
-    weights = {weight: weight.data for weight in head.parameters()}  # the fused head reads them without a call
-    forward = vars(model).get("forward")
-    try:
+    with ExitStack() as restored:
+
+        def put(owner: Any, name: str, value: Any) -> None:
+            restored.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+
         if plain := forward_without_autocast(model):
-            model.forward = plain
-        for module in quantised:
-            module.compute_dtype = torch.float32
-        for weight in weights:
-            weight.data = weight.data.float()
+            put(model, "forward", plain)
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                put(module, "compute_dtype", torch.float32)
+        for weight in head.parameters():  # the fused head reads them without a call
+            put(weight, "data", weight.data.float())
         with weights_as(model, Tensor.float), torch.autocast(head.weight.device.type, enabled=False):
             yield
-    finally:
-        for module, dtype in quantised.items():
-            module.compute_dtype = dtype
-        for weight, data in weights.items():
-            weight.data = data
-        if forward is not None:
-            model.forward = forward

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from trl.data_utils import apply_chat_template
 
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.models.open import check_weights, full_model, open_model, refusing
+from dpo_recipes.models.open import check_weights, evaluating, full_model, open_model, refusing
 from dpo_recipes.terminal import say
 
 Text = str | list[dict[str, str]]
@@ -149,7 +149,8 @@ def _check_template(name: str, tokenizer: PreTrainedTokenizerBase, prompts: Sequ
 def _check_room(name: str, config: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], most: int) -> None:
     """Raises RecipeError unless the model has positions for each prompt and `most` tokens of an answer."""
     room = context_length(config)
-    longest = max(map(len, _token_ids([as_text(prompt, "", tokenizer) for prompt in prompts], tokenizer)))
+    texts = [as_text(prompt, "", tokenizer) for prompt in prompts]
+    longest = max(map(len, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]))
     if longest + most > room:
         raise RecipeError(
             f"The reward model {name} takes {room} tokens, but the longest prompt has {longest} of its tokens and an "
@@ -175,7 +176,6 @@ def as_text(prompt: Text, completion: Text, tokenizer: PreTrainedTokenizerBase) 
     return str(apply_chat_template({"messages": prompt + answer}, tokenizer)["text"])
 
 
-@torch.no_grad()
 def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -200,19 +200,17 @@ def score(
     texts = [as_text(*both, tokenizer) for both in zip(prompts, completions, strict=True)]
     two = model.config.num_labels == 2
     columns = {name.upper(): column for column, name in model.config.id2label.items()}
-    ids = _fitting(_token_ids(texts, tokenizer, special=two), model, tokenizer)
+    ids = _fitting(tokenizer(texts, add_special_tokens=two, verbose=False)["input_ids"], model, tokenizer)
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     scores = np.zeros(len(ids))
-    was_training = model.training
-    model.eval()
-    for start in tqdm(range(0, len(order), batch_size), desc="Scoring", leave=False):
-        rows = order[start : start + batch_size]
-        batch = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, padding_side="right", return_tensors="pt")
-        batch = batch.to(model.device)
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
-        given = logits.softmax(dim=1)[:, columns.get("POSITIVE", 1)] if two else logits[:, 0]
-        scores[rows] = given.cpu().numpy()
-    model.train(was_training)
+    with evaluating(model):
+        for start in tqdm(range(0, len(order), batch_size), desc="Scoring", leave=False):
+            rows = order[start : start + batch_size]
+            batch = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, padding_side="right", return_tensors="pt")
+            batch = batch.to(model.device)
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
+            given = logits.softmax(dim=1)[:, columns.get("POSITIVE", 1)] if two else logits[:, 0]
+            scores[rows] = given.cpu().numpy()
     return scores
 
 
@@ -280,8 +278,3 @@ def _fitting(ids: Sequence[list[int]], model: PreTrainedModel, tokenizer: PreTra
     if longer := sum(len(row) > room for row in ids):
         say(f"{longer} of {len(ids)} texts have more than the {room} tokens that their judge reads: the oldest go.")
     return [row if len(row) <= room else [row[0], *row[len(row) - room + 1 :]] for row in ids]
-
-
-def _token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
-    return ids

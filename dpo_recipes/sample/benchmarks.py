@@ -70,14 +70,14 @@ def answer(
     loaded, tokenizer = open_model(model, trust_remote_code=trust_remote_code)
     require_chat_template(tokenizer)
     step = partial(_converse, loaded, tokenizer, **options)
-    with in_steps(step, asked, target, step=options["batch_size"], model=model, settings=options) as done:
-        both = list(zip(rows, (line["turns"] for line in done), strict=True))
+    with in_steps(step, asked, target, step=options["batch_size"], model=model, settings=options) as lines:
+        both = list(zip(rows, (line["turns"] for line in lines), strict=True))
         if is_alpaca:
             write_json(target, [_alpaca_eval(row, turns[0], generator=name) for row, turns in both])
         else:
             write_jsonl(target, [_fastchat(row["question_id"], turns, model_id=name) for row, turns in both])
-    ended = [end for line in done for end in line["ended"]]
-    empty = sum(not turn for line in done for turn in line["turns"])
+    ended = [end for line in lines for end in line["ended"]]
+    empty = sum(not turn for line in lines for turn in line["turns"])
     say(f"{len(rows)} questions, {len(ended)} answers, {ended.count(False)} of them cut short, {empty} empty")
     say(f"Answers       {target}", always=True)
     return target

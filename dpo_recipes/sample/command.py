@@ -1,13 +1,10 @@
 """The verbs `sample` and `answer`."""
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpo_recipes.flags import add_sampling, add_trust, at_least, given
 from dpo_recipes.machine import set_environment
-
-if TYPE_CHECKING:
-    from dpo_recipes.recipe import RecipeArguments
 
 DATASET_FLAGS = ("dataset_name", "dataset_config", "dataset_train_split", "columns")
 
@@ -61,24 +58,24 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
 
 
 def _sample(options: argparse.Namespace, flags: list[str]) -> None:
-    model, dataset, arguments = _read(options)
+    arguments = _read(options)
     from dpo_recipes.sample.sampling import sample  # imports torch
 
-    sample(model, dataset, **{"output": None} | arguments)
+    sample(**arguments)
 
 
 def _answer(options: argparse.Namespace, flags: list[str]) -> None:
-    model, dataset, arguments = _read(options)
+    arguments = _read(options)
     from dpo_recipes.sample.benchmarks import answer  # imports torch
 
-    answer(model, dataset, **arguments)
+    answer(**arguments)
 
 
-def _read(options: argparse.Namespace) -> tuple[str, "RecipeArguments", dict[str, Any]]:
-    """The model's name, the dataset's settings and the other options."""
+def _read(options: argparse.Namespace) -> dict[str, Any]:
+    """The options, of which those that name the dataset become its settings."""
     set_environment()
     from dpo_recipes.recipe import RecipeArguments  # imports torch
 
     arguments = given(options)
-    dataset = RecipeArguments(**{name: arguments.pop(name) for name in DATASET_FLAGS if name in arguments})
-    return arguments.pop("model"), dataset, arguments
+    named = {name: arguments.pop(name) for name in DATASET_FLAGS if name in arguments}
+    return arguments | {"dataset": RecipeArguments(**named)}

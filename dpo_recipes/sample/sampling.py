@@ -48,7 +48,7 @@ def sample(
     model: str,
     dataset: RecipeArguments,
     *,
-    output: str | None,
+    output: str | None = None,
     pairs: bool,
     num_samples: int,
     judge: str | None = None,
@@ -84,8 +84,7 @@ def sample(
     target = Path(output or ("pairs.jsonl" if pairs or judge else "samples.jsonl"))
     if target.exists():
         raise RecipeError(f"{target} exists already. Name another file with --output.")
-    if fault := _contradiction(options["temperature"], num_samples, pairs=pairs, judge=judge, first_words=first_words):
-        raise RecipeError(fault)
+    _refuse_contradiction(options["temperature"], num_samples, pairs=pairs, judge=judge, first_words=first_words)
     check_writable(target.parent)
     check = read_function(judge, columns=True) if judge and names_function(judge) else None
     columns = columns_of(check) if check else []
@@ -99,15 +98,13 @@ def sample(
     settings = options | {"num_samples": num_samples}
     ask = partial(answer, loaded, tokenizer, **settings)
     step = max(1, AT_A_TIME * options["batch_size"] // num_samples)  # prompts between two writes
-    with in_steps(ask, asked, target, step=step, model=model, settings=settings) as done:
-        lines = [{**row, **answered} for row, answered in zip(asked, done, strict=True)]
-        made = (
-            _own_rejected(lines)
-            if pairs
-            else ranked(lines, partial(_checked, check, columns) if check else judge)
-            if judge
-            else lines
-        )
+    with in_steps(ask, asked, target, step=step, model=model, settings=settings) as lines:
+        if pairs:
+            made = _own_rejected(lines)
+        elif judge:
+            made = ranked(lines, partial(_checked, check, columns) if check else judge)
+        else:
+            made = lines
         write_jsonl(target, made, listed=False)  # the user's, in a run's folder too
     cut = sum(not ended for line in lines for ended in line["ended"])
     say(f"{len(asked)} prompts, {len(asked) * num_samples} answers, {cut} of them cut short")
@@ -115,15 +112,16 @@ def sample(
     return target
 
 
-def _contradiction(temperature: float, num_samples: int, *, pairs: bool, judge: Any, first_words: Any) -> str | None:
-    """Message about flags that contradict one another; None if none do."""
+def _refuse_contradiction(temperature: float, num_samples: int, *, pairs: bool, judge: Any, first_words: Any) -> None:
+    """Raises RecipeError for flags that contradict one another."""
     if temperature == 0 and num_samples > 1:
-        return "At temperature 0 all answers to a prompt are the same: leave out --num_samples."
+        raise RecipeError("At temperature 0 all answers to a prompt are the same: leave out --num_samples.")
     if pairs and (judge or first_words):
-        return "--pairs keeps the dataset's prompts and chosen answers: leave out --judge and --first_words."
+        raise RecipeError(
+            "--pairs keeps the dataset's prompts and chosen answers: leave out --judge and --first_words."
+        )
     if judge and num_samples < 2:
-        return "--judge ranks the answers to a prompt, which needs two or more: --num_samples 4."
-    return None
+        raise RecipeError("--judge ranks the answers to a prompt, which needs two or more: --num_samples 4.")
 
 
 def read_prompts(
@@ -166,7 +164,7 @@ def answer(model: Any, tokenizer: Any, rows: Rows, *, num_samples: int, **option
 def in_steps(
     answer: Callable[..., Rows], asked: Rows, target: Path, *, step: int, model: str, settings: dict[str, Any]
 ) -> Iterator[Rows]:
-    """Yields the answers to all rows in `asked`; the caller writes them to `target`.
+    """Yields the rows of `asked`, each with its answers; the caller writes them to `target`.
 
     Until then the answers are in a .part file beside it, and the same call goes on from there.
 
@@ -189,7 +187,7 @@ def in_steps(
         done += answer(asked[start : start + step], seed=settings["seed"] + start)
         with part.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in done[start:])
-    yield done
+    yield [{**row, **answered} for row, answered in zip(asked, done, strict=True)]
     part.unlink()
 
 
@@ -228,8 +226,7 @@ def ranked(lines: Rows, judge: str | Marker, *, best_against_worst: bool = False
     pairs = []
     for line in lines:
         scored = [(next(scores), text) for text in dict.fromkeys(line["completions"])]
-        scored = [both for both in scored if not math.isnan(both[0])]
-        best_first = sorted(scored, key=lambda both: -both[0])
+        best_first = sorted((both for both in scored if not math.isnan(both[0])), key=lambda both: -both[0])
         ends = zip(best_first[:1], best_first[-1:], strict=True)  # of a single answer twice the same, which is no pair
         for (high, chosen), (low, rejected) in ends if best_against_worst else itertools.combinations(best_first, 2):
             pair = {"prompt": line["prompt"], "chosen": chosen, "rejected": rejected}
@@ -264,9 +261,7 @@ def _keep(rows: Sequence[Any], check: Callable[[Any], None], what: str, **droppe
 
 
 def _account(kept: int, what: str, dropped: Mapping[str, int]) -> None:
-    meant = DROP_REASONS | {"same_answer_again": "the same answer to the same prompt again"}
-    meant |= {"not_judged": "an answer that the judge cannot judge"}
-    left_out = [f"  {meant.get(reason, reason):<54} -{count}" for reason, count in dropped.items() if count]
+    left_out = [f"  {DROP_REASONS.get(reason, reason):<54} -{count}" for reason, count in dropped.items() if count]
     say("\n".join([f"{kept} {what}{', and left out:' if left_out else ''}", *left_out]))
     if not kept:
         raise RecipeError(f"No {what} are left. The lines above name the reasons.")
