@@ -173,11 +173,9 @@ def _parse(
     recipe: Mapping[str, Any], dataclass_types: Sequence[type], argv: list[str]
 ) -> tuple[tuple[Any, ...], dict[str, int]]:
     """The dataclasses, and for each setting that was given its place: 0 RECIPE, 1 profile, 2 flags."""
-    profile: dict[str, Any] = {}
-    if "--config" in argv[1:-1]:
-        file = Path(argv[argv.index("--config") + 1])
-        profile = read_yaml(file) if file.is_file() else {}
-    flags = [name for name, _ in grouped(argv[1:])]
+    flags = dict(grouped(argv[1:]))
+    file = Path(*flags.get("config", ()))
+    profile = read_yaml(file) if file.is_file() else {}  # the parser refuses a file that is missing
     given = {name: place for place, names in enumerate((recipe, profile, flags)) for name in names}
     for old in given.keys() & {"gradient_checkpointing", "gradient_checkpointing_kwargs"}:
         # Accepted by transformers, and without effect beside a profile's newer name.
@@ -292,10 +290,8 @@ def _set_model(script_args: RecipeArguments, training_args: Any, model_args: Mod
         raise RecipeError("No model is named. Give a folder or a Hub name with --model_name_or_path.")
     if not keep_dtype:
         _load_as_saved(script_args, model_args)
-    training_args.model_init_kwargs = {
-        **{"revision": model_args.model_revision, "attn_implementation": attention, "dtype": model_args.dtype},
-        **(training_args.model_init_kwargs or {}),
-    }
+    how = {"revision": model_args.model_revision, "attn_implementation": attention, "dtype": model_args.dtype}
+    training_args.model_init_kwargs = how | (training_args.model_init_kwargs or {})
 
 
 def _load_as_saved(script_args: RecipeArguments, model_args: ModelConfig) -> None:
@@ -437,11 +433,10 @@ def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) ->
             reward model (which RewardConfig accepts).
     """
     name = str(model_args.model_name_or_path)
-    code = training_args.trust_remote_code
-    options: dict[str, Any] = dict(revision=model_args.model_revision, trust_remote_code=code)
+    options = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     _check_kind(name, is_reward_model=isinstance(training_args, RewardConfig), **options)
+    load = AutoTokenizer.from_pretrained
     try:
-        load = AutoTokenizer.from_pretrained
         tokenizer = load(name, **options)
         if template := getattr(training_args, "chat_template_path", None):  # DPOConfig has none
             file = Path(template)

@@ -30,14 +30,7 @@ class ProgressLines(ProgressCallback):
         if self.prediction_bar is not None:
             self.prediction_bar.set_description("Evaluating", refresh=False)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         """Writes the line above the bar. Token accuracy is left out where the rewards say more."""
         logs = {name: value for name, value in (logs or {}).items() if value is not None}
         kind = "eval_" if "eval_loss" in logs else ""
@@ -88,7 +81,6 @@ class Stopwatch(TrainerCallback):
 
     def __init__(self, updates: int) -> None:
         self.updates = updates
-        self.marks: list[float] = []
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Takes the time."""
