@@ -269,7 +269,7 @@ class _Later:
         except Exception as error:
             if together:
                 raise
-            reason = textwrap.shorten(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
             again = COMMANDS[command].format(self.folder)
             self.failures.append(f"{name} failed ({reason}). Repeat it with: {again}")
             logger.warning(self.failures[-1], exc_info=None if is_disk_full(error) else error)

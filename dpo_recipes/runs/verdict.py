@@ -51,12 +51,12 @@ def collapse(metrics: Mapping[str, Any]) -> dict[str, str]:
     """
     answers, kl, chosen = (metrics.get(name) or {} for name in ("answers", "kl", "chosen_logps"))
     logged = {f"probe/{name}": [(0, both["before"]), (1, both["after"])] for name, both in answers.items()}
-    if kl.get("tokens"):
-        logged["probe/log_ratio"] = [(1, kl["nats"] * kl["n"] / kl["tokens"])]
+    away = kl["nats"] * kl["n"] / kl["tokens"] if kl.get("tokens") else 0.0  # nats a token
+    logged["probe/log_ratio"] = [(1, away)]
     if chosen.get("tokens"):
         logged |= {"rewards/chosen": [(1, chosen["after"] - chosen["before"])], "rewards/margins": [(1, 1.0)]}
     facts = Facts(pairs_per_update=1000, max_steps=1, chosen_tokens=chosen.get("tokens", 0.0), beta=1.0)
-    is_far = logged.get("probe/log_ratio", [(1, 0.0)])[0][1] > 2 * RULES["kl_runaway"]["limits"]["nats"]
+    is_far = away > 2 * RULES["kl_runaway"]["limits"]["nats"]
     found = {}
     for name in _SIGNS:
         limits = RULES[name]["limits"].items()
