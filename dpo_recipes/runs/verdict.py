@@ -68,16 +68,14 @@ def collapse(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 def _fallen(scores: Mapping[str, Any]) -> dict[str, str]:
     """The score of the caller's own that fell furthest, at any temperature, if it fell too far."""
-    falls = {
-        f"{name}, {label}": (both["before"]["mean"], both["after"]["mean"])
-        for label, group in scores.items()
-        for name, both in group.items()
-        if not name.startswith(REWARD_SCORE) and name not in ("tokens", "ended")
-    }
-    name = max(falls, key=lambda each: falls[each][0] - falls[each][1], default="")
-    before, after = falls.get(name, (0.0, 0.0))
-    too_far = before - after > RULES["no_end"]["limits"]["fall"]
-    return {"score": f"{name}, fell from {before:.3f} to {after:.3f}"} if too_far else {}
+    falls = [(0.0, "")]
+    for label, group in scores.items():
+        for name, both in group.items():
+            before, after = both["before"]["mean"], both["after"]["mean"]
+            if not name.startswith(REWARD_SCORE) and name not in ("tokens", "ended"):
+                falls.append((before - after, f"{name}, {label}, fell from {before:.3f} to {after:.3f}"))
+    furthest, sign = max(falls)
+    return {"score": sign} if furthest > RULES["no_end"]["limits"]["fall"] else {}
 
 
 def destroyed(signs: Mapping[str, str]) -> dict[str, str]:
