@@ -43,17 +43,17 @@ class ProgressLines(ProgressCallback):
             self.training_bar.write(f"  {state.global_step:>5}  " + "  ".join(shown))
 
 
+def _names(state: TrainerState) -> tuple[str, str]:
+    return f"checkpoint-{state.global_step}", "README.md"  # the draft of a model card that TRL writes with it
+
+
 class DeclareCheckpoints(TrainerCallback):
     """Declares the files of each checkpoint as the run's before they are written, and lists them afterwards."""
-
-    @staticmethod
-    def _names(state: TrainerState) -> tuple[str, str]:
-        return f"checkpoint-{state.global_step}", "README.md"  # the draft of a model card that TRL writes with it
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Declares the checkpoint of this update."""
         if control.should_save and args.should_save:
-            declare(args.output_dir, *self._names(state))
+            declare(args.output_dir, *_names(state))
 
     on_epoch_end = on_step_end
 
@@ -61,7 +61,7 @@ class DeclareCheckpoints(TrainerCallback):
         """Lists the files that all processes have written."""
         PartialState().wait_for_everyone()
         if args.should_save:
-            settle(args.output_dir, *self._names(state))
+            settle(args.output_dir, *_names(state))
 
 
 class NoUpdateAfterTheLast(TrainerCallback):
