@@ -41,6 +41,11 @@ class FinishedRun(SystemExit):
     """Ends a recipe with status 0: its output folder holds the same run, finished."""
 
 
+def _one_of(default: str | None, *others: str, help: str) -> Any:
+    """A setting that is one of some words, by default the first."""
+    return HfArg(default=default, metadata={"choices": [*filter(None, (default, *others))]}, help=help)
+
+
 @dataclass
 class RecipeArguments(ScriptArguments):
     """The few settings that no TRL dataclass has a field for."""
@@ -54,9 +59,7 @@ class RecipeArguments(ScriptArguments):
     held_out: float = HfArg(default=HELD_OUT, help="Share of the prompts to hold out of data without a test split.")
     columns: str | None = HfArg(default=None, help="Your columns: prompt=instruction,chosen=good,rejected=bad.")
     control_tokens_as_text: bool = HfArg(default=False, help="Break up control tokens in messages into plain text.")
-    part: str | None = HfArg(
-        default=None, metadata={"choices": ["learn", "judge"]}, help="Two thirds of the training prompts, or the rest."
-    )
+    part: str | None = _one_of(None, "learn", "judge", help="Two thirds of the training prompts, or the rest.")
     overwrite: bool = HfArg(default=False, help="Replace the run that the output folder holds.")
     dry_run: str = HfArg(
         default="false",
@@ -64,12 +67,8 @@ class RecipeArguments(ScriptArguments):
         help="true: print settings, account and needs, start nothing. A number: time so many updates, too.",
     )
     threshold: list[str] | None = field(default=None, metadata={"help": "Where the preflight warns: longer=0.8."})
-    shared_prefix: str = HfArg(
-        default="auto", metadata={"choices": ["auto", "true", "false"]}, help="Encode prompts once: auto where tested."
-    )
-    health: str = HfArg(
-        default="warn", metadata={"choices": ["warn", "stop", "off"]}, help="Say what goes wrong, or stop if fatal."
-    )
+    shared_prefix: str = _one_of("auto", "true", "false", help="Encode prompts once: auto where tested.")
+    health: str = _one_of("warn", "stop", "off", help="Say what goes wrong, or stop if fatal.")
     settings: dict[str, Any] = field(init=False, default_factory=dict)
     """All settings in force, set by `parse_recipe`; not a flag."""
 
@@ -174,11 +173,9 @@ def _parse(
     recipe: Mapping[str, Any], dataclass_types: Sequence[type], argv: list[str]
 ) -> tuple[tuple[Any, ...], dict[str, int]]:
     """The dataclasses, and for each setting that was given its place: 0 RECIPE, 1 profile, 2 flags."""
-    profile: dict[str, Any] = {}
-    if "--config" in argv[1:-1]:
-        file = Path(argv[argv.index("--config") + 1])
-        profile = read_yaml(file) if file.is_file() else {}
-    flags = [name for name, _ in grouped(argv[1:])]
+    flags = dict(grouped(argv[1:]))
+    file = Path(*flags.get("config", ()))
+    profile = read_yaml(file) if file.is_file() else {}  # the parser refuses a file that is missing
     given = {name: place for place, names in enumerate((recipe, profile, flags)) for name in names}
     for old in given.keys() & {"gradient_checkpointing", "gradient_checkpointing_kwargs"}:
         # Accepted by transformers, and without effect beside a profile's newer name.
@@ -293,10 +290,8 @@ def _set_model(script_args: RecipeArguments, training_args: Any, model_args: Mod
         raise RecipeError("No model is named. Give a folder or a Hub name with --model_name_or_path.")
     if not keep_dtype:
         _load_as_saved(script_args, model_args)
-    training_args.model_init_kwargs = {
-        **{"revision": model_args.model_revision, "attn_implementation": attention, "dtype": model_args.dtype},
-        **(training_args.model_init_kwargs or {}),
-    }
+    how = {"revision": model_args.model_revision, "attn_implementation": attention, "dtype": model_args.dtype}
+    training_args.model_init_kwargs = how | (training_args.model_init_kwargs or {})
 
 
 def _load_as_saved(script_args: RecipeArguments, model_args: ModelConfig) -> None:
@@ -438,11 +433,10 @@ def load_tokenizer(model_args: ModelConfig, training_args: TrainingArguments) ->
             reward model (which RewardConfig accepts).
     """
     name = str(model_args.model_name_or_path)
-    code = training_args.trust_remote_code
-    options: dict[str, Any] = dict(revision=model_args.model_revision, trust_remote_code=code)
+    options = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     _check_kind(name, is_reward_model=isinstance(training_args, RewardConfig), **options)
+    load = AutoTokenizer.from_pretrained
     try:
-        load = AutoTokenizer.from_pretrained
         tokenizer = load(name, **options)
         if template := getattr(training_args, "chat_template_path", None):  # DPOConfig has none
             file = Path(template)
@@ -459,7 +453,7 @@ def _check_kind(name: str, *, is_reward_model: bool, **options: Any) -> None:
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
         raise RecipeError(f"{name} holds no config.json; a full model is needed. Name its folder.")
-    if not folder.exists() and (folder.is_absolute() or folder.parts[0] in (".", "..", "outputs")):
+    if not folder.exists() and re.match(r"[/~.]|outputs/", name):
         recipe = folder.name.replace("_", "-")
         remedy = f"Train it first: dpo-recipes train {recipe}" if recipe in list_recipes() else "Check the path"
         raise RecipeError(f"There is no model in {name}. {remedy}.")

@@ -95,10 +95,9 @@ def send_results(trainer: Trainer, header: Sequence[str], rows: Sequence[Sequenc
         rows: The results.
     """
     folder, warnings = Path(trainer.args.output_dir), []
-    for callback in trainer.callback_handler.callbacks:
-        tracker = next((name for name in EXTRAS if isinstance(callback, INTEGRATION_TO_CALLBACK[name])), None)
-        if tracker is None:
-            continue
+    trackers = {INTEGRATION_TO_CALLBACK[name]: name for name in EXTRAS}
+    for callback in (each for each in trainer.callback_handler.callbacks if type(each) in trackers):
+        tracker = trackers[type(callback)]
         try:
             options = dict(model=trainer.model, logs=_logs(folder, header, rows, tracker))
             callback.on_log(trainer.args, trainer.state, trainer.control, **options)

@@ -492,6 +492,7 @@ def test_resuming_without_a_checkpoint_starts_at_step_0(parse, capsys):
     ("name", "message"),
     [
         ("outputs/quickstart_sft", "dpo-recipes train quickstart-sft"),
+        ("./nowhere", "There is no model in ./nowhere. Check the path"),
         ("some/model", "--model_name_or_path, or run the quickstart"),
         (".", "holds no config.json"),
     ],

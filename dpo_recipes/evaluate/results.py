@@ -17,7 +17,8 @@ from dpo_recipes.evaluate.measures import MEASURES, columns, of_model
 from dpo_recipes.evaluate.pairwise import Judged
 from dpo_recipes.models.likelihood import PreferenceLogps
 from dpo_recipes.models.rewards import calibration
-from dpo_recipes.runs.verdict import by_interval, collapse, destroyed, narrowed, said
+from dpo_recipes.runs.before_after import accuracies
+from dpo_recipes.runs.verdict import collapse, destroyed, of_share, said
 
 SIDES = ("before", "after")
 
@@ -83,12 +84,7 @@ def verdict(found: Mapping[str, Any], rate: Estimate | None, *, greedy: bool) ->
         return destroyed(signs)
     if rate is None:
         return said("not known", "nobody judged the answers, so name a judge (--judge, docs/evaluation.md)")
-    told = (
-        f"win rate {rate.mean:.3f}, where equal models have 0.5 and ties count one half "
-        f"(95 % interval [{rate.low:.3f}, {rate.high:.3f}], {rate.n} prompts)"
-    )
-    word = by_interval(rate.low - 0.5, rate.high - 0.5, rate.n)
-    return said(word, f"{told}; {narrowed(asdict(rate), 'prompts')}" if word == "not known" else told)
+    return of_share("win rate", asdict(rate), "prompts", equal="equal models have 0.5 and ties count one half")
 
 
 def _facts(found: Mapping[str, Any], *, greedy: bool) -> dict[str, Any]:
@@ -121,14 +117,9 @@ def preference(found: Mapping[str, Any], beta: float | None) -> dict[str, Any]:
     ratio = before.chosen_tokens / before.rejected_tokens
     strata = {"all": ratio > 0, "chosen longer": ratio > 1.1, "chosen shorter": ratio < 1 / 1.1}
     strata["about as long"] = ~(strata["chosen longer"] | strata["chosen shorter"])
-    accuracy: dict[str, Any] = {}
-    for stratum, members in strata.items():
-        if members.any():
-            accuracy[stratum] = {
-                "summed": {side: each[members].accuracy() for side, each in logps.items()},
-                "per token": {side: each[members].accuracy(per_token=True) for side, each in logps.items()},
-                "implicit reward": {"after": after[members].accuracy_against(before[members])},
-            }
+    accuracy = {
+        stratum: accuracies(before[members], after[members]) for stratum, members in strata.items() if members.any()
+    }
     margins = (after.chosen - before.chosen) - (after.rejected - before.rejected)
     return {
         "preference_accuracy": accuracy,

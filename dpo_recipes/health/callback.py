@@ -26,7 +26,7 @@ from dpo_recipes.files import write_json
 from dpo_recipes.health import rules
 from dpo_recipes.health.guards import ReferenceGuard, WrongReferenceError
 from dpo_recipes.health.probe import draw_prompts, probe, read_facts
-from dpo_recipes.health.rules import HEALTH_FILE, RULES, Facts, Finding, read_findings, read_logs
+from dpo_recipes.health.rules import HEALTH_FILE, RULES, Facts, Finding, Points, read_findings, read_logs
 from dpo_recipes.models.checkpoints import latest_checkpoint
 from dpo_recipes.models.likelihood import sharded
 from dpo_recipes.terminal import say
@@ -55,14 +55,13 @@ class HealthCallback(TrainerCallback):
         guarded = any(isinstance(each, ReferenceGuard) for each in trainer.callback_handler.callbacks)
         self.reference = ReferenceGuard(trainer) if isinstance(trainer, DPOTrainer) and not guarded else None
         self.rules = [name for name, rule in RULES.items() if method_name(trainer) in rule["for"]]
-        self.facts: Facts | None = None  # known when training begins
         self._forget()
 
     def _forget(self) -> None:
-        self.watching: list[str] = []  # rules that have something to look at
+        self.watching: list[str] = []  # rules that have something to look at; none before training
         self.findings: list[Finding] = []
         self.fatal: Finding | None = None
-        self.logged: dict[str, list[tuple[int, float]]] = {}
+        self.logged: dict[str, Points] = {}
         self.read = 0  # entries of the log that `logged` holds
         self.overflows = 0  # updates in a row with a broken gradient
         self.healthy = 0  # the last update after which no fatal rule was broken
@@ -72,7 +71,8 @@ class HealthCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Probes the initial model. A resumed run keeps its findings; another call of `train` begins without any."""
         self._forget()
-        self.facts, self.healthy = read_facts(self.trainer), state.global_step
+        self.facts: Facts = read_facts(self.trainer)
+        self.healthy = state.global_step
         found = read_findings(args.output_dir) if state.global_step else []
         self.findings = [each for each in found if each.step <= state.global_step]
         evaluates = args.eval_strategy != "no"
@@ -133,7 +133,7 @@ class HealthCallback(TrainerCallback):
             UnhealthyRunError: If a fatal finding has stopped the run.
         """
         self._write()
-        if self.fatal is not None and self.facts is not None:
+        if self.fatal is not None:
             if self.on_stop is not None and state.is_world_process_zero:
                 self.on_stop()
             PartialState().wait_for_everyone()  # torch's launcher ends the others as soon as one has exited
@@ -144,7 +144,7 @@ class HealthCallback(TrainerCallback):
 
     def _probe(self, state: TrainerState) -> None:
         """Puts a probe's numbers into the log of all processes, once an update even with several evaluation sets."""
-        if self.prompts and self.facts is not None and self.probed != state.global_step:
+        if self.prompts and self.probed != state.global_step:
             self.probed = state.global_step
             most = min(_LONGEST_PROBE, max(64, math.ceil(2 * self.facts.chosen_tokens)))
             found = [probe(self.trainer, self.prompts, max_new_tokens=most) if state.is_world_process_zero else {}]
@@ -152,8 +152,6 @@ class HealthCallback(TrainerCallback):
 
     def _look(self, state: TrainerState, control: TrainerControl, *, proven: bool) -> None:
         """Applies the rules; `proven` says that a healthy look now proves the checkpoint of this update."""
-        if self.facts is None:  # an evaluation before training
-            return
         for name, points in read_logs(state.log_history[self.read :]).items():
             self.logged.setdefault(name, []).extend(points)
         self.read = len(state.log_history)

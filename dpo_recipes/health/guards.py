@@ -282,9 +282,8 @@ class InterruptCallback(TrainerCallback):
         """Asks for a checkpoint and the end of training; all processes stop at the same step after a signal to one."""
         if stop := max(gather_object([self.signal])):
             self.signal = stop
-            control.should_save = True
+            control.should_save = control.should_training_stop = True
             control.should_evaluate = False
-            control.should_training_stop = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Gives the signals back, and exits with the shell's status for the signal if one came.

@@ -86,9 +86,8 @@ def probe(trainer: Trainer, prompts: Sequence[Any], *, max_new_tokens: int) -> d
     """
     policy, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
     stops = stop_tokens(policy, tokenizer)
-    sampled = sample_tokens(policy, tokenizer, prompts, max_new_tokens=max_new_tokens)
-    sampled = [both for both in sampled if both[1]]  # a prompt may leave no room
-    if not sampled:
+    answered = sample_tokens(policy, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    if not (sampled := [both for both in answered if both[1]]):  # a prompt may leave no room
         return {}
     answers = [answer for _, answer in sampled]
     ended = [answer[-1] in stops for answer in answers]

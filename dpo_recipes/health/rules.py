@@ -5,7 +5,7 @@ Each returns the sign with its number, or None if the rule is not broken.
 
 import math
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -19,7 +19,8 @@ RULES: dict[str, dict[str, Any]] = tomllib.loads(Path(__file__).with_suffix(".to
 HEALTH_FILE = "health.json"
 REPEATED = 4  # tokens of a run that counts as repeated if an answer has it twice
 
-Logged = Mapping[str, Sequence[tuple[int, float]]]  # by metric, (update, value) in order
+Points = list[tuple[int, float]]  # (update, value), in order
+Logged = Mapping[str, Points]  # by metric
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ def read_findings(output_dir: str | Path) -> list[Finding]:
     return [Finding(**finding) for finding in read_json(Path(output_dir) / HEALTH_FILE).get("findings", [])]
 
 
-def read_logs(log_history: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+def read_logs(log_history: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
     """The trainer's log by metric, as (update, value) in order."""
-    logged: dict[str, list[tuple[int, float]]] = {}
+    logged: dict[str, Points] = {}
     for entry in log_history:
         for name, value in entry.items():
             if name != "step" and value is not None:
@@ -244,9 +245,7 @@ def _values(logged: Logged, name: str) -> list[float]:
     return [value for _, value in logged.get(name, [])]
 
 
-def _recent(
-    points: Sequence[tuple[int, float]], facts: Facts, pairs: int, *, after: int = 0
-) -> tuple[float, int] | None:
+def _recent(points: Points, facts: Facts, pairs: int, *, after: int = 0) -> tuple[float, int] | None:
     """The mean of the last logs that hold so many pairs, all after update `after`, and their number; None: too few."""
     steps = [after, *(step for step, _ in points)]
     for logs in range(1, len(points) + 1):
@@ -255,7 +254,7 @@ def _recent(
     return None
 
 
-def _accuracy(logged: Logged, prefix: str = "") -> Sequence[tuple[int, float]]:
+def _accuracy(logged: Logged, prefix: str = "") -> Points:
     """Accuracy of a reward model, or of DPO's implicit rewards after the updates that left them equal."""
     points = logged.get(f"{prefix}rewards/accuracies") or logged.get(f"{prefix}accuracy") or []
     return [(step, value) for step, value in points if step > _tied(logged)]

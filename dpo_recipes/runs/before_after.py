@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from dpo_recipes.recipe import OnlineArguments, RecipeArguments
 from dpo_recipes.runs.metrics import LABELS, REWARD_SCORE
 
 Score = Callable[[Text, str], dict[str, float]]
+Candidates: TypeAlias = Sequence[Mapping[str, Any]] | Dataset
 
 SIDES = ("before", "after")  # the reference model and the tuned model
 ALL = "all"  # the stratum that holds every held-out pair
@@ -47,7 +48,7 @@ class Questions:
     prompts: Sequence[Text] | None
     max_new_tokens: int
     temperatures: Sequence[float]
-    candidates: Sequence[Mapping[str, Any]] | Dataset | None = None
+    candidates: Candidates | None
 
 
 @dataclass
@@ -109,11 +110,7 @@ def _measure_reward_model(trainer: RewardTrainer, strata: str | None, outcome: O
     scores = {"score of chosen": chosen, "score of rejected": rejected, "margin": margins}
     spread = {name: {"mean": float(values.mean()), "std": float(values.std())} for name, values in scores.items()}
     fit = calibration(margins)
-    outcome.metrics |= {
-        "reward_accuracy": {stratum: asdict(share) for stratum, share in accuracy.items()},
-        "calibration": fit,
-        "reward_scores": spread,
-    }
+    outcome.metrics |= {"reward_accuracy": _plain(accuracy), "calibration": fit, "reward_scores": spread}
     outcome.header = ("", "held-out pairs")
     outcome.rows += [[_label("reward_accuracy", stratum), share] for stratum, share in accuracy.items()]
     outcome.rows += [[f"{name}, mean ± std", "{mean:+.2f} ± {std:.2f}".format(**spread[name])] for name in spread]
@@ -125,9 +122,7 @@ def _measure_reward_model(trainer: RewardTrainer, strata: str | None, outcome: O
     outcome.warnings = _chance_warning(accuracy[ALL])
 
 
-def _measure_best_of(
-    trainer: RewardTrainer, candidates: Sequence[Mapping[str, Any]] | Dataset, outcome: Outcome
-) -> None:
+def _measure_best_of(trainer: RewardTrainer, candidates: Candidates, outcome: Outcome) -> None:
     """Adds how often the answer that the model scores highest is right, against other ways to choose one."""
     model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
     asked = [(row["prompt"], text) for row in candidates for text in row["completions"]]
@@ -186,13 +181,12 @@ def _measure_preference(trainer: DPOTrainer, strata: str | None, outcome: Outcom
     """Adds the accuracy of both models' log-probs within each stratum."""
     guards = [each for each in trainer.callback_handler.callbacks if isinstance(each, ReferenceGuard)]
     outcome.warnings += [moved for guard in guards if (moved := guard.moved())]
-    result: dict[str, Any] = {}
-    outcome.metrics["preference_accuracy"] = result
+    result = outcome.metrics["preference_accuracy"] = {}
     if not _held_out(trainer):
         return
     before, after = preference_logps(trainer, reference=True), preference_logps(trainer)
     for stratum, members in _strata(trainer, strata).items():
-        found = _accuracies(before[members], after[members])
+        found = accuracies(before[members], after[members])
         result[stratum] = {kind: _plain(sides) for kind, sides in found.items()}
         for kind in ("summed", "per token") if stratum == ALL else ("summed",):
             outcome.rows.append([_label("preference_accuracy", kind, stratum), *found[kind].values()])
@@ -211,16 +205,14 @@ def _easy(ranked: Estimate) -> str:
     return f" {told}, so look at the sampled answers rather than at accuracy." if ranked.low > EASY else ""
 
 
-def _add_difference(
-    outcome: Outcome, name: str, before: Sequence[float] | Array, after: Sequence[float] | Array, *, of: str
-) -> None:
+def _add_difference(outcome: Outcome, name: str, before: Array, after: Array, *, of: str) -> None:
     """Adds both means of a number, and the paired difference with its interval, for the verdict."""
-    change = mean_with_interval(np.subtract(after, before))
-    both = {"before": float(np.mean(before)), "after": float(np.mean(after))}
+    change = mean_with_interval(after - before)
+    both = {"before": float(before.mean()), "after": float(after.mean())}
     outcome.metrics.setdefault("differences", {})[name] = asdict(change) | both | {"of": of}
 
 
-def _accuracies(before: PreferenceLogps, after: PreferenceLogps) -> dict[str, dict[str, Estimate]]:
+def accuracies(before: PreferenceLogps, after: PreferenceLogps) -> dict[str, dict[str, Estimate]]:
     """Accuracy of both models' log-probs, summed and per token, and of the tuned model's implicit reward.
 
     At step 0 every implicit reward is exactly 0, so a "before" would show a gain that is not there.
@@ -232,8 +224,8 @@ def _accuracies(before: PreferenceLogps, after: PreferenceLogps) -> dict[str, di
     }
 
 
-def _plain(sides: Mapping[str, Estimate]) -> dict[str, dict[str, Any]]:
-    return {side: asdict(found) for side, found in sides.items()}
+def _plain(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, Any]]:
+    return {name: asdict(estimate) for name, estimate in estimates.items()}
 
 
 def _measure_answers(trainer: Trainer, questions: Questions, outcome: Outcome, *, online: bool) -> None:
@@ -324,5 +316,5 @@ def _tabulate_scores(outcome: Outcome) -> None:
             outcome.rows.append([f"{name}, {label}", *found.values()])
             result[label][name] = _plain(found)
         first = next(iter(result[label]))
-        both = ([answer[side]["scores"][first] for answer in group] for side in SIDES)
+        both = (np.array([answer[side]["scores"][first] for answer in group], float) for side in SIDES)
         _add_difference(outcome, f"{first}, {label}", *both, of="prompts")

@@ -30,14 +30,7 @@ class ProgressLines(ProgressCallback):
         if self.prediction_bar is not None:
             self.prediction_bar.set_description("Evaluating", refresh=False)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         """Writes the line above the bar. Token accuracy is left out where the rewards say more."""
         logs = {name: value for name, value in (logs or {}).items() if value is not None}
         kind = "eval_" if "eval_loss" in logs else ""
@@ -50,17 +43,17 @@ class ProgressLines(ProgressCallback):
             self.training_bar.write(f"  {state.global_step:>5}  " + "  ".join(shown))
 
 
+def _names(state: TrainerState) -> tuple[str, str]:
+    return f"checkpoint-{state.global_step}", "README.md"  # the draft of a model card that TRL writes with it
+
+
 class DeclareCheckpoints(TrainerCallback):
     """Declares the files of each checkpoint as the run's before they are written, and lists them afterwards."""
-
-    @staticmethod
-    def _names(state: TrainerState) -> tuple[str, str]:
-        return f"checkpoint-{state.global_step}", "README.md"  # the draft of a model card that TRL writes with it
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Declares the checkpoint of this update."""
         if control.should_save and args.should_save:
-            declare(args.output_dir, *self._names(state))
+            declare(args.output_dir, *_names(state))
 
     on_epoch_end = on_step_end
 
@@ -68,7 +61,7 @@ class DeclareCheckpoints(TrainerCallback):
         """Lists the files that all processes have written."""
         PartialState().wait_for_everyone()
         if args.should_save:
-            settle(args.output_dir, *self._names(state))
+            settle(args.output_dir, *_names(state))
 
 
 class NoUpdateAfterTheLast(TrainerCallback):
@@ -88,7 +81,6 @@ class Stopwatch(TrainerCallback):
 
     def __init__(self, updates: int) -> None:
         self.updates = updates
-        self.marks: list[float] = []
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Takes the time."""

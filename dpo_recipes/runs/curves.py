@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_recipes.files import write_bytes
+from dpo_recipes.health.rules import read_logs
 from dpo_recipes.runs.metrics import NAMES, PANELS
 
 COLOURS = ["#0072b2", "#d55e00", "#009e73"]  # of Okabe and Ito: the colour-blind tell them apart
@@ -22,11 +23,9 @@ def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path, *,
     """
     from matplotlib.figure import Figure  # a second that the first update need not wait for
 
-    curves = {
-        panel: lines
-        for panel, names in PANELS.items()
-        if (lines := {name: points for name in names if (points := _points(log_history, name))})
-    }
+    logged = read_logs(log_history)
+    curves = {panel: {name: logged[name] for name in names if name in logged} for panel, names in PANELS.items()}
+    curves = {panel: lines for panel, lines in curves.items() if lines}
     rows = max(1, -(-len(curves) // 3))
     figure = Figure(figsize=(12, 3.4 * rows + 0.4), layout="constrained")
     heading, body = figure.subfigures(2, 1, squeeze=False, height_ratios=[0.4, 3.4 * rows]).flat
@@ -48,10 +47,6 @@ def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path, *,
     drawn = BytesIO()
     figure.savefig(drawn, format="png", dpi=110, metadata={"panels": str(len(curves))})
     return write_bytes(path, drawn.getvalue())
-
-
-def _points(log_history: Sequence[Mapping[str, float]], name: str) -> list[tuple[float, float]]:
-    return [(entry["step"], entry[name]) for entry in log_history if entry.get(name) is not None]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -13,14 +13,13 @@ NAMES: dict[str, str] = {key: shown["name"] for key, shown in _TABLE["logged"].i
 
 PANELS: dict[str, list[str]] = {}
 """Keys of the logged metrics by panel of curves.png, in their order."""
-for _key, _shown in _TABLE["logged"].items():
-    PANELS.setdefault(_shown.get("panel", _shown["name"]), []).extend(
-        [_key] if "panel" in _shown else [_key, f"eval_{_key}"]
-    )
 
 LINES: dict[str, str] = {}
 """Words of the logged metrics in a progress line, with a place for the value."""
+
 for _key, _shown in _TABLE["logged"].items():
+    _together = PANELS.setdefault(_shown.get("panel", _shown["name"]), [])
+    _together += [_key] if "panel" in _shown else [_key, f"eval_{_key}"]
     if "line" in _shown:
         _name, _, _unit = _shown["name"].partition(", ")
         LINES[_key] = f"{_name} {{:{_shown['line']}}} {_unit}".rstrip()

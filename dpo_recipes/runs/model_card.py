@@ -81,18 +81,14 @@ def model_card(folder: Path, **published: Any) -> str:
             `base`, `base_is_public`, `is_adapter`, `license`. That card keeps the evaluation that stands in the run's.
     """
     names = ("settings", "metrics", "done", "health")
-    settings, metrics, done, health = (read_json(folder / f"{name}.json") for name in names)
-    base = settings.get("model_name_or_path")
-    shown = {
+    held = {name: read_json(folder / f"{name}.json") for name in names}
+    base = held["settings"].get("model_name_or_path")
+    shown = held | {
         "name": folder.name,
         "base": base,
         "base_is_public": base is not None and not Path(base).exists(),
         "is_adapter": (folder / "adapter_config.json").exists(),
-        "settings": settings,
-        "metrics": metrics,
-        "done": done,
-        "health": health,
-        "warnings": dict.fromkeys([*metrics.get("warnings", []), *done["warnings"]]),
+        "warnings": dict.fromkeys([*held["metrics"].get("warnings", []), *held["done"]["warnings"]]),
         "shown_settings": SHOWN_SETTINGS,
     }
     filters = {"code": code, "fence": fence, "inline": inline, "one_line": one_line, "yaml_text": yaml_text}

@@ -17,7 +17,6 @@ from dpo_recipes.runs.metrics import LABELS, NAMES, PANELS
 from dpo_recipes.runs.model_card import SHOWN_SETTINGS, write_model_card
 from dpo_recipes.terminal import say
 
-RUN_PAGE = "report.html"
 LOG_FILE = "log.json"
 """File in which a run in rounds, and each of its rounds, keeps what the trainer logged."""
 _SHOWN = 6  # prompts with both answers
@@ -43,7 +42,7 @@ def write_run_page(folder: str | Path) -> Path:
         "logged": NAMES,
         "shown_settings": SHOWN_SETTINGS,
     }
-    return page.write_page(folder / RUN_PAGE, page.TEMPLATES / "run.html.jinja", held | shown)
+    return page.write_page(folder / "report.html", page.TEMPLATES / "run.html.jinja", held | shown)
 
 
 def draw_curves(folder: Path, log_history: Sequence[Mapping[str, float]]) -> Path:

@@ -8,7 +8,7 @@ import socket
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, ProgressCallback, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -40,7 +39,7 @@ from dpo_recipes.models.open import open_model
 from dpo_recipes.models.rewards import Text, check_reloads
 from dpo_recipes.ppo.trainer import PPOTrainer
 from dpo_recipes.recipe import DONE_FILE, SETTINGS_FILE, OnlineArguments, RecipeArguments
-from dpo_recipes.runs.before_after import Outcome, Questions, Score, measure, not_measured
+from dpo_recipes.runs.before_after import Candidates, Outcome, Questions, Score, measure, not_measured
 from dpo_recipes.runs.callbacks import DeclareCheckpoints, NoUpdateAfterTheLast, ProgressLines, Stopwatch
 from dpo_recipes.runs.curves import side_by_side, table
 from dpo_recipes.runs.metrics import rounds_of
@@ -206,7 +205,7 @@ def finish_run(
     prompts: Sequence[Text] | None = None,
     max_new_tokens: int = 128,
     temperatures: Sequence[float] = (0.0,),
-    candidates: Sequence[Mapping[str, Any]] | Dataset | None = None,
+    candidates: Candidates | None = None,
 ) -> None:
     """Saves the trained weights, checks them, measures the model against the reference model, and writes the files.
 
@@ -270,7 +269,7 @@ class _Later:
         except Exception as error:
             if together:
                 raise
-            reason = textwrap.shorten(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
             again = COMMANDS[command].format(self.folder)
             self.failures.append(f"{name} failed ({reason}). Repeat it with: {again}")
             logger.warning(self.failures[-1], exc_info=None if is_disk_full(error) else error)

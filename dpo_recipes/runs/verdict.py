@@ -28,16 +28,9 @@ def verdict(metrics: Mapping[str, Any]) -> dict[str, str]:
     if sizes := metrics.get("best_of", {}).get("by_size"):
         return _of_best(*list(sizes.items())[-1])
     if accuracy := metrics.get("reward_accuracy", {}).get("all"):
-        word = by_interval(accuracy["low"] - 0.5, accuracy["high"] - 0.5, accuracy["n"])
-        advice = {
-            "worse": "chosen and rejected may be exchanged in the data",
-            "not known": narrowed(accuracy, "held-out pairs"),
-        }
-        told = f"{LABELS['reward_accuracy']} {accuracy['mean']:.3f}, where a coin has 0.5"
-        about = f"(95 % interval {_interval(accuracy, '.3f')}, {accuracy['n']} held-out pairs)"
-        return said(word, "; ".join(filter(None, [f"{told} {about}", advice.get(word)])))
-    found = metrics.get("differences", {})
-    if found:
+        worse = "chosen and rejected may be exchanged in the data"
+        return of_share(LABELS["reward_accuracy"], accuracy, "held-out pairs", equal="a coin has 0.5", worse=worse)
+    if found := metrics.get("differences"):
         # The caller's own scores come first, then the accuracy, then the score that training raises directly.
         name = min(found, key=lambda name: (name.startswith(REWARD_SCORE), found[name]["of"] != "prompts"))
         return _of_difference(name, found[name])
@@ -58,12 +51,12 @@ def collapse(metrics: Mapping[str, Any]) -> dict[str, str]:
     """
     answers, kl, chosen = (metrics.get(name) or {} for name in ("answers", "kl", "chosen_logps"))
     logged = {f"probe/{name}": [(0, both["before"]), (1, both["after"])] for name, both in answers.items()}
-    if kl.get("tokens"):
-        logged["probe/log_ratio"] = [(1, kl["nats"] * kl["n"] / kl["tokens"])]
+    away = kl["nats"] * kl["n"] / kl["tokens"] if kl.get("tokens") else 0.0  # nats a token
+    logged["probe/log_ratio"] = [(1, away)]
     if chosen.get("tokens"):
         logged |= {"rewards/chosen": [(1, chosen["after"] - chosen["before"])], "rewards/margins": [(1, 1.0)]}
     facts = Facts(pairs_per_update=1000, max_steps=1, chosen_tokens=chosen.get("tokens", 0.0), beta=1.0)
-    is_far = logged.get("probe/log_ratio", [(1, 0.0)])[0][1] > 2 * RULES["kl_runaway"]["limits"]["nats"]
+    is_far = away > 2 * RULES["kl_runaway"]["limits"]["nats"]
     found = {}
     for name in _SIGNS:
         limits = RULES[name]["limits"].items()
@@ -75,16 +68,14 @@ def collapse(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 def _fallen(scores: Mapping[str, Any]) -> dict[str, str]:
     """The score of the caller's own that fell furthest, at any temperature, if it fell too far."""
-    falls = {
-        f"{name}, {label}": (both["before"]["mean"], both["after"]["mean"])
-        for label, group in scores.items()
-        for name, both in group.items()
-        if not name.startswith(REWARD_SCORE) and name not in ("tokens", "ended")
-    }
-    name = max(falls, key=lambda each: falls[each][0] - falls[each][1], default="")
-    before, after = falls.get(name, (0.0, 0.0))
-    too_far = before - after > RULES["no_end"]["limits"]["fall"]
-    return {"score": f"{name}, fell from {before:.3f} to {after:.3f}"} if too_far else {}
+    falls = [(0.0, "")]
+    for label, group in scores.items():
+        for name, both in group.items():
+            before, after = both["before"]["mean"], both["after"]["mean"]
+            if not name.startswith(REWARD_SCORE) and name not in ("tokens", "ended"):
+                falls.append((before - after, f"{name}, {label}, fell from {before:.3f} to {after:.3f}"))
+    furthest, sign = max(falls)
+    return {"score": sign} if furthest > RULES["no_end"]["limits"]["fall"] else {}
 
 
 def destroyed(signs: Mapping[str, str]) -> dict[str, str]:
@@ -93,19 +84,37 @@ def destroyed(signs: Mapping[str, str]) -> dict[str, str]:
     return said("destroyed", f"{'; '.join(signs.values())}; for another run, {remedy}")
 
 
-def said(word: str, told: str) -> dict[str, str]:
-    """A verdict of the word, and of a sentence that begins with it."""
-    return {"word": word, "sentence": f"{word.capitalize()}: {told}."}
+def said(word: str, *told: str) -> dict[str, str]:
+    """A verdict of the word, and of a sentence that begins with it and joins what is told, without empty parts."""
+    return {"word": word, "sentence": f"{word.capitalize()}: {'; '.join(filter(None, told))}."}
 
 
-def by_interval(low: float, high: float, n: int) -> str:
-    """The word for a difference, by its 95 % interval."""
-    if n < FEW:
+def of_share(
+    name: str, share: Mapping[str, Any], unit: str, *, equal: str, besides: str = "", worse: str = ""
+) -> dict[str, str]:
+    """The verdict by a share, which is compared with one half.
+
+    Args:
+        name: Name of the share.
+        share: `mean`, `low`, `high` and `n`.
+        unit: What `n` counts.
+        equal: What 0.5 means, after "where".
+        besides: Told after `n` and its unit.
+        worse: Told if the share is below one half.
+    """
+    told = f"{name} {share['mean']:.3f}, where {equal} (95 % interval {_interval(share, '.3f')}, {share['n']} {unit}"
+    word = _by_interval(share, 0.5)
+    return said(word, f"{told}{besides})", {"worse": worse, "not known": _narrowed(share, unit)}.get(word, ""))
+
+
+def _by_interval(found: Mapping[str, Any], equal: float = 0.0) -> str:
+    """The word for a number, by where its 95 % interval lies: above what equal models have, or below."""
+    if found["n"] < FEW:
         return "not known"
-    return "better" if low > 0 else "worse" if high < 0 else "not known"
+    return "better" if found["low"] > equal else "worse" if found["high"] < equal else "not known"
 
 
-def narrowed(found: Mapping[str, Any], unit: str) -> str:
+def _narrowed(found: Mapping[str, Any], unit: str) -> str:
     """Returns the width of an interval in words, with the remedy that would narrow it."""
     if found["n"] < FEW:
         return f"{found['n']} {unit} are too few for an interval, so take {FEW} or more"
@@ -115,30 +124,30 @@ def narrowed(found: Mapping[str, Any], unit: str) -> str:
 
 
 def _of_difference(name: str, found: Mapping[str, Any]) -> dict[str, str]:
-    word, unit, more = by_interval(found["low"], found["high"], found["n"]), found["of"], ""
+    word, unit, more = _by_interval(found), found["of"], ""
     if word == "better" and name.startswith(REWARD_SCORE):
         word, more = "not known", "training raises this score directly, and no other one judged the answers"
     elif word == "not known":
-        more = narrowed(found, unit)
+        more = _narrowed(found, unit)
     elif unit != "prompts":
         more = "nobody judged the answers themselves"
     told = (
         f"{name}: {found['before']:.3f} -> {found['after']:.3f} "
         f"(95 % interval of the difference {_interval(found, '+.3f')}, {found['n']} {unit})"
     )
-    return said(word, "; ".join(filter(None, [told, more])))
+    return said(word, told, more)
 
 
 def _of_best(size: str, ways: Mapping[str, Any]) -> dict[str, str]:
-    found = ways["over_chance"]
-    word = by_interval(found["low"], found["high"], found["n"])
-    more = f"no better than chance as far as this shows; {narrowed(found, 'questions')}" if word == "not known" else ""
+    found, why = ways["over_chance"], []
+    if (word := _by_interval(found)) == "not known":
+        why = ["no better than chance as far as this shows", _narrowed(found, "questions")]
     told = (
         f"{LABELS['best_of'].format(n=size)} {ways['best_of']['mean']:.3f}, where a random one has "
         f"{ways['chance']['mean']:.3f} (95 % interval of the difference {_interval(found, '+.3f')}, {found['n']} "
         "questions)"
     )
-    return said(word, "; ".join(filter(None, [told, more])))
+    return said(word, told, *why)
 
 
 def _interval(found: Mapping[str, Any], form: str) -> str:

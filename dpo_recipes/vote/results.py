@@ -15,7 +15,7 @@ from dpo_recipes.dataset_adapters import DROP_REASONS, Drop, as_messages, check_
 from dpo_recipes.estimates import two_way, wilson
 from dpo_recipes.files import read_json, write_json, write_jsonl
 from dpo_recipes.runs.page import write_run_page
-from dpo_recipes.runs.verdict import by_interval, narrowed, said
+from dpo_recipes.runs.verdict import of_share, said
 from dpo_recipes.terminal import say
 from dpo_recipes.vote.answers import read_pairs
 from dpo_recipes.vote.log import CHOICES, QUESTIONS, SIDES, UNDO, Vote, read_votes, repeats, standing
@@ -112,13 +112,8 @@ def verdict(rate: Mapping[str, Any] | None, voters: int) -> dict[str, str]:
     """The verdict on the run's model, `word` and `sentence` as a run's verdict has them."""
     if rate is None:
         return said("not known", "nobody has voted")
-    of = f"{rate['n']} prompts, {voters} voter{'s' * (voters > 1)}"
-    told = (
-        f"win rate by votes {rate['mean']:.3f}, where equal models have 0.5 "
-        f"(95 % interval [{rate['low']:.3f}, {rate['high']:.3f}], {of})"
-    )
-    word = by_interval(rate["low"] - 0.5, rate["high"] - 0.5, rate["n"])
-    return said(word, f"{told}; {narrowed(rate, 'prompts')}" if word == "not known" else told)
+    besides = f", {voters} voter{'s' * (voters > 1)}"
+    return of_share("win rate by votes", rate, "prompts", equal="equal models have 0.5", besides=besides)
 
 
 def next_pairs(
