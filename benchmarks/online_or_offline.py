@@ -38,11 +38,11 @@ from dpo_recipes.terminal import say
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 START, REWARD = "outputs/quickstart_sft", "outputs/quickstart_reward"
-CONTENDERS = ("offline DPO", "1 round", "2 rounds", "4 rounds", "PPO", "RLOO")
-COLOURS = ("#1f82c0", "#9d3df2", "#9d3df2", "#9d3df2", "#d55e00", "#009e73")
-LINES = ("-", "-", "--", ":", "-", "-")
-GRID = (0.25, 0.5, 0.75, 1.0, 1.5)  # nats
-ROLLOUT = 64  # answers
+CONTENDERS = ("offline DPO", "1 round", "2 rounds", "4 rounds", "PPO", "RLOO", "RLOO by 16")
+COLOURS = ("#1f82c0", "#9d3df2", "#9d3df2", "#9d3df2", "#d55e00", "#009e73", "#009e73")
+LINES = ("-", "-", "--", ":", "-", "-", "--")
+GRID = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)  # nats
+ROLLOUT = 64  # answers; of "RLOO by 16" 16
 POINTS = 4  # checkpoints of a run, about
 
 
@@ -50,7 +50,7 @@ def flags(contender: str, samples: int) -> tuple[str, dict[str, Any]]:
     """The recipe of a contender, and its settings for so many samples: pairs that it sees, or answers that it samples.
 
     Offline DPO sees its pairs once. A pair of a round is the best and the worst of four answers, and is seen four
-    times, so that all kinds of DPO make about as many updates.
+    times, so that all kinds of DPO make about as many updates. RLOO makes one update a rollout; by 16 it makes as many.
     """
     if contender == "offline DPO":
         updates = samples // 16
@@ -60,12 +60,13 @@ def flags(contender: str, samples: int) -> tuple[str, dict[str, Any]]:
         updates = 4 * -(-prompts // rounds // 16)
         more = {"num_rounds": rounds, "num_prompts": prompts, "num_train_epochs": 4}
         return "quickstart_rounds", more | {"save_steps": -(-updates * rounds // POINTS)}
-    rollouts = -(-samples // ROLLOUT)
-    each = 8 if contender == "PPO" else 1  # updates
-    return f"quickstart_{contender.lower()}", {
-        "max_steps": each * rollouts,
-        "save_steps": each * -(-rollouts // POINTS),
-    }
+    rollout = 16 if contender == "RLOO by 16" else ROLLOUT
+    rollouts = -(-samples // rollout)
+    updates, recipe = (8, "quickstart_ppo") if contender == "PPO" else (1, "quickstart_rloo")  # of a rollout
+    steps = {"max_steps": updates * rollouts, "save_steps": updates * -(-rollouts // POINTS)}
+    return recipe, steps | (
+        {"generation_batch_size": rollout, "pairs_per_update": rollout} if rollout < ROLLOUT else {}
+    )
 
 
 def train(contender: str, seed: int, samples: int, folder: Path) -> None:
