@@ -146,6 +146,10 @@ class SharedPrefixCollator(DataCollatorForPreference):
         return {**batch, PLAN: plan} if len(plan["predicting"]) else batch
 
 
+COLLATORS = (DataCollatorForPreference, SharedPrefixCollator)
+"""Data collators of text, whose batches can be shared and divided."""
+
+
 def install(model: PreTrainedModel | PeftModel) -> None:
     """Teaches a model to run batches that have a plan; all else stays as it was, generation included.
 
