@@ -72,9 +72,7 @@ def marked_solutions(dataset: Dataset) -> Dataset:
     Raises:
         RecipeError: If the columns hold no solutions that are marked or can be marked, or math-verify is missing.
     """
-    names, marked = dataset.column_names, _marked_columns(dataset)
-    known = [column for column in (*_QUESTIONS, "completions") if column in names]
-    known += [column for column in _REFERENCES if column in names and "completions" in names]
+    names = dataset.column_names
     if not is_gsm8k(dataset):
         raise RecipeError(
             "gsm8k needs a question (question, prompt), and solutions: columns of {is_correct, solution}, or "
@@ -82,7 +80,8 @@ def marked_solutions(dataset: Dataset) -> Dataset:
             f"{[name for name in names if name != ROW]}. Name yours with --columns question=...,reference=..., or "
             "sample solutions: docs/verifier.md."
         )
-    note_unread(dataset, used={*known, *marked, ROW})
+    references = _REFERENCES if "completions" in names else ()
+    note_unread(dataset, used={*_QUESTIONS, *_marked_columns(dataset), "completions", *references, ROW})
     features = {"prompt": PAIR_FEATURES["prompt"], "completions": List(Value("string")), "right": List(Value("bool"))}
     features |= {"votes": List(Value("string"))} | dict.fromkeys({ROW}.intersection(names), Value("string"))
     return read_rows(dataset, _read_question, name="gsm8k", features=features, code=code_hash(_read_question))
@@ -125,8 +124,7 @@ def _parse(text: str) -> list[Any]:
     """Returns what math-verify reads as the answer of a text: an expression and its text, or nothing."""
     marker = _MARKER.search(text.rstrip())
     told = (marker[1] or marker[2] or "") if marker else _CALCULATION.sub("", text)
-    found: list[Any] = _math_verify().parse(re.sub(r"(?<![\d)])-\s*\$\s*(?=\d)", "-", told))  # it reads $-5, not -$5
-    return found
+    return list(_math_verify().parse(re.sub(r"(?<![\d)])-\s*\$\s*(?=\d)", "-", told)))  # it reads $-5, not -$5
 
 
 def _marked_columns(dataset: Dataset) -> list[str]:
