@@ -248,7 +248,7 @@ class SharedPrefixDPOTrainer(DPOTrainer):
         """Yields the batch to compute with: with its plan and our head function, or as plain TRL has it."""
         inputs = self._checked(inputs)
         if PLAN in inputs and not self.agrees_with_trl:
-            self._compare_with_trl(self._divide(inputs).sample())
+            self._compare_with_trl(Division(inputs, self.tokens_per_step, share=self.share_prompts).sample())
             inputs = self._checked(inputs)
         if not self.sharing:
             yield inputs
