@@ -171,8 +171,6 @@ def unlogged(trainer: DPOTrainer | GRPOTrainer | RLOOTrainer) -> Iterator[None]:
     kept = {name: vars(trainer)[name] for name in names}
     gathers = dict.fromkeys(("gather", "gather_for_metrics", "reduce"), lambda tensor, *_, **__: tensor)
     trainer._metrics = {mode: defaultdict(list) for mode in trainer._metrics}
-    if "_moved" in kept:
-        trainer._moved = []
     vars(trainer.accelerator).update(gathers)
     try:
         yield

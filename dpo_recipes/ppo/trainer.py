@@ -202,7 +202,7 @@ class PPOTrainer(GRPOTrainer):
                 moved = self.accelerator.reduce(torch.stack(self._moved).mean(), reduction="mean")
                 self._stopped |= bool(moved > 1.5 * target)
             self._metrics["train"]["policy/stopped"].append(float(self._stopped))  # the model is not yet in this mode
-        self._moved.clear()
+        self._moved = []
 
     def _trains_critic_alone(self) -> bool:
         """Says if this optimizer step is one of the critic's warm-up."""
@@ -227,7 +227,7 @@ class PPOTrainer(GRPOTrainer):
         self._log_mean("value/loss", value_loss)
         accumulated = 1
         if self.model.training:
-            self._moved.append(moved)
+            self._moved = [*self._moved, moved]  # a new list: `unlogged` puts the old one back
             accumulated = self.current_gradient_accumulation_steps  # GRPO scaled its own part
             if self._trains_critic_alone():
                 loss = loss * 0.0  # `training_step` removes the gradient; DDP waits for one of every weight
