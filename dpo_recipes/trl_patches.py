@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import trl.trainer.utils as trl_utils
 from datasets import Dataset
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -76,12 +75,11 @@ def lora_switched_by_flags(model: nn.Module) -> Iterator[None]:
             for layer in layers:
                 layer._disable_adapters = False
 
-    if isinstance(model, PeftModel):
-        model.disable_adapter = disable_adapter
+    vars(model)["disable_adapter"] = disable_adapter
     try:
         yield
     finally:
-        vars(model).pop("disable_adapter", None)
+        del vars(model)["disable_adapter"]
 
 
 def keep_input_dtype_under_autocast(layer: BaseTunerLayer) -> None:
@@ -153,8 +151,7 @@ def method_name(trainer: Trainer) -> str:
 
 def prepare_inputs(trainer: Trainer, batch: dict[str, Any]) -> dict[str, Any]:
     """The batch on the trainer's device."""
-    prepared: dict[str, Any] = trainer._prepare_inputs(batch)
-    return prepared
+    return dict(trainer._prepare_inputs(batch))
 
 
 def first_update(trainer: Trainer) -> int:
@@ -174,8 +171,6 @@ def unlogged(trainer: DPOTrainer | GRPOTrainer | RLOOTrainer) -> Iterator[None]:
     kept = {name: vars(trainer)[name] for name in names}
     gathers = dict.fromkeys(("gather", "gather_for_metrics", "reduce"), lambda tensor, *_, **__: tensor)
     trainer._metrics = {mode: defaultdict(list) for mode in trainer._metrics}
-    if "_moved" in kept:
-        trainer._moved = []
     vars(trainer.accelerator).update(gathers)
     try:
         yield
@@ -187,8 +182,7 @@ def unlogged(trainer: DPOTrainer | GRPOTrainer | RLOOTrainer) -> Iterator[None]:
 
 def tokenize_prompts(trainer: GRPOTrainer, prompts: Any) -> list[list[int]]:
     """Ids of the prompts as GRPOTrainer gives them to the policy."""
-    ids: list[list[int]] = trainer._tokenize_prompts(prompts)[0]
-    return ids
+    return list(trainer._tokenize_prompts(prompts)[0])
 
 
 def keep_from_vllm(trainer: GRPOTrainer, name: str) -> None:

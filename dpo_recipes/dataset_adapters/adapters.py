@@ -69,8 +69,13 @@ def _hh_rlhf_pair(row: Row) -> Pair:
     other_context, rejected = _split_at_last_reply(row["rejected"])
     if context != other_context:
         raise Drop("contexts_differ")
+    return _pair(_with_system(row, _hh_rlhf_turns(context)), chosen=chosen, rejected=rejected)
+
+
+def _pair(prompt: list[Message], *, chosen: Any, rejected: Any) -> Pair:
+    """Returns the pair of a prompt and two completions, as text or as messages."""
     return {
-        "prompt": _with_system(row, _hh_rlhf_turns(context)),
+        "prompt": prompt,
         "chosen": as_messages(chosen, role="assistant"),
         "rejected": as_messages(rejected, role="assistant"),
     }
@@ -232,9 +237,7 @@ def _shp_pair(row: Row) -> Pair:
         raise Drop(row["_reason"])
     better, worse = ("human_ref_A", "human_ref_B") if number(row["labels"]) == 1 else ("human_ref_B", "human_ref_A")
     return {
-        "prompt": as_messages(row["history"], role="user"),
-        "chosen": as_messages(row[better], role="assistant"),
-        "rejected": as_messages(row[worse], role="assistant"),
+        **_pair(as_messages(row["history"], role="user"), chosen=row[better], rejected=row[worse]),
         "preference_strength": math.log2(row["_ratio"]),
         "source": re.sub("_(train|validation|test)$", "", row["domain"] or ""),
     }
@@ -270,8 +273,5 @@ def sharegpt_pairs(dataset: Dataset) -> Dataset:
 
 
 def _sharegpt_pair(row: Row) -> Pair:
-    return {
-        "prompt": _with_system(row, as_messages(row["conversations"], role="user")),
-        "chosen": as_messages(row["chosen"], role="assistant"),
-        "rejected": as_messages(row["rejected"], role="assistant"),
-    }
+    prompt = _with_system(row, as_messages(row["conversations"], role="user"))
+    return _pair(prompt, chosen=row["chosen"], rejected=row["rejected"])

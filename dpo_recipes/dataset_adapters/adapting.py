@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -96,23 +97,41 @@ def adapt(
     """
     require_columns(dataset, columns, name=name)
     _refuse_media(dataset)
-    split = str(dataset.split or "train")
     extra = {column: kind for column, kind in _OPTIONAL_FEATURES.items() if column in {*adds, *dataset.column_names}}
     note_unread(dataset, used={*columns, *extra, *_columns_read(dataset, read_pair)})
     rich = any(_has_rich_messages(dataset, column) for column in dataset.column_names)
     messages = dict.fromkeys(PAIR_FEATURES, _RICH_MESSAGES) if rich else PAIR_FEATURES
-    marked = map_rows(
-        dataset,
-        _mark_rows,
-        features=Features({**messages, **extra, "drop_reason": Value("string")}),
-        desc=f"{name} ({split})",
-        read_pair=read_pair,
-        extra=list(extra),
-        code=_code_hash(read_pair),
-    )
-    pairs = keep_pairs(marked, name=name, split=split, new=True)
+    read = partial(_checked_pair, read_pair=read_pair, extra=list(extra))
+    pairs = read_rows(dataset, read, name=name, features={**messages, **extra}, code=code_hash(read_pair))
     _refuse_missing_margins(pairs)
     return pairs
+
+
+def read_rows(
+    dataset: Dataset, read: Callable[[Row], Row], *, name: str, features: dict[str, Any], code: str
+) -> Dataset:
+    """Returns what `read` makes of each row; the rows it drops are counted in the current ledger.
+
+    Args:
+        dataset: Raw rows.
+        read: One row to one row, or `raise Drop("reason")`.
+        name: The dataset adapter's name, for messages.
+        features: Columns of the result.
+        code: The `code_hash` of the function behind `read`.
+    """
+    split = str(dataset.split or "train")
+    columns = Features({**features, "drop_reason": Value("string")})
+    given = {"read": read, "columns": list(columns), "code": code}
+    marked = map_rows(dataset, _read_batch, features=columns, desc=f"{name} ({split})", **given)
+    return keep_pairs(marked, name=name, split=split, new=True)
+
+
+def code_hash(read: Callable[..., Any]) -> str:
+    """Returns a hash of the code behind a map: datasets keys its cache on the *name* of an imported function alone."""
+    module = inspect.getmodule(getattr(read, "func", read))  # of a partial
+    # A function typed into a shell has no file; datasets hashes those by value.
+    files = [Path(__file__), Path(getattr(module, "__file__", None) or "")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
 
 
 def as_messages(value: Any, *, role: str) -> list[Message]:
@@ -331,31 +350,27 @@ def _has_rich_messages(dataset: Dataset, column: str) -> bool:
     return isinstance(inner, Json) or matches(dataset, column, _SERIALISED)
 
 
-def _code_hash(read_pair: Callable[..., Any]) -> str:
-    """Returns a hash of the code behind a map: datasets keys its cache on the *name* of an imported function alone."""
-    module = inspect.getmodule(getattr(read_pair, "func", read_pair))  # of a partial
-    # A function typed into a shell has no file; datasets hashes those by value.
-    files = [Path(__file__), Path(getattr(module, "__file__", None) or "")]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
-
-
-def _mark_rows(batch: Row, *, read_pair: Callable[[Row], Pair], extra: list[str], code: str) -> Row:
-    """Returns the batch as pairs, each with the optional columns `extra` and with `drop_reason`."""
+def _read_batch(batch: Row, *, read: Callable[[Row], Row], columns: list[str], code: str) -> Row:
+    """Returns the rows that `read` makes of a batch, with `drop_reason`. `code` is part of the cache's key alone."""
     rows = [dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True)]
-    marked = [_mark_row(row, read_pair=read_pair, extra=extra) for row in rows]
-    return {column: [row.get(column) for row in marked] for column in (*PAIR_FEATURES, *extra, "drop_reason")}
+    found = [_read_or_drop(row, read) for row in rows]
+    return {column: [row.get(column) for row in found] for column in columns}
 
 
-def _mark_row(row: Row, *, read_pair: Callable[[Row], Pair], extra: list[str]) -> Row:
+def _read_or_drop(row: Row, read: Callable[[Row], Row]) -> Row:
     try:
-        pair = read_pair(row)
-        check_pair(pair)
-        given = {**row, **pair}
-        optional = {column: _optional_cell(column, given.get(column)) for column in extra}
-        return {**pair, **optional, "drop_reason": None}
+        return {ROW: row.get(ROW), **read(row), "drop_reason": None}
     except Drop as drop:
         empty: Row = {"prompt": [], "chosen": [], "rejected": [], "chat_template_kwargs": {}}
         return {**empty, ROW: row.get(ROW), "drop_reason": str(drop)}
+
+
+def _checked_pair(row: Row, *, read_pair: Callable[[Row], Pair], extra: list[str]) -> Row:
+    """Returns the pair of a row with the optional columns `extra`."""
+    pair = read_pair(row)
+    check_pair(pair)
+    given = {**row, **pair}
+    return {**pair, **{column: _optional_cell(column, given.get(column)) for column in extra}}
 
 
 def _optional_cell(column: str, value: Any) -> Any:

@@ -4,7 +4,7 @@ import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
@@ -15,11 +15,10 @@ from dpo_recipes.dataset_adapters.adapting import (
     ROW,
     Drop,
     Row,
-    _code_hash,
     as_messages,
-    keep_pairs,
-    map_rows,
+    code_hash,
     note_unread,
+    read_rows,
     row_names,
 )
 from dpo_recipes.dataset_adapters.ledger import current_ledger
@@ -73,9 +72,7 @@ def marked_solutions(dataset: Dataset) -> Dataset:
     Raises:
         RecipeError: If the columns hold no solutions that are marked or can be marked, or math-verify is missing.
     """
-    names, marked = dataset.column_names, _marked_columns(dataset)
-    known = [column for column in (*_QUESTIONS, "completions") if column in names]
-    known += [column for column in _REFERENCES if column in names and "completions" in names]
+    names = dataset.column_names
     if not is_gsm8k(dataset):
         raise RecipeError(
             "gsm8k needs a question (question, prompt), and solutions: columns of {is_correct, solution}, or "
@@ -83,19 +80,11 @@ def marked_solutions(dataset: Dataset) -> Dataset:
             f"{[name for name in names if name != ROW]}. Name yours with --columns question=...,reference=..., or "
             "sample solutions: docs/verifier.md."
         )
-    note_unread(dataset, used={*known, *marked, ROW})
+    references = _REFERENCES if "completions" in names else ()
+    note_unread(dataset, used={*_QUESTIONS, *_marked_columns(dataset), "completions", *references, ROW})
     features = {"prompt": PAIR_FEATURES["prompt"], "completions": List(Value("string")), "right": List(Value("bool"))}
     features |= {"votes": List(Value("string"))} | dict.fromkeys({ROW}.intersection(names), Value("string"))
-    split = str(dataset.split or "train")
-    read = map_rows(
-        dataset,
-        _read_batch,
-        features=Features({**features, "drop_reason": Value("string")}),
-        desc=f"gsm8k ({split})",
-        columns=[*features],
-        code=_code_hash(_read_question),
-    )
-    return keep_pairs(read, name="gsm8k", split=split, new=True)
+    return read_rows(dataset, _read_question, name="gsm8k", features=features, code=code_hash(_read_question))
 
 
 def right_against_wrong(questions: Mapping[str, Dataset], *, pairs_per_question: int = 8) -> DatasetDict:
@@ -135,25 +124,12 @@ def _parse(text: str) -> list[Any]:
     """Returns what math-verify reads as the answer of a text: an expression and its text, or nothing."""
     marker = _MARKER.search(text.rstrip())
     told = (marker[1] or marker[2] or "") if marker else _CALCULATION.sub("", text)
-    found: list[Any] = _math_verify().parse(re.sub(r"(?<![\d)])-\s*\$\s*(?=\d)", "-", told))  # it reads $-5, not -$5
-    return found
+    return list(_math_verify().parse(re.sub(r"(?<![\d)])-\s*\$\s*(?=\d)", "-", told)))  # it reads $-5, not -$5
 
 
 def _marked_columns(dataset: Dataset) -> list[str]:
     kinds = dataset.features.items()
     return [name for name, kind in kinds if isinstance(kind, dict) and {"is_correct", "solution"} <= kind.keys()]
-
-
-def _read_batch(batch: Row, *, columns: Sequence[str], code: str) -> Row:
-    rows = [_read_or_drop(dict(zip(batch, cells, strict=True))) for cells in zip(*batch.values(), strict=True)]
-    return {column: [row.get(column) for row in rows] for column in (*columns, "drop_reason")}
-
-
-def _read_or_drop(row: Row) -> Row:
-    try:
-        return {**_read_question(row), ROW: row.get(ROW), "drop_reason": None}
-    except Drop as drop:
-        return {"prompt": [], ROW: row.get(ROW), "drop_reason": str(drop)}
 
 
 def _read_question(row: Row) -> Row:
@@ -178,9 +154,8 @@ def _pair_up(rows: Dataset, split: str, most: int) -> Dataset:
     pairs: list[Row] = []
     dropped: dict[str, list[str]] = defaultdict(list)
     for name, row in zip(row_names(rows), rows, strict=True):
-        mark_of = {
-            text.strip(): mark for text, mark in zip(row["completions"], row["right"], strict=True) if text.strip()
-        }
+        marks = zip(row["completions"], row["right"], strict=True)
+        mark_of = {text.strip(): mark for text, mark in marks if text.strip()}
         right, wrong = ([text for text in mark_of if mark_of[text] == mark] for mark in (True, False))
         if not (right and wrong):
             dropped["only_right" if right else "only_wrong"].append(name)
@@ -188,13 +163,8 @@ def _pair_up(rows: Dataset, split: str, most: int) -> Dataset:
         for sides in random.Random(json.dumps(row["prompt"])).sample(both, min(most, len(both))):
             chosen, rejected = ([{"role": "assistant", "content": text}] for text in sides)
             pairs.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected, ROW: name})
-    left_out = sum(map(len, dropped.values()))
-    counts: dict[str, Any] = {
-        "came": len(rows),
-        "in_pairs": len(rows) - left_out,
-        "pairs_made": len(pairs),
-        "kept": len(pairs),
-    }
+    made, in_pairs = len(pairs), len(rows) - sum(map(len, dropped.values()))
+    counts: dict[str, Any] = {"came": len(rows), "in_pairs": in_pairs, "pairs_made": made, "kept": made}
     current_ledger().record("right_against_wrong", split, dropped=dropped, **counts)
     features = Features({**PAIR_FEATURES, **dict.fromkeys({ROW}.intersection(rows.column_names), Value("string"))})
     columns = {column: [pair[column] for pair in pairs] for column in features}

@@ -44,13 +44,9 @@ class SplitAccount:
         """Adds another account to this one."""
         for name in ("rows", "in_pairs", "pairs_made", "moved", "not_sampled", "kept", "shortened"):
             setattr(self, name, getattr(self, name) + getattr(more, name))
-        for reason, dropped in more.dropped.items():
-            self.drop(reason, dropped)
-
-    def drop(self, reason: str, more: Dropped) -> None:
-        """Adds to the rows dropped for a reason."""
-        held = self.dropped.setdefault(reason, replace(more, count=0, first=[]))
-        held.count, held.first = held.count + more.count, [*held.first, *more.first][:3]
+        for reason, drop in more.dropped.items():
+            held = self.dropped.setdefault(reason, replace(drop, count=0, first=[]))
+            held.count, held.first = held.count + drop.count, [*held.first, *drop.first][:3]
 
 
 class Ledger:
@@ -112,7 +108,7 @@ class Ledger:
             expected, account.kept = account.kept, 0
             change.rows = max(0, came - expected)
             if came < expected:
-                account.drop("removed_by_load_pairs", Dropped(expected - came, stage, []))
+                change.dropped["removed_by_load_pairs"] = Dropped(expected - came, stage, [])
         account.add(change)
 
     def note_unread(self, column: str, rows: int, of: int) -> None:

@@ -1,7 +1,8 @@
 """PPO's settings: GRPOConfig's, and those of the critic, the advantages and the reward."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from transformers.hf_argparser import HfArg
 from trl import GRPOConfig
 
 _FIXED = dict(
@@ -25,28 +26,26 @@ class PPOConfig(GRPOConfig):
         ValueError: If a setting of GRPO is given that PPO would ignore, or a number is out of its range.
     """
 
-    num_generations: int | None = field(default=1, metadata={"help": "Answers to a prompt; PPO needs only one."})
-    num_iterations: int = field(default=4, metadata={"help": "Epochs over the answers of a rollout."})
-    beta: float = field(default=0.05, metadata={"help": "KL coefficient: each token's reward is -beta log-ratio."})
-    loss_type: str = field(default="bnpo", metadata={"help": "bnpo is the mean over tokens; grpo over answers."})
-    scale_rewards: str = field(default="none", metadata={"help": "Not used: see whiten_advantages."})
-    disable_dropout: bool = field(default=True, metadata={"help": "The ratio of old and new must be 1 at first."})
-    gamma: float = field(default=1.0, metadata={"help": "Discount of GAE, per token."})
-    lam: float = field(default=0.95, metadata={"help": "Lambda of GAE: 1 trusts the rewards, 0 the critic."})
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
-    cliprange_value: float = field(default=0.2, metadata={"help": "How far a value may move from the rollout's."})
-    whiten_advantages: bool = field(default=True, metadata={"help": "Mean 0 and deviation 1 over a rollout's tokens."})
-    missing_eos_penalty: float | None = field(default=None, metadata={"help": "Taken from the score without an EOS."})
-    reward_aggregation: str = field(
-        default="sum",
-        metadata={"help": "sum of the weighted rewards, or the min of an ensemble.", "choices": ["sum", "min"]},
+    num_generations: int | None = HfArg(default=1, help="Answers to a prompt; PPO needs only one.")
+    num_iterations: int = HfArg(default=4, help="Epochs over the answers of a rollout.")
+    beta: float = HfArg(default=0.05, help="KL coefficient: each token's reward is -beta log-ratio.")
+    loss_type: str = HfArg(default="bnpo", help="bnpo is the mean over tokens; grpo over answers.")
+    scale_rewards: str = HfArg(default="none", help="Not used: see whiten_advantages.")
+    disable_dropout: bool = HfArg(default=True, help="The ratio of old and new must be 1 at first.")
+    gamma: float = HfArg(default=1.0, help="Discount of GAE, per token.")
+    lam: float = HfArg(default=0.95, help="Lambda of GAE: 1 trusts the rewards, 0 the critic.")
+    vf_coef: float = HfArg(default=0.1, help="Weight of the value loss.")
+    cliprange_value: float = HfArg(default=0.2, help="How far a value may move from the rollout's.")
+    whiten_advantages: bool = HfArg(default=True, help="Mean 0 and deviation 1 over a rollout's tokens.")
+    missing_eos_penalty: float | None = HfArg(default=None, help="Taken from the score without an EOS.")
+    reward_aggregation: str = HfArg(
+        default="sum", metadata={"choices": ["sum", "min"]}, help="sum of the weighted rewards, or min of an ensemble."
     )
-    target_kl: float | None = field(
-        default=None,
-        metadata={"help": "Nats a token. A rollout's epochs end where the policy has moved 1.5 times as far."},
+    target_kl: float | None = HfArg(
+        default=None, help="Nats a token. A rollout's epochs end where the policy has moved 1.5 times as far."
     )
-    critic_learning_rate: float | None = field(default=None, metadata={"help": "By default the policy's."})
-    critic_warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps at first that train it alone."})
+    critic_learning_rate: float | None = HfArg(default=None, help="By default the policy's.")
+    critic_warmup_steps: int = HfArg(default=0, help="Optimizer steps at first that train it alone.")
 
     def __post_init__(self) -> None:
         """Check the settings."""

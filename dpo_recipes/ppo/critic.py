@@ -80,17 +80,15 @@ def load_critic(trainer: GRPOTrainer, name: str | None, quantization_config: Any
         ValueError: If its vocabulary is another, the policy has no name, or its architecture takes no score head.
         RecipeError: If it cannot be loaded.
     """
-    options = {**(trainer.args.model_init_kwargs or {}), "quantization_config": quantization_config}
+    defaults = {"trust_remote_code": trainer.args.trust_remote_code, "device_map": None}
+    options = defaults | (trainer.args.model_init_kwargs or {}) | {"quantization_config": quantization_config}
     options["dtype"] = options.get("dtype") or torch.float32  # as TRL loads the policy
-    options.setdefault("trust_remote_code", trainer.args.trust_remote_code)
-    options.setdefault("device_map", None)
     if name is not None:
         options.pop("revision", None)  # is the policy's
     initial = name or get_config_model_id(trainer.model.config)
     if not initial:
         raise ValueError("The policy has no folder or name to start the critic from. Pass a model as critic.")
-    asked = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
-    artifact = full_model(initial, **asked)
+    artifact = full_model(initial, **options)
     if name is not None:
         theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=options["trust_remote_code"])
         if theirs.get_vocab() != trainer.processing_class.get_vocab():
@@ -161,8 +159,9 @@ def attach_critic(policy: Any, critic: Any) -> None:
     policy.add_module(CRITIC, critic)
     classifier = critic.get_base_model() if is_peft_model(critic) else critic
 
-    def values_of(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = classifier.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    def values_of(inputs: dict[str, Any]) -> Tensor:
+        tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        hidden = classifier.base_model(**tokens, use_cache=False).last_hidden_state
         weights = sorted(classifier.score.parameters(), key=lambda weight: not weight.requires_grad)
         values: Tensor = classifier.score(hidden.to(weights[0].dtype)).squeeze(-1)  # PEFT keeps an untrained copy
         return values.to(torch.promote_types(values.dtype, torch.float32))
@@ -170,12 +169,9 @@ def attach_critic(policy: Any, critic: Any) -> None:
     @functools.wraps(original)
     def forward(_: nn.Module, *args: Any, return_values: bool = False, values_only: bool = False, **inputs: Any) -> Any:
         if values_only:
-            return values_of(inputs["input_ids"], inputs["attention_mask"])
+            return values_of(inputs)
         output = original(*args, **inputs)
-        if return_values:
-            values = values_of(inputs["input_ids"], inputs["attention_mask"])
-            return PolicyAndCriticOutput(**output, state_values=values)
-        return output
+        return PolicyAndCriticOutput(**output, state_values=values_of(inputs)) if return_values else output
 
     @functools.wraps(save)
     def save_pretrained(_: nn.Module, *args: Any, **options: Any) -> Any:

@@ -77,9 +77,9 @@ def without_padding(batch: dict[str, Any]) -> dict[str, Any]:
     """
     width = batch["completion_mask"].shape[1]
     used = max(1, int(batch["completion_mask"].sum(dim=1).max()))  # one column even if no answer counts
-    per_token = [
-        name
+    per_token = {
+        name: part[:, :used]
         for name, part in batch.items()
         if torch.is_tensor(part) and part.shape[1:] == (width,) and not name.startswith("prompt_")
-    ]
-    return batch | {name: batch[name][:, :used] for name in per_token}
+    }
+    return batch | per_token

@@ -75,12 +75,11 @@ def divide_answers(lengths: Sequence[tuple[int, int]], budget: int) -> list[list
         parts: list[list[int]] = []
         widths = (0, 0)
         for row in longest_first:
-            wider = (max(widths[0], lengths[row][0]), max(widths[1], lengths[row][1]))
-            if not parts or (len(parts[-1]) + 1) * sum(wider) > most:
+            widths = (max(widths[0], lengths[row][0]), max(widths[1], lengths[row][1]))
+            if not parts or (len(parts[-1]) + 1) * sum(widths) > most:
                 parts.append([])
-                wider = lengths[row]
+                widths = lengths[row]
             parts[-1].append(row)
-            widths = wider
         return parts
 
     fewest = len(fill(budget))
@@ -104,7 +103,7 @@ def parts_of(trainer: Any, mask: Tensor, kept: int) -> list[tuple[Tensor, slice]
     relative = all(_has_relative_positions(each.config) for each in trainer.model.modules() if hasattr(each, "config"))
     left = mask[:, :prompt].sum(dim=1).clamp(min=1) if relative else torch.full_like(mask[:, 0], prompt)
     lengths = torch.stack([left, mask[:, prompt:].sum(dim=1).clamp(min=1)], dim=1).tolist()
-    for part in divide_answers([*map(tuple, lengths)], trainer.tokens_per_step):
+    for part in divide_answers(lengths, trainer.tokens_per_step):
         before, after = (max(lengths[row][side] for row in part) for side in (0, 1))
         parts.append((rows[part], slice(prompt - before, prompt + after)))
     return parts

@@ -19,8 +19,7 @@ the optimizer and checkpoints see it. docs/ppo.md explains the metrics and what 
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,10 @@ class PPOTrainer(GRPOTrainer):
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)  # calls `_calculate_rewards`
         args, mask = self.args, batch["completion_mask"].float()
         if "old_per_token_logps" not in batch:  # GRPO leaves them out where each answer is trained on but once
-            batch["old_per_token_logps"] = self._policy_logps(batch)
+            whole, at_a_time = _whole(batch), args.per_device_train_batch_size
+            with torch.no_grad():
+                logps = self._get_per_token_logps_and_entropies(self.model, *whole, at_a_time)[0]
+            batch["old_per_token_logps"] = logps
         values = self._state_values(batch) * mask
         scores = self._scores_of(batch).to(values)
         log_ratio = torch.zeros_like(values)
@@ -141,14 +143,6 @@ class PPOTrainer(GRPOTrainer):
         scores[weighted.isnan().all(dim=1)] = torch.nan
         self._scores = scores.split(len(prompts))[self.accelerator.process_index]
         return rewards
-
-    @torch.no_grad()
-    def _policy_logps(self, batch: dict[str, Any]) -> Tensor:
-        """Log-probs of the completion tokens by the policy as it is. Shape (batch, tokens)."""
-        ids, mask, kept = _whole(batch)
-        at_a_time = self.args.per_device_train_batch_size
-        logps: Tensor = self._get_per_token_logps_and_entropies(self.model, ids, mask, kept, at_a_time)[0]
-        return logps
 
     @torch.no_grad()
     def _state_values(self, batch: dict[str, Any]) -> Tensor:
@@ -208,7 +202,7 @@ class PPOTrainer(GRPOTrainer):
                 moved = self.accelerator.reduce(torch.stack(self._moved).mean(), reduction="mean")
                 self._stopped |= bool(moved > 1.5 * target)
             self._metrics["train"]["policy/stopped"].append(float(self._stopped))  # the model is not yet in this mode
-        self._moved.clear()
+        self._moved = []
 
     def _trains_critic_alone(self) -> bool:
         """Says if this optimizer step is one of the critic's warm-up."""
@@ -233,7 +227,7 @@ class PPOTrainer(GRPOTrainer):
         self._log_mean("value/loss", value_loss)
         accumulated = 1
         if self.model.training:
-            self._moved.append(moved)
+            self._moved = [*self._moved, moved]  # a new list: `unlogged` puts the old one back
             accumulated = self.current_gradient_accumulation_steps  # GRPO scaled its own part
             if self._trains_critic_alone():
                 loss = loss * 0.0  # `training_step` removes the gradient; DDP waits for one of every weight
@@ -289,11 +283,9 @@ class PPOTrainer(GRPOTrainer):
                 optimizer.add_param_group({**group, "params": own, "lr": group["lr"] if rate is None else rate})
         return optimizer
 
-    @contextmanager
-    def without_critic(self) -> Iterator[Any]:
+    def without_critic(self) -> AbstractContextManager[Any]:
         """Takes the critic out of the policy inside the block, and yields it."""
-        with without_critic(self.accelerator.unwrap_model(self.model)) as critic:
-            yield critic
+        return without_critic(self.accelerator.unwrap_model(self.model))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Saves the policy as TRL does, and the critic's trained weights in a file of their own."""

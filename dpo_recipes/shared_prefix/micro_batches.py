@@ -5,16 +5,14 @@ The batch is TRL's: rows 0 to n - 1 are the chosen completions with their prompt
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from trl import DPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from dpo_recipes.shared_prefix.packing import PLAN, RESULTS, SharedPrefixCollator, lengths_of, plan_pairs
+from dpo_recipes.shared_prefix.packing import COLLATORS, PLAN, RESULTS, lengths_of, plan_pairs
 
 NOT_A_MEAN = {"aot", "aot_unpaired"}
 """Losses that sort the log-ratios of a whole batch. TRL's others are means over pairs, and sft one over tokens."""
@@ -62,12 +60,11 @@ def divide_padded(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 def why_whole(trainer: DPOTrainer) -> str | None:
     """Reason why a trainer's batches cannot be divided, or None."""
-    collators = (DataCollatorForPreference, SharedPrefixCollator)
     losses = NOT_A_MEAN.intersection(trainer.loss_types)
     reasons = {
         # Their weights are gathered in every forward pass, and processes may have different numbers of these.
         "weights that are divided among processes": trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
-        "a data collator other than TRL's for text": type(trainer.data_collator) not in collators,
+        "a data collator other than TRL's for text": type(trainer.data_collator) not in COLLATORS,
         "the auxiliary loss of a mixture of experts, which a whole batch has": trainer.aux_loss_enabled,
         # They take two forward passes.
         f"dropout and the loss {' '.join(losses)}": losses and not trainer.args.disable_dropout,
@@ -89,34 +86,30 @@ class RandomState:
             torch.cuda.empty_cache()
 
 
-@dataclass
 class Division:
     """A padded batch in micro-batches.
 
-    Attributes:
+    Args:
         batch: The whole batch, with its plan if prompts are shared.
         budget: Most tokens of a micro-batch; None or 0 leaves the batch whole.
         share: As in `plan_pairs`.
+
+    Attributes:
         parts: The pairs of each micro-batch.
         results: Per-token results of the model for the micro-batches that have run, with their rows in the batch.
         gradient: Gradient of the batch's loss by the log-probs, where the loss is no sum over micro-batches.
     """
 
-    batch: dict[str, Any]
-    budget: int | None
-    share: bool = True
-    parts: list[list[int]] = field(init=False)
-    results: list[tuple[Tensor, dict[str, Tensor]]] = field(init=False, default_factory=list)
-    gradient: Tensor | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        """Divides the batch."""
-        self.pairs = len(self.batch["input_ids"]) // 2
+    def __init__(self, batch: dict[str, Any], budget: int | None, *, share: bool) -> None:
+        self.batch, self.budget, self.share = batch, budget, share
+        self.results: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self.gradient: Tensor | None = None
+        self.pairs = len(batch["input_ids"]) // 2
         self.parts = [list(range(self.pairs))]
-        if self.budget:
-            self.lengths = lengths_of(self.batch)
-            packed = [p + c + r + (0 if self.share else p) for p, c, r in self.lengths]
-            self.parts = divide(packed, self.budget) if PLAN in self.batch else self._padded_parts(self.budget)
+        if budget:
+            self.lengths = lengths_of(batch)
+            packed = [p + c + r + (0 if share else p) for p, c, r in self.lengths]
+            self.parts = divide(packed, budget) if PLAN in batch else self._padded_parts(budget)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Each micro-batch, cut to its own longest sequence and with a plan of its own."""

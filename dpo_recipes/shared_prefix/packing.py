@@ -57,8 +57,7 @@ def lengths_of(batch: dict[str, Any]) -> list[tuple[int, int, int]]:
     """Tokens of prompt, chosen and rejected of each pair of a padded batch."""
     tokens, completions = (batch[name].sum(dim=1) for name in ("attention_mask", "completion_mask"))
     prompts = (tokens - completions)[: len(tokens) // 2]
-    lengths: list[tuple[int, int, int]] = torch.stack([prompts, *completions.chunk(2)], dim=1).tolist()
-    return lengths
+    return list(torch.stack([prompts, *completions.chunk(2)], dim=1).tolist())
 
 
 def plan_pairs(lengths: Sequence[tuple[int, int, int]], width: int, *, share: bool = True) -> Plan:
@@ -97,10 +96,9 @@ def plan_pairs(lengths: Sequence[tuple[int, int, int]], width: int, *, share: bo
     segments, start = [], 0
     for pair, (p, c, r) in enumerate(lengths):
         segments.append(_segment(pair, p, c, prompt=start, start=start, width=width))
-        prompt, start = start, start + p + c
-        segments.append(
-            _segment(len(lengths) + pair, p, r, prompt=prompt if share else start, start=start, width=width)
-        )
+        first, start = start, start + p + c
+        prompt = first if share else start
+        segments.append(_segment(len(lengths) + pair, p, r, prompt=prompt, start=start, width=width))
         start += r if share else p + r
     columns = zip(_COLUMNS, zip(*segments, strict=True), strict=True)
     plan = Plan({name: torch.from_numpy(np.concatenate(parts)) for name, parts in columns})
@@ -144,6 +142,10 @@ class SharedPrefixCollator(DataCollatorForPreference):
         plan = plan_pairs(lengths_of(batch), batch["input_ids"].size(1), share=self.share)
         plan["checksum"] = _checksum(batch)
         return {**batch, PLAN: plan} if len(plan["predicting"]) else batch
+
+
+COLLATORS = (DataCollatorForPreference, SharedPrefixCollator)
+"""Data collators of text, whose batches can be shared and divided."""
 
 
 def install(model: PreTrainedModel | PeftModel) -> None:

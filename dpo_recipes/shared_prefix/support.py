@@ -9,9 +9,8 @@ from peft import PeftModel
 from torch.nn import Dropout, Module
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import DPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from dpo_recipes.shared_prefix.packing import SharedPrefixCollator, is_installed
+from dpo_recipes.shared_prefix.packing import COLLATORS, is_installed
 from dpo_recipes.trl_patches import attention_name, has_reentrant_checkpointing, takes_attention_function
 
 TESTED = ["gemma2", "gemma3_text", "gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen3"]
@@ -28,11 +27,7 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def why_not(
-    trainer: DPOTrainer,
-    model: PreTrainedModel | PeftModel,
-    *,
-    modules: Sequence[Module],
-    tested_only: bool = True,
+    trainer: DPOTrainer, model: PreTrainedModel | PeftModel, *, modules: Sequence[Module], tested_only: bool
 ) -> str | None:
     """Reason why a model must run as plain TRL, or None where it may share prompts.
 
@@ -58,14 +53,12 @@ def _in_settings(trainer: DPOTrainer, base: PreTrainedModel) -> dict[str, Any]:
     args, processes = trainer.args, trainer.accelerator.distributed_type.value  # DeepSpeed, FSDP, context parallelism
     vision = isinstance(trainer.processing_class, ProcessorMixin)
     compiled = any(map(is_compiled_module, (trainer.model, trainer.ref_model)))
-    collators = (DataCollatorForPreference, SharedPrefixCollator)
     noise = args.neftune_noise_alpha or getattr(base.get_input_embeddings(), "neftune_noise_alpha", None)
     return {
         "vision and other parts next to the language model": vision or base.config.get_text_config() is not base.config,
         "truncation_mode=keep_end, which cuts a pair's prompt in two ways": args.truncation_mode != "keep_start",
-        "a data collator other than TRL's": type(trainer.data_collator) not in collators,
-        f"processes of the type {processes}, not tested": processes
-        not in ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED", "FSDP"),
+        "a data collator other than TRL's": type(trainer.data_collator) not in COLLATORS,
+        f"processes of the type {processes}, not tested": processes not in PROCESSES,
         "batches that the main process dispatches": args.accelerator_config.dispatch_batches,
         "torch.compile and Liger kernels, not tested": args.torch_compile or args.use_liger_kernel or compiled,
         "noise on embeddings (NEFTune)": noise,
@@ -107,13 +100,11 @@ def _in_model(trainer: DPOTrainer, model: Module, base: PreTrainedModel) -> dict
 
 
 def _untested(trainer: DPOTrainer, base: PreTrainedModel) -> dict[str, Any]:
-    dtype = {"no": str(base.dtype).removeprefix("torch."), "bf16": "bfloat16", "fp16": "float16"}.get(
-        trainer.accelerator.mixed_precision, "other"
-    )
-    device = base.device.type
-    in_16_bits = trainer.accelerator.mixed_precision != "no"
+    precision, device = trainer.accelerator.mixed_precision, base.device.type
+    dtypes = {"no": str(base.dtype).removeprefix("torch."), "bf16": "bfloat16", "fp16": "float16"}
+    dtype, fsdp = dtypes.get(precision, "other"), trainer.is_fsdp_enabled
     return {
-        "FSDP in 16 bits, which rounds a packed row otherwise than plain TRL": trainer.is_fsdp_enabled and in_16_bits,
+        "FSDP in 16 bits, which rounds a packed row otherwise than plain TRL": fsdp and precision != "no",
         f"the architecture {base.config.model_type}, not tested": base.config.model_type not in TESTED,
         f"{dtype} on the device {device}, not tested": dtype not in SHOWN.get(device, ()),
     }

@@ -241,27 +241,32 @@ class SharedPrefixDPOTrainer(DPOTrainer):
 
     def _divide(self, inputs: dict[str, Any]) -> Division:
         """The batch, in micro-batches that fit into `tokens_per_step`."""
-        if self.tokens_per_step and self.sharing:
-            self._check_models()
-            if PLAN in inputs:
-                self._check_unchanged(inputs)
-        if self.tokens_per_step and not self.sharing:
-            inputs = {name: value for name, value in inputs.items() if name != PLAN}
-        return Division(inputs, self.tokens_per_step, share=self.share_prompts)
+        return Division(self._checked(inputs), self.tokens_per_step, share=self.share_prompts)
 
     @contextmanager
     def _shared(self, inputs: dict[str, Any], *, lean: bool = False) -> Iterator[dict[str, Any]]:
         """Yields the batch to compute with: with its plan and our head function, or as plain TRL has it."""
-        if self.sharing and PLAN in inputs:
-            self._check_models()
-            self._check_batch(inputs)
+        inputs = self._checked(inputs)
+        if PLAN in inputs and not self.agrees_with_trl:
+            self._compare_with_trl(Division(inputs, self.tokens_per_step, share=self.share_prompts).sample())
+            inputs = self._checked(inputs)
         if not self.sharing:
-            yield {name: value for name, value in inputs.items() if name != PLAN}
+            yield inputs
             return
         model = self.accelerator.unwrap_model(self.model)
         function = partial(log_probs, allow_frozen=self.frozen_head, log_probs_alone=lean)
         with head_function(function), lora_switched_by_flags(model) if lean else nullcontext():
             yield inputs
+
+    def _checked(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch, without its plan where prompts cannot be shared, or if it was changed after its plan was made."""
+        if self.sharing and PLAN in inputs:
+            self._check_models()
+            # On a card every number that is read back makes it wait, so there the first batch speaks for all.
+            look = not (self.agrees_with_trl and inputs["input_ids"].is_cuda)
+            if self.sharing and look and not inputs[PLAN].belongs_to(inputs):
+                self._fall_back("batches that were changed after the data collator")
+        return inputs if self.sharing else {name: value for name, value in inputs.items() if name != PLAN}
 
     def _check_models(self) -> None:
         """Falls back if a model cannot share prompts, or no longer can: its settings may be changed at any time."""
@@ -271,18 +276,6 @@ class SharedPrefixDPOTrainer(DPOTrainer):
             asked: dict[str, Any] = dict(modules=self.changeable[model], tested_only=self.shared_prefix == "auto")
             if self.sharing and (reason := why_not(self, model, **asked)):
                 self._fall_back(reason)
-
-    def _check_batch(self, inputs: dict[str, Any]) -> None:
-        """Falls back if the batch was changed after its plan was made, or the first batch differs from plain TRL's."""
-        self._check_unchanged(inputs)
-        if self.sharing and not self.agrees_with_trl:
-            self._compare_with_trl(Division(inputs, self.tokens_per_step, share=self.share_prompts).sample())
-
-    def _check_unchanged(self, inputs: dict[str, Any]) -> None:
-        # On a card every number that is read back makes it wait, so there the first batch speaks for all.
-        look = not (self.agrees_with_trl and inputs["input_ids"].is_cuda)
-        if self.sharing and look and not inputs[PLAN].belongs_to(inputs):
-            self._fall_back("batches that were changed after the data collator")
 
     def _compare_with_trl(self, inputs: dict[str, Any]) -> None:
         """Falls back if a batch's log-probs are not plain TRL's: a model may share wrongly without an error.
