@@ -22,7 +22,6 @@ ONLINE = ("rounds", "ppo", "rloo")  # learn from answers of the policy that a re
 ALGORITHMS = ("dpo", *ONLINE)  # compared with each other
 DEFAULT = ("dpo", "rounds", "ppo")
 NAMES = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "rloo": "RLOO", "rounds": "DPO in rounds"}
-KINDS = ("sft", "judge", *ALGORITHMS, "reward")
 JUDGE_SEED = 1000  # of the judge's training; no learner has it
 RESERVED = {
     **{"output_dir": "--output_dir of the comparison", "seed": "--seeds 0,1,2", "beta": "--betas 0.05,0.1"},
@@ -73,6 +72,10 @@ class Stage:
         """The stages that are trained for this one alone: its reward model, but not the SFT model, and itself."""
         return [*(stage for stage in self.needs if stage.kind == "reward"), self]
 
+    def read(self, file: str) -> dict[str, Any]:
+        """A JSON file of the folder; empty if it is missing."""
+        return read_json(self.folder / file)
+
 
 def find_siblings(recipe: Path, kinds: Sequence[str]) -> dict[str, Path]:
     """The file of each kind: hh_rlhf_lora has hh_rlhf_reward, hh_rlhf_ppo and hh_rlhf_rloo in the same folder.
@@ -82,7 +85,7 @@ def find_siblings(recipe: Path, kinds: Sequence[str]) -> dict[str, Path]:
     """
     found, missing = {"dpo": recipe}, []
     bases = [base for base in (recipe.stem, recipe.stem.rpartition("_")[0]) if base]
-    for kind in [kind for kind in kinds if kind != "dpo"]:
+    for kind in kinds:
         for base in bases:
             with suppress(RecipeError):
                 found.setdefault(kind, find_recipe(f"{base}_{kind}", beside=recipe.parent))
@@ -214,6 +217,5 @@ def plan_stages(
 
 def is_done(stage: Stage) -> bool:
     """Returns True if the folder holds this stage, finished, with the same settings of all stages that it needs."""
-    if stage.kind == "sft":
-        return stage.launch.is_done(stage.folder)
-    return stage.launch.is_done(stage.folder) and read_json(stage.folder / "stage.json").get("key") == stage.key()
+    is_same = stage.kind == "sft" or stage.read("stage.json").get("key") == stage.key()
+    return is_same and stage.launch.is_done(stage.folder)

@@ -10,26 +10,15 @@ from dpo_recipes import estimates
 from dpo_recipes.compare.budget import answers_scored
 from dpo_recipes.compare.plan import ALGORITHMS, NAMES, ONLINE, Stage
 from dpo_recipes.evaluate.measures import against, of_model
-from dpo_recipes.files import read_json
 from dpo_recipes.terminal import duration
-
-COSTS = {
-    "seconds": "seconds",
-    "gpu_hours": "GPU hours",
-    "memory_mib": "peak memory, MiB",
-    "samples": "samples",
-    "tokens": "tokens",
-}
 
 
 def stage_cost(stage: Stage) -> dict[str, Any]:
     """Time, memory and samples of a finished stage. The time of a resumed run is scaled up from its last part."""
-    settings, done = (read_json(stage.folder / name) for name in ("settings.json", "done.json"))
+    settings, done = stage.read("settings.json"), stage.read("done.json")
     updates, since = done["updates"], done["updates"] - done["resumed_from_update"]
     seconds = (done["train_seconds"] or 0.0) * updates / max(1, since)
     on_gpu = "peak_gpu_memory_mib" in done
-    if stage.kind == "rounds":  # which sum up their own seconds and tokens
-        since = updates
     return {
         "seconds": seconds,
         "gpu_hours": seconds / 3600 * int(done["hardware"].partition(" x ")[0]) if on_gpu else None,
@@ -45,12 +34,10 @@ def model_cost(costs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     Args:
         costs: For each seed the costs of its stages. The algorithm's own is the last, and its samples alone count.
     """
-    mean: dict[str, Any] = {"memory_mib": max(cost["memory_mib"] for seed in costs for cost in seed)}
-    mean["samples"] = sum(seed[-1]["samples"] for seed in costs) / len(costs)
-    for name in ("seconds", "gpu_hours", "tokens"):
-        known = all(cost[name] is not None for seed in costs for cost in seed)
-        mean[name] = sum(sum(cost[name] for cost in seed) for seed in costs) / len(costs) if known else None
-    return {name: mean[name] for name in COSTS}
+    found = {name: [cost[name] for seed in costs for cost in seed] for name in costs[0][0]}
+    mean = {name: None if None in values else sum(values) / len(costs) for name, values in found.items()}
+    samples = sum(seed[-1]["samples"] for seed in costs) / len(costs)
+    return mean | {"memory_mib": max(found["memory_mib"]), "samples": samples}
 
 
 def collect(
