@@ -3,9 +3,7 @@
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,8 @@ from dpo_recipes.compare.stages import Clock, run_stages
 from dpo_recipes.estimates import Estimate
 from dpo_recipes.evaluate.answers import Entry, Sampling, answer_all, draw_prompts, exact_judge, score_answers
 from dpo_recipes.evaluate.measures import columns
-from dpo_recipes.files import read_json, write_json, write_jsonl
+from dpo_recipes.evaluate.report import origin
+from dpo_recipes.files import write_json, write_jsonl
 from dpo_recipes.launch.launch import prepare
 from dpo_recipes.launch.sweep import STOPPED
 from dpo_recipes.loading import digest, prompt_hashes
@@ -27,7 +26,6 @@ from dpo_recipes.manifest import claim, refuse_strangers
 from dpo_recipes.models.rewards import Text, check_reward_model, model_judge, read_reward_config
 from dpo_recipes.preflight.prepare import measure_pairs
 from dpo_recipes.recipe import load_tokenizer
-from dpo_recipes.runs.model_card import LIBRARIES
 from dpo_recipes.terminal import say
 
 SHOWN = 4  # prompts with their answers side by side
@@ -207,7 +205,7 @@ def _about(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[st
     """The settings and conditions of the comparison: everything but its numbers."""
     parts, recipes, sampling = comparison.parts, comparison.recipes, asdict(comparison.sampling)
     accuracies = {
-        stage.name: read_json(stage.folder / "metrics.json")["reward_accuracy"]["all"]
+        stage.name: stage.read("metrics.json")["reward_accuracy"]["all"]
         for stage in finished
         if stage.kind in ("judge", "reward")
     }
@@ -216,10 +214,9 @@ def _about(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[st
     return {
         "title": " against ".join(compared),
         "recipe": recipes["dpo"].launch.recipe.stem,
-        "made": datetime.now(UTC).isoformat(timespec="minutes"),
         "start": comparison.start,
-        "seeds": list(comparison.seeds),
-        "betas": list(comparison.betas),
+        "seeds": comparison.seeds,
+        "betas": comparison.betas,
         "budget": {"kind": "samples", "detail": budget_in_words(recipes, len(parts["learn"]), comparison.amounts)},
         "sampling": sampling,
         "judge": _about_judge(comparison.judge, accuracies) | {"order": ORDER},
@@ -231,8 +228,8 @@ def _about(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[st
             part: {"pairs": len(pairs), "prompts": len(set(prompt_hashes(pairs)))} for part, pairs in parts.items()
         },
         "fairness": check_match(finished, betas=comparison.betas, prompts=hashes, sampling=sampling),
-        "hardware": ", ".join(sorted({read_json(stage.folder / "done.json")["hardware"] for stage in finished})),
-        "versions": [f"{library} {version(library)}" for library in LIBRARIES],
+        "hardware": ", ".join(sorted({stage.read("done.json")["hardware"] for stage in finished})),
+        **origin(),
     }
 
 

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from dpo_recipes.errors import RecipeError
 from dpo_recipes.evaluate.answers import Entry, Sampling, answer_all, draw_prompts
 from dpo_recipes.evaluate.judges import open_judge
 from dpo_recipes.evaluate.pairwise import Judged, expected_cost
-from dpo_recipes.evaluate.report import write_report
+from dpo_recipes.evaluate.report import origin, write_report
 from dpo_recipes.evaluate.results import SIDES, answer_pairs, judging, measures, preference, verdict
 from dpo_recipes.files import MANIFEST, check_writable, read_json
 from dpo_recipes.flags import grouped
@@ -43,7 +41,7 @@ from dpo_recipes.preflight.findings import in_words
 from dpo_recipes.preflight.inspect import dataset_recipe, parse_namespace
 from dpo_recipes.preflight.prepare import measure_pairs
 from dpo_recipes.recipe import DONE_FILE, load_tokenizer
-from dpo_recipes.runs.model_card import LIBRARIES, weights_hash
+from dpo_recipes.runs.model_card import weights_hash
 from dpo_recipes.terminal import say
 
 OF_ROWS = ("columns", "max_length")  # settings of a run that suit other data as well
@@ -309,10 +307,9 @@ def _about(subject: Subject) -> dict[str, Any]:
     """The models, the data and the machine of the results."""
     return {
         **{key: getattr(subject, key) for key in ("name", "model", "start", "dataset", "beta")},
-        "made": datetime.now(UTC).isoformat(timespec="minutes"),
         "pairs": len(subject.pairs),
         "hardware": hardware(torch.device(torch.accelerator.current_accelerator() or "cpu")),
-        "versions": [f"{library} {version(library)}" for library in LIBRARIES],
+        **origin(),
     }
 
 

@@ -3,6 +3,8 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,15 @@ from dpo_recipes.files import write_json, write_jsonl, write_text
 from dpo_recipes.pages.markdown import fence, inline
 from dpo_recipes.recipe import DONE_FILE
 from dpo_recipes.runs.curves import table
-from dpo_recipes.runs.model_card import BEGIN, END
+from dpo_recipes.runs.model_card import BEGIN, END, LIBRARIES
 from dpo_recipes.runs.page import write_run_page
 from dpo_recipes.terminal import say
+
+
+def origin() -> dict[str, Any]:
+    """The time and the versions of the libraries, for the results of this moment."""
+    versions = [f"{library} {version(library)}" for library in LIBRARIES]
+    return {"made": datetime.now(UTC).isoformat(timespec="minutes"), "versions": versions}
 
 
 def write_report(folder: Path, results: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> Path:
