@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,8 @@ def doctor(options: argparse.Namespace) -> int:
     launch = prepare("quickstart", profile=options.profile)
     title = f"dpo-recipes {__version__}: doctor, {time.strftime('%Y-%m-%d')}"
     parts = []
-    for part in examine(launch, options, partial(_progress, started)):
-        _clear()
+    for part in examine(launch, options, lambda text: _progress(f"[{time.monotonic() - started:4.0f} s] {text}")):
+        _progress("")
         say(scrub(on_screen(part)) + "\n", always=bool(part.findings))
         parts.append(part)
     found = sum(len(part.findings) for part in parts)
@@ -63,19 +62,13 @@ def doctor(options: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
-def _progress(started: float, text: str) -> None:
-    if is_quiet():
-        return
-    _clear()
-    line = f"[{time.monotonic() - started:4.0f} s] {text}"
-    sys.stderr.write(line if sys.stderr.isatty() else f"{line}\n")
+def _progress(text: str) -> None:
+    """Replaces the line of progress in a terminal; elsewhere each text has a line of its own, and none is empty."""
+    if sys.stderr.isatty() and not is_quiet():
+        sys.stderr.write(f"\r\033[K{text}")
+    elif text and not is_quiet():
+        sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
-
-
-def _clear() -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write("\r\033[K")
-        sys.stderr.flush()
 
 
 @contextmanager

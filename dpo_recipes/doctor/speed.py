@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from datasets import Dataset
@@ -39,10 +40,7 @@ def draw_lengths(pairs: int, *, seed: int) -> list[tuple[int, int, int]]:
     draw = random.Random(seed)
 
     def one(side: str) -> int:
-        at, table = draw.random(), LENGTHS[side]
-        upper = next(index for index, quantile in enumerate(QUANTILES) if at < quantile)
-        low, high = QUANTILES[upper - 1 : upper + 1]
-        return round(table[upper - 1] + (table[upper] - table[upper - 1]) * (at - low) / (high - low))
+        return round(np.interp(draw.random(), QUANTILES, LENGTHS[side]))
 
     drawn = [(one("prompt"), one("chosen"), one("rejected")) for _ in range(pairs)]
     return [(min(p, MAX_LENGTH - max(c, r)), c, r) for p, c, r in drawn]
