@@ -41,11 +41,7 @@ def model_cost(costs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
 
 
 def collect(
-    stages: Sequence[Stage],
-    runs: Mapping[str, Mapping[str, Any]],
-    costs: Mapping[str, Mapping[str, Any]],
-    *,
-    betas: Sequence[str],
+    stages: Sequence[Stage], runs: Mapping[str, Any], costs: Mapping[str, Any], *, betas: Sequence[str]
 ) -> dict[str, Any]:
     """Measures of each model and its rates against others, with the numbers that these are made of.
 
@@ -65,11 +61,13 @@ def collect(
             models.append(_model(kind, beta, names, runs) | {"cost": model_cost(spent)})
     # With several betas, even prompts choose the beta, and odd prompts compare the chosen models.
     chosen_by, compared_by = (slice(None, None, 2), slice(1, None, 2)) if len(betas) > 1 else (slice(None), slice(None))
-    best = {kind: _best(kind, models, runs, rows=chosen_by) for kind in ALGORITHMS}
-    duels = [
-        _compare(one, other, runs, rows=compared_by)
-        for one, other in itertools.combinations(filter(None, best.values()), 2)
-    ]
+
+    def reward(model: Mapping[str, Any]) -> float:
+        return float(np.mean([runs[name]["judge"][chosen_by] for name in model["names"].values()]))
+
+    by_algorithm = itertools.groupby(models[1:], key=lambda model: model["algorithm"])
+    best = [max(of_betas, key=reward) for _, of_betas in by_algorithm]
+    duels = [_compare(one, other, runs, rows=compared_by) for one, other in itertools.combinations(best, 2)]
     return {
         "models": models,
         "duels": _corrected([duel for duel in duels if duel["seeds"]]),
@@ -83,17 +81,6 @@ def _model(kind: str, beta: str | None, names: Mapping[int, str], runs: Mapping[
     label = NAMES[kind] + (f", beta {beta}" if beta else "")
     measured = of_model([runs[name] for name in names.values()], [runs[f"sft-{seed}"] for seed in names])
     return {"algorithm": kind, "beta": beta, "label": label, "names": dict(names), **measured}
-
-
-def _best(
-    kind: str, models: Sequence[Mapping[str, Any]], runs: Mapping[str, Any], *, rows: slice
-) -> Mapping[str, Any] | None:
-    """The model of an algorithm with the highest judge's reward on the given prompts."""
-
-    def reward(model: Mapping[str, Any]) -> float:
-        return float(np.mean([runs[name]["judge"][rows] for name in model["names"].values()]))
-
-    return max((model for model in models if model["algorithm"] == kind), key=reward, default=None)
 
 
 def _compare(
