@@ -28,14 +28,7 @@ from dpo_recipes.flags import grouped
 from dpo_recipes.loading import keep_part, prompt_hashes
 from dpo_recipes.machine import hardware
 from dpo_recipes.manifest import claim
-from dpo_recipes.models.open import (
-    changes_layers,
-    check_weights,
-    find_start,
-    identify,
-    read_adapter,
-    run_settings,
-)
+from dpo_recipes.models.open import changes_layers, check_weights, find_start, identify, read_adapter, run_settings
 from dpo_recipes.models.rewards import Text
 from dpo_recipes.preflight.findings import in_words
 from dpo_recipes.preflight.inspect import dataset_recipe, parse_namespace

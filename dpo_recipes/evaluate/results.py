@@ -17,6 +17,7 @@ from dpo_recipes.evaluate.measures import MEASURES, columns, of_model
 from dpo_recipes.evaluate.pairwise import Judged, share
 from dpo_recipes.models.likelihood import PreferenceLogps
 from dpo_recipes.models.rewards import calibration
+from dpo_recipes.runs.before_after import accuracies
 from dpo_recipes.runs.verdict import by_interval, collapse, destroyed, narrowed, said
 
 SIDES = ("before", "after")
@@ -115,14 +116,9 @@ def preference(found: Mapping[str, Any], beta: float | None) -> dict[str, Any]:
     ratio = before.chosen_tokens / before.rejected_tokens
     strata = {"all": ratio > 0, "chosen longer": ratio > 1.1, "chosen shorter": ratio < 1 / 1.1}
     strata["about as long"] = ~(strata["chosen longer"] | strata["chosen shorter"])
-    accuracy: dict[str, Any] = {}
-    for stratum, members in strata.items():
-        if members.any():
-            accuracy[stratum] = {
-                "summed": {side: each[members].accuracy() for side, each in logps.items()},
-                "per token": {side: each[members].accuracy(per_token=True) for side, each in logps.items()},
-                "implicit reward": {"after": after[members].accuracy_against(before[members])},
-            }
+    accuracy = {
+        stratum: accuracies(before[members], after[members]) for stratum, members in strata.items() if members.any()
+    }
     margins = (after.chosen - before.chosen) - (after.rejected - before.rejected)
     return {
         "preference_accuracy": accuracy,

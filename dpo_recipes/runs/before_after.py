@@ -192,7 +192,7 @@ def _measure_preference(trainer: DPOTrainer, strata: str | None, outcome: Outcom
         return
     before, after = preference_logps(trainer, reference=True), preference_logps(trainer)
     for stratum, members in _strata(trainer, strata).items():
-        found = _accuracies(before[members], after[members])
+        found = accuracies(before[members], after[members])
         result[stratum] = {kind: _plain(sides) for kind, sides in found.items()}
         for kind in ("summed", "per token") if stratum == ALL else ("summed",):
             outcome.rows.append([_label("preference_accuracy", kind, stratum), *found[kind].values()])
@@ -220,7 +220,7 @@ def _add_difference(
     outcome.metrics.setdefault("differences", {})[name] = asdict(change) | both | {"of": of}
 
 
-def _accuracies(before: PreferenceLogps, after: PreferenceLogps) -> dict[str, dict[str, Estimate]]:
+def accuracies(before: PreferenceLogps, after: PreferenceLogps) -> dict[str, dict[str, Estimate]]:
     """Accuracy of both models' log-probs, summed and per token, and of the tuned model's implicit reward.
 
     At step 0 every implicit reward is exactly 0, so a "before" would show a gain that is not there.
