@@ -8,7 +8,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +70,11 @@ def _progress(text: str) -> None:
     sys.stderr.flush()
 
 
-@contextmanager
-def _quiet(folder: str, *, use_cpu: bool) -> Iterator[None]:
+def _restrain_libraries(folder: str, *, use_cpu: bool) -> None:
     """Lets the libraries see at most one card, keeps their caches in a folder, and silences their warnings and bars."""
     import datasets
     import transformers
 
-    before, own = dict(os.environ), datasets.config.HF_DATASETS_CACHE
     cards = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if use_cpu else cards[0]  # with several cards TRL would use DataParallel
     os.environ |= {"HF_DATASETS_CACHE": f"{folder}/datasets", "XDG_CACHE_HOME": f"{folder}/cache"}
@@ -86,14 +83,7 @@ def _quiet(folder: str, *, use_cpu: bool) -> Iterator[None]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-        datasets.config.HF_DATASETS_CACHE = own
-        os.environ.clear()
-        os.environ |= before
+    warnings.simplefilter("ignore")
 
 
 def examine(launch: Launch, options: argparse.Namespace, show: Callable[[str], None]) -> Iterator[Part]:
@@ -130,7 +120,8 @@ def _compute(launch: Launch, options: argparse.Namespace, show: Callable[[str], 
     names = options.model.split(",") if options.model else ["tiny" if quick else "qwen2.5-1.5b"]
     if unknown := [name for name in names if name not in SIZES]:
         raise RecipeError(f"--model {unknown[0]} is not known. Name one of {', '.join(SIZES)}.")
-    with tempfile.TemporaryDirectory(prefix="dpo-recipes-doctor-") as folder, _quiet(folder, use_cpu=use_cpu):
+    with tempfile.TemporaryDirectory(prefix="dpo-recipes-doctor-") as folder:
+        _restrain_libraries(folder, use_cpu=use_cpu)
         architectures = ["llama"] if quick else list(ARCHITECTURES)
         yield check_compute(dtype, use_cpu=use_cpu, architectures=architectures, say=show)
         yield check_speed(

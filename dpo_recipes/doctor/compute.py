@@ -54,13 +54,11 @@ SLACK = (1.5, 0.005)
 """Our 16-bit gradients may be SLACK[0] times as far from float32 as plain TRL's, plus SLACK[1]."""
 
 
-def tiny(model_type: str, *, dtype: torch.dtype = torch.float32, head_bias: bool = False, **changes: Any) -> Any:
+def tiny(model_type: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A random model of an architecture whose biases and norms differ from the identity."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**ARCHITECTURES.get(model_type, TINY), **changes})
     model = AutoModelForCausalLM.from_config(config)
-    if head_bias:
-        model.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size)
     stir(model, scale=0.1, seed=0)
     return model.to(dtype)
 
@@ -82,21 +80,13 @@ def lora(model: Any, **settings: Any) -> LoraConfig:
     return LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=model.config.model_type == "gpt2", **settings)
 
 
-def examples(
-    lengths: Sequence[tuple[int, int, int]], *, seed: int = 0, same_start: int = 0
-) -> list[dict[str, list[int]]]:
+def examples(lengths: Sequence[tuple[int, int, int]], *, seed: int = 0) -> list[dict[str, list[int]]]:
     """Tokenised pairs with the given lengths of prompt, chosen and rejected."""
-    draw = random.Random(seed)
-
-    def tokens(n: int) -> list[int]:
-        return [draw.randrange(2, WORDS) for _ in range(n)]
-
-    pairs = []
-    for p, c, r in lengths:
-        start = tokens(min(same_start, c, r))
-        chosen, rejected = (start + tokens(n - len(start)) for n in (c, r))
-        pairs.append({"prompt_ids": tokens(p), "chosen_ids": chosen, "rejected_ids": rejected})
-    return pairs
+    draw, sides = random.Random(seed), ("chosen_ids", "rejected_ids", "prompt_ids")
+    return [
+        {side: [draw.randrange(2, WORDS) for _ in range(n)] for side, n in zip(sides, (c, r, p), strict=True)}
+        for p, c, r in lengths
+    ]
 
 
 BATCH = examples([(9, 5, 12), (3, 14, 2), (17, 1, 7), (6, 8, 8)])

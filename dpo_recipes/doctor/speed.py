@@ -38,11 +38,8 @@ TRL, OURS = "plain TRL", "shared prompts"
 def draw_lengths(pairs: int, *, seed: int) -> list[tuple[int, int, int]]:
     """Tokens of prompt, chosen and rejected of each pair, drawn independently from the lengths in hh-rlhf."""
     draw = random.Random(seed)
-
-    def one(side: str) -> int:
-        return round(np.interp(draw.random(), QUANTILES, LENGTHS[side]))
-
-    drawn = [(one("prompt"), one("chosen"), one("rejected")) for _ in range(pairs)]
+    tables = [LENGTHS[side] for side in ("prompt", "chosen", "rejected")]
+    drawn = [[round(np.interp(draw.random(), QUANTILES, table)) for table in tables] for _ in range(pairs)]
     return [(min(p, MAX_LENGTH - max(c, r)), c, r) for p, c, r in drawn]
 
 

@@ -17,10 +17,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import DPOTrainer
 
 from dpo_recipes.doctor import compute
-from dpo_recipes.doctor.compute import ARCHITECTURES, BATCH, ROWS, examples, lora, stir, tiny
+from dpo_recipes.doctor.compute import ARCHITECTURES, BATCH, ROWS, lora, stir, tiny
 from dpo_recipes.shared_prefix.trainer import PLAN, SharedPrefixDPOTrainer
-
-__all__ = ["ROWS", "examples"]  # with the others, what the tests take from here
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "shared_prefix.md"
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -110,6 +108,15 @@ def model_for(model_type, method, dtype=torch.float32):
     if method == "LoRA on 4 bits":
         return in_4_bits(tiny(model_type))
     return tiny(model_type, dtype=dtype, **(dict(tie_word_embeddings=False) if method.endswith("_to_save") else {}))
+
+
+def examples(lengths, *, same_start=0, **options):
+    """The doctor's tokenised pairs, whose completions begin with the same tokens."""
+    pairs = compute.examples(lengths, **options)
+    for pair in pairs:
+        same = min(same_start, len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+        pair["rejected_ids"][:same] = pair["chosen_ids"][:same]
+    return pairs
 
 
 def in_4_bits(model):
