@@ -13,7 +13,6 @@ from dpo_recipes.terminal import duration, shown
 
 TEMPLATES = Path(__file__).parent
 NOTHING = "\N{EN DASH}"
-AXIS = MaxNLocator(4, steps=(1, 2, 2.5, 5, 10))
 
 
 def write_page(
@@ -46,13 +45,13 @@ def ticks(estimates: Iterable[Mapping[str, float]]) -> list[float]:
     names = ("low", "high", "seeds_low", "seeds_high")
     ends = [0.0, *(end for each in estimates for name in names if isfinite(end := each.get(name) or 0.0))]
     most = 1.0 if min(ends) == 0 and max(ends) <= 1 else max(ends)
-    return list(AXIS.tick_values(min(ends), most))
+    return scale([min(ends), most])
 
 
 def scale(values: Iterable[float]) -> list[float]:
     """Round numbers at equal distances, from at most the least value to at least the greatest finite one."""
     finite = list(filter(isfinite, values)) or [0.0]
-    return list(AXIS.tick_values(min(finite), max(finite)))
+    return list(MaxNLocator(4, steps=(1, 2, 2.5, 5, 10)).tick_values(min(finite), max(finite)))
 
 
 def time(seconds: float | None) -> str:
