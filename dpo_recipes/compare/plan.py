@@ -121,26 +121,24 @@ def read_recipes(
     kinds = _check_call(methods or DEFAULT, given)
     if methods is None:
         kinds = _without_missing_rounds(launch.recipe, kinds)
-    namespaces = {launch.recipe: runpy.run_path(str(launch.recipe))}
-    needs_judge = judge is None and "judge" not in namespaces[launch.recipe]
+    needs_judge = judge is None and "judge" not in runpy.run_path(str(launch.recipe))
     files = find_siblings(launch.recipe, [*kinds, *(["reward"] if needs_judge or {*ONLINE} & {*kinds} else [])])
     files |= {"judge": files["reward"]} if needs_judge else {}
-    for file in {*files.values()} - {launch.recipe}:
-        namespaces[file] = runpy.run_path(str(file))
     recipes: dict[str, Recipe] = {}
     known_by: set[str] = set()
     for kind, file in files.items():
-        known = {entry.name for part in argument_classes(namespaces[file]) for entry in fields(part)}
-        prefixes = ("", kind, "reward" if kind == "judge" else kind)
-        taken = [(name, values) for name, values in given if _is_for(name, prefixes, known)]
+        namespace = runpy.run_path(str(file))
+        known = {entry.name for part in argument_classes(namespace) for entry in fields(part)}
+        known |= {f"{prefix}.{key}" for prefix in (kind, "reward" if kind == "judge" else kind) for key in known}
+        taken = [(name, values) for name, values in given if name in known]
         known_by |= {name for name, _ in taken}
         own = [word for name, values in taken for word in (f"--{name.rpartition('.')[2]}", *values)]
         if kind != "dpo":  # all start from the same model
             own += ["--model_name_or_path", str(recipes["dpo"].model_args.model_name_or_path)]
         if kind in ONLINE and "max_pair_length" in known and (longest := recipes["dpo"].training_args.max_length):
             own += ["--max_pair_length", str(longest)]
-        parsed = parse_namespace(namespaces[file], file, profile=launch.profile, flags=own)
-        recipes[kind] = Recipe(kind, namespaces[file], replace(launch, recipe=file, flags=tuple(own)), *parsed)
+        parsed = parse_namespace(namespace, file, profile=launch.profile, flags=own)
+        recipes[kind] = Recipe(kind, namespace, replace(launch, recipe=file, flags=tuple(own)), *parsed)
     if unknown := [name for name, _ in given if name not in known_by]:
         raise RecipeError(
             f"--{unknown[0]} is a setting of none of the recipes {', '.join(files)}. To give one recipe a setting, "
@@ -169,11 +167,6 @@ def _check_call(methods: Sequence[str], given: Sequence[tuple[str, list[str]]]) 
         if key in RESERVED and name not in FREE:
             raise RecipeError(f"--{name} is for the comparison to set. Give {RESERVED[key]}.")
     return kinds
-
-
-def _is_for(name: str, prefixes: Sequence[str], known: set[str]) -> bool:
-    prefix, _, key = name.rpartition(".")
-    return prefix in prefixes and key in known
 
 
 def plan_stages(
