@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from dpo_recipes.compare.report import write_report
 from dpo_recipes.compare.results import collect, stage_cost, verdict
 from dpo_recipes.compare.stages import Clock, run_stages
 from dpo_recipes.estimates import Estimate
-from dpo_recipes.evaluate.answers import Entry, Sampling, answer_all, draw_prompts, exact_judge, score_answers
+from dpo_recipes.evaluate.answers import Entry, answer_all, draw_prompts, exact_judge, score_answers
 from dpo_recipes.evaluate.measures import columns
 from dpo_recipes.evaluate.report import origin
 from dpo_recipes.files import write_json, write_jsonl
@@ -52,10 +52,11 @@ class Comparison:
         return str(self.recipes["dpo"].model_args.model_name_or_path)
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> dict[str, Any]:
         """The sampling of the online algorithms' training, which is the same for all of them."""
         online = next((self.recipes[kind].training_args for kind in ONLINE if kind in self.recipes), None)
-        return Sampling(getattr(online, "temperature", 1.0), getattr(online, "max_completion_length", 256))
+        limit = getattr(online, "max_completion_length", 256)
+        return {"temperature": getattr(online, "temperature", 1.0), "max_new_tokens": limit}
 
 
 def compare(
@@ -203,7 +204,7 @@ def _records(answers: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) 
 
 def _about(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[str, int | None]) -> dict[str, Any]:
     """The settings and conditions of the comparison: everything but its numbers."""
-    parts, recipes, sampling = comparison.parts, comparison.recipes, asdict(comparison.sampling)
+    parts, recipes, sampling = comparison.parts, comparison.recipes, comparison.sampling
     accuracies = {
         stage.name: stage.read("metrics.json")["reward_accuracy"]["all"]
         for stage in finished

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,6 @@ from dpo_recipes.terminal import say
 
 BATCH = 16  # answers, or completions of pairs, at a time
 Scorer = Callable[[Sequence[Text], Sequence[str]], NDArray[np.float64]]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """The way in which answers are sampled, the same for every model."""
-
-    temperature: float
-    max_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -77,7 +69,7 @@ def answer_all(
     *,
     prompts: Sequence[Text],
     pairs: Dataset,
-    sampling: Sampling,
+    sampling: Mapping[str, Any],
     folder: Path,
     trust_remote_code: bool = False,
 ) -> dict[str, dict[str, Any]]:
@@ -91,7 +83,7 @@ def answer_all(
         start: The reference model, which all others were trained from.
         prompts: Prompts that `draw_prompts` returned.
         pairs: Held-out pairs.
-        sampling: The same for all models.
+        sampling: `temperature` and `max_new_tokens`, the same for all models.
         folder: Keeps each model's answers.
         trust_remote_code: Whether code that comes with a model may run.
 
@@ -100,7 +92,7 @@ def answer_all(
         model that sampled them and under the reference model, and `scored`, the number of tokens in these log-probs)
         and `chosen` and `rejected`, log-probs of the pairs' completions, with `chosen_tokens` and `rejected_tokens`.
     """
-    asked = hashlib.sha256(json.dumps([start, prompts, pairs[:], asdict(sampling)]).encode()).hexdigest()
+    asked = hashlib.sha256(json.dumps([start, prompts, pairs[:], sampling]).encode()).hexdigest()
     keys = {entry.name: f"{asked[:16]}-{entry.seed}-{entry.made_by}" for entry in entries}
     found = {entry.name: read_json(folder / f"{entry.name}.json") for entry in entries}
     missing = [entry for entry in entries if found[entry.name].get("key") != keys[entry.name]]
@@ -111,13 +103,12 @@ def answer_all(
     base, tokenizer = open_model(trained, base=start, trust_remote_code=trust_remote_code)
     base = base.unload() if isinstance(base, PeftModel) else base
     ids = _pair_ids(pairs, tokenizer)
-    measured: dict[str, Any] = dict(temperature=sampling.temperature, batch_size=BATCH)
+    measured: dict[str, Any] = dict(temperature=sampling["temperature"], batch_size=BATCH)
     for number, entry in enumerate(missing, start=1):
         say(f"Answers of {entry.name}, {number} of {len(missing)}.")
         with _opened(entry.model, base, start, trust_remote_code=trust_remote_code) as model:
             of_pairs = _pair_logps(model, ids, name=entry.model)
-            options = asdict(sampling) | {"seed": entry.seed, "batch_size": BATCH}
-            sampled = sample_tokens(model, tokenizer, prompts, **options)
+            sampled = sample_tokens(model, tokenizer, prompts, **sampling, seed=entry.seed, batch_size=BATCH)
             policy = answer_logps(model, sampled, **measured)
         of_start = policy if entry.model == start else answer_logps(base, sampled, **measured)
         answers = [

@@ -5,7 +5,7 @@ import runpy
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from trl import RewardConfig
 from dpo_recipes.dataset_adapters.adapting import row_names
 from dpo_recipes.dataset_adapters.ledger import HELD_OUT, Ledger
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.evaluate.answers import Entry, Sampling, answer_all, draw_prompts
+from dpo_recipes.evaluate.answers import Entry, answer_all, draw_prompts
 from dpo_recipes.evaluate.judges import open_judge
 from dpo_recipes.evaluate.pairwise import Judged, expected_cost
 from dpo_recipes.evaluate.report import origin, write_report
@@ -110,7 +110,7 @@ def evaluate(
     if referee and referee.scorer is None:
         _confirm(expected_cost(endpoint, asked, max_new_tokens=max_new_tokens), yes=yes)
     hashes = {side: weights_hash(model) for side, model in subject.models.items()}
-    sampling = Sampling(temperature, max_new_tokens)
+    sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     options: dict[str, Any] = dict(pairs=subject.pairs, sampling=sampling, trust_remote_code=subject.trust_remote_code)
     entries = _entries(subject.models, hashes, seed)
     found = answer_all(entries, subject.start, prompts=asked, folder=kept / "answers", **options)
@@ -122,7 +122,7 @@ def evaluate(
         **_about(subject),
         "verdict": verdict(found, judgement["win_rate"], greedy=greedy),
         "judge": referee.name if referee else None,
-        "sampling": asdict(sampling) | {"seed": seed},
+        "sampling": sampling | {"seed": seed},
         "prompts": len(asked),
         "hashes": hashes,
         "warnings": _warnings(subject, judge, judged, hashes),
