@@ -6,6 +6,7 @@ import runpy
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,6 @@ class Stage:
         asked = [self.launch.request(), *(stage.key() for stage in self.needs)]
         return hashlib.sha256(" ".join(asked).encode()).hexdigest()
 
-    def chain(self) -> list["Stage"]:
-        """The stages that are trained for this one alone: its reward model, but not the SFT model, and itself."""
-        return [*(stage for stage in self.needs if stage.kind == "reward"), self]
-
     def read(self, file: str) -> dict[str, Any]:
         """A JSON file of the folder; empty if it is missing."""
         return read_json(self.folder / file)
@@ -121,13 +118,14 @@ def read_recipes(
     kinds = _check_call(methods or DEFAULT, given)
     if methods is None:
         kinds = _without_missing_rounds(launch.recipe, kinds)
-    needs_judge = judge is None and "judge" not in runpy.run_path(str(launch.recipe))
+    execute = cache(lambda file: runpy.run_path(str(file)))  # a judge has the file of the reward model
+    needs_judge = judge is None and "judge" not in execute(launch.recipe)
     files = find_siblings(launch.recipe, [*kinds, *(["reward"] if needs_judge or {*ONLINE} & {*kinds} else [])])
     files |= {"judge": files["reward"]} if needs_judge else {}
     recipes: dict[str, Recipe] = {}
     known_by: set[str] = set()
     for kind, file in files.items():
-        namespace = runpy.run_path(str(file))
+        namespace = execute(file)
         known = {entry.name for part in argument_classes(namespace) for entry in fields(part)}
         known |= {f"{prefix}.{key}" for prefix in (kind, "reward" if kind == "judge" else kind) for key in known}
         taken = [(name, values) for name, values in given if name in known]

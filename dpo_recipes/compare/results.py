@@ -56,7 +56,8 @@ def collect(
     for kind, beta in itertools.product(ALGORITHMS, betas):
         of = {int(stage.seed or 0): stage for stage in stages if (stage.kind, stage.beta) == (kind, beta)}
         if of:
-            spent = [[costs[part.name] for part in stage.chain()] for stage in of.values()]
+            # The SFT model is trained for all; a reward model for this stage alone.
+            spent = [[costs[part.name] for part in (*one.needs, one) if part.kind != "sft"] for one in of.values()]
             names = {seed: stage.name for seed, stage in of.items()}
             models.append(_model(kind, beta, names, runs) | {"cost": model_cost(spent)})
     # With several betas, even prompts choose the beta, and odd prompts compare the chosen models.
