@@ -33,12 +33,10 @@ def write_report(folder: Path, results: Mapping[str, Any], answers: Sequence[Map
     shown, words = table(("", *SIDES), _rows(results)), results["verdict"]["sentence"]
     if (folder / "README.md").exists() and (folder / DONE_FILE).exists():
         _put_into_card(folder / "README.md", results, words, shown)
-    warnings = [f"WARNING: {warning}" for warning in results["warnings"]]
-    files = f"{path}, beside it eval.jsonl (the answers) and {page.name}"
-    say("\n".join(["", shown, "(95 % intervals)", ""]))
-    for warning in warnings:
-        say(warning, always=True)
-    say(f"{files}\n")
+    say(f"\n{shown}\n(95 % intervals)\n")
+    for warning in results["warnings"]:
+        say(f"WARNING: {warning}", always=True)
+    say(f"{path}, beside it eval.jsonl (the answers) and {page.name}\n")
     say(words, always=True)
     return path
 
