@@ -48,8 +48,12 @@ def wilson(wins: float, n: int) -> Estimate:
 
 def mean_with_interval(values: Sequence[float] | Array) -> Estimate:
     """A mean with its 95 % percentile bootstrap interval (2,000 resamples)."""
-    found = estimate(mean, [[np.asarray(values, dtype=np.float64)]], resamples=2000)
-    return Estimate(found["mean"], found["low"], found["high"], found["n"])
+    return over_prompts(estimate(mean, [[np.asarray(values, dtype=np.float64)]], resamples=2000))
+
+
+def over_prompts(found: Mapping[str, Any]) -> Estimate:
+    """The mean of `estimate` with its interval over prompts."""
+    return Estimate(*(found[key] for key in ("mean", "low", "high", "n")))
 
 
 def estimate(
@@ -113,12 +117,10 @@ def two_way(values: Array) -> Estimate:
 def _p_value(values: Sequence[float], resampled: Array, nothing: float) -> float:
     """The larger one of two two-sided p-values: over prompts by the bootstrap, over several seeds by Student's t."""
     below, above = ((side.sum() + 1) / (len(side) + 1) for side in (resampled <= nothing, resampled >= nothing))
-    over_prompts = min(1.0, 2 * float(min(below, above)))
-    if len(values) < 2:
-        return over_prompts
-    if np.ptp(values) == 0:
-        return over_prompts if values[0] != nothing else 1.0
-    return max(over_prompts, float(ttest_1samp(values, nothing).pvalue))
+    of_prompts, of_seeds = min(1.0, 2 * float(min(below, above))), 0.0
+    if len(values) > 1:
+        of_seeds = float(ttest_1samp(values, nothing).pvalue) if np.ptp(values) else float(values[0] == nothing)
+    return max(of_prompts, of_seeds)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

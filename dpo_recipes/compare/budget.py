@@ -6,7 +6,6 @@ from typing import Any
 
 from dpo_recipes.compare.plan import ALGORITHMS, NAMES, ONLINE, Recipe, Stage
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.files import read_json
 from dpo_recipes.preflight.cost import count_updates
 from dpo_recipes.runs.metrics import rounds_of
 from dpo_recipes.runs.model_card import weights_hash
@@ -78,8 +77,8 @@ def answers_scored(stage: Stage) -> int:
     """Answers that a finished stage of an online algorithm has sampled, each of which the reward model scored."""
     if stage.kind == "rounds":
         return sum(each["answers"] for each in rounds_of(stage.folder))
-    settings = read_json(stage.folder / "settings.json")
-    return int(_done(stage)["updates"] * settings["pairs_per_update"] / settings["num_iterations"])
+    settings = stage.read("settings.json")
+    return int(stage.read("done.json")["updates"] * settings["pairs_per_update"] / settings["num_iterations"])
 
 
 def check_match(
@@ -98,13 +97,18 @@ def check_match(
     """
     compared = [stage for stage in stages if stage.kind in ALGORITHMS]
     learners = [stage for stage in stages if stage.kind in (*ALGORITHMS, "reward")]
-    settings = {stage.name: read_json(stage.folder / "settings.json") for stage in compared}
-    starts = {_done(stage).get("start_hash") or _hub_model(stage) for stage in learners}
-    presets = {str([own.get(key) for key in PRESET]) for own in settings.values()}
+    online = [stage for stage in compared if stage.kind in ONLINE]
+    settings = {stage.name: stage.read("settings.json") for stage in learners}
+    starts = {
+        stage.read("done.json").get("start_hash")  # a model at the Hub has none
+        or tuple(settings[stage.name].get(key) for key in ("model_name_or_path", "model_revision"))
+        for stage in learners
+    }
+    presets = {str([settings[stage.name].get(key) for key in PRESET]) for stage in compared}
     apart = ", ".join(stage.name for stage in learners if _prompts_of(stage) != prompts["learn"])
-    sampled = [settings[stage.name] for stage in compared if stage.kind in ONLINE]
-    tried = [{(stage.beta, stage.seed) for stage in compared if stage.kind == kind} for kind in ALGORITHMS]
-    tried = [points for points in tried if points]
+    sampled = [settings[stage.name] for stage in online]
+    kinds = {stage.kind for stage in compared}
+    tried = [{(stage.beta, stage.seed) for stage in compared if stage.kind == kind} for kind in kinds]
     checks = {
         "All started from the same weights.": len(starts) == 1,
         "All were trained with the same LoRA settings.": len(presets) == 1,
@@ -114,13 +118,11 @@ def check_match(
         ),
         f"All had the same tuning budget: beta {', '.join(betas)}, each with the same seeds.": tried[1:] == tried[:-1],
     }
-    online = [stage for stage in compared if stage.kind in ONLINE]
-    if len({stage.kind for stage in online}) > 1:
+    if len(kinds & {*ONLINE}) > 1:
         scored = [answers_scored(stage) for stage in online]
         rollouts = [own.get("generation_batch_size") or own["num_generations"] for own in sampled]
-        checks["The reward model scored as many answers of one as of the other, to within a rollout."] = max(
-            scored
-        ) - min(scored) < max(rollouts)
+        is_even = max(scored) - min(scored) < max(rollouts)
+        checks["The reward model scored as many answers of one as of the other, to within a rollout."] = is_even
     for judge in [stage for stage in stages if stage.kind == "judge"]:
         _check_judge(judge, compared, prompts=prompts["judge"])
         checks["The judge learned from prompts that no learner saw, and no model was optimised for its scores."] = True
@@ -130,22 +132,11 @@ def check_match(
 def _check_judge(judge: Stage, compared: Sequence[Stage], *, prompts: str | None) -> None:
     if _prompts_of(judge) != prompts:
         raise RuntimeError(f"{judge.folder} learned from other prompts than the judge's part.")
-    optimised = {digest for stage in compared for digest in _done(stage).get("reward_model_hashes", [])}
+    optimised = {digest for stage in compared for digest in stage.read("done.json").get("reward_model_hashes", [])}
     if weights_hash(str(judge.folder)) in optimised:
         raise RuntimeError(f"{judge.folder} is the reward model that was optimised: it cannot judge.")
 
 
-def _done(stage: Stage) -> dict[str, Any]:
-    return read_json(stage.folder / "done.json")
-
-
-def _hub_model(stage: Stage) -> tuple[Any, ...]:
-    """Name and revision of the initial model at the Hub, whose weights are not hashed."""
-    settings = read_json(stage.folder / "settings.json")
-    return settings.get("model_name_or_path"), settings.get("model_revision")
-
-
-def _prompts_of(stage: Stage) -> str | None:
+def _prompts_of(stage: Stage) -> object:
     """The hash of the different prompts that a stage learned from."""
-    prompts: dict[str, str] = read_json(stage.folder / "preflight.json").get("prompts", {})
-    return prompts.get("train")
+    return stage.read("preflight.json").get("prompts", {}).get("train")

@@ -3,10 +3,8 @@
 import random
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,10 @@ from dpo_recipes.compare.report import write_report
 from dpo_recipes.compare.results import collect, stage_cost, verdict
 from dpo_recipes.compare.stages import Clock, run_stages
 from dpo_recipes.estimates import Estimate
-from dpo_recipes.evaluate.answers import Entry, Sampling, answer_all, draw_prompts, exact_judge, score_answers
+from dpo_recipes.evaluate.answers import Entry, answer_all, draw_prompts, exact_judge, score_answers
 from dpo_recipes.evaluate.measures import columns
-from dpo_recipes.files import read_json, write_json, write_jsonl
+from dpo_recipes.evaluate.report import origin
+from dpo_recipes.files import write_json, write_jsonl
 from dpo_recipes.launch.launch import prepare
 from dpo_recipes.launch.sweep import STOPPED
 from dpo_recipes.loading import digest, prompt_hashes
@@ -28,7 +27,6 @@ from dpo_recipes.manifest import claim, refuse_strangers
 from dpo_recipes.models.rewards import Text, check_reward_model, model_judge, read_reward_config
 from dpo_recipes.preflight.prepare import measure_pairs
 from dpo_recipes.recipe import load_tokenizer
-from dpo_recipes.runs.model_card import LIBRARIES
 from dpo_recipes.terminal import say
 
 SHOWN = 4  # prompts with their answers side by side
@@ -55,10 +53,11 @@ class Comparison:
         return str(self.recipes["dpo"].model_args.model_name_or_path)
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> dict[str, Any]:
         """The sampling of the online algorithms' training, which is the same for all of them."""
         online = next((self.recipes[kind].training_args for kind in ONLINE if kind in self.recipes), None)
-        return Sampling(getattr(online, "temperature", 1.0), getattr(online, "max_completion_length", 256))
+        limit = getattr(online, "max_completion_length", 256)
+        return {"temperature": getattr(online, "temperature", 1.0), "max_new_tokens": limit}
 
 
 def compare(
@@ -207,9 +206,9 @@ def _records(answers: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) 
 
 def _about(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[str, int | None]) -> dict[str, Any]:
     """The settings and conditions of the comparison: everything but its numbers."""
-    parts, recipes, sampling = comparison.parts, comparison.recipes, asdict(comparison.sampling)
+    parts, recipes, sampling = comparison.parts, comparison.recipes, comparison.sampling
     accuracies = {
-        stage.name: read_json(stage.folder / "metrics.json")["reward_accuracy"]["all"]
+        stage.name: stage.read("metrics.json")["reward_accuracy"]["all"]
         for stage in finished
         if stage.kind in ("judge", "reward")
     }
@@ -218,10 +217,9 @@ def _about(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[st
     return {
         "title": " against ".join(compared),
         "recipe": recipes["dpo"].launch.recipe.stem,
-        "made": datetime.now(UTC).isoformat(timespec="minutes"),
         "start": comparison.start,
-        "seeds": list(comparison.seeds),
-        "betas": list(comparison.betas),
+        "seeds": comparison.seeds,
+        "betas": comparison.betas,
         "budget": {"kind": "samples", "detail": budget_in_words(recipes, len(parts["learn"]), comparison.amounts)},
         "sampling": sampling,
         "judge": _about_judge(comparison.judge, accuracies) | {"order": ORDER},
@@ -233,8 +231,8 @@ def _about(comparison: Comparison, finished: Sequence[Stage], failed: Mapping[st
             part: {"pairs": len(pairs), "prompts": len(set(prompt_hashes(pairs)))} for part, pairs in parts.items()
         },
         "fairness": check_match(finished, betas=comparison.betas, prompts=hashes, sampling=sampling),
-        "hardware": ", ".join(sorted({read_json(stage.folder / "done.json")["hardware"] for stage in finished})),
-        "versions": [f"{library} {version(library)}" for library in LIBRARIES],
+        "hardware": ", ".join(sorted({stage.read("done.json")["hardware"] for stage in finished})),
+        **origin(),
     }
 
 

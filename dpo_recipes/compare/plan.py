@@ -6,6 +6,7 @@ import runpy
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ ONLINE = ("rounds", "ppo", "rloo")  # learn from answers of the policy that a re
 ALGORITHMS = ("dpo", *ONLINE)  # compared with each other
 DEFAULT = ("dpo", "rounds", "ppo")
 NAMES = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "rloo": "RLOO", "rounds": "DPO in rounds"}
-KINDS = ("sft", "judge", *ALGORITHMS, "reward")
 JUDGE_SEED = 1000  # of the judge's training; no learner has it
 RESERVED = {
     **{"output_dir": "--output_dir of the comparison", "seed": "--seeds 0,1,2", "beta": "--betas 0.05,0.1"},
@@ -69,9 +69,9 @@ class Stage:
         asked = [self.launch.request(), *(stage.key() for stage in self.needs)]
         return hashlib.sha256(" ".join(asked).encode()).hexdigest()
 
-    def chain(self) -> list["Stage"]:
-        """The stages that are trained for this one alone: its reward model, but not the SFT model, and itself."""
-        return [*(stage for stage in self.needs if stage.kind == "reward"), self]
+    def read(self, file: str) -> dict[str, Any]:
+        """A JSON file of the folder; empty if it is missing."""
+        return read_json(self.folder / file)
 
 
 def find_siblings(recipe: Path, kinds: Sequence[str]) -> dict[str, Path]:
@@ -82,7 +82,7 @@ def find_siblings(recipe: Path, kinds: Sequence[str]) -> dict[str, Path]:
     """
     found, missing = {"dpo": recipe}, []
     bases = [base for base in (recipe.stem, recipe.stem.rpartition("_")[0]) if base]
-    for kind in [kind for kind in kinds if kind != "dpo"]:
+    for kind in kinds:
         for base in bases:
             with suppress(RecipeError):
                 found.setdefault(kind, find_recipe(f"{base}_{kind}", beside=recipe.parent))
@@ -118,26 +118,25 @@ def read_recipes(
     kinds = _check_call(methods or DEFAULT, given)
     if methods is None:
         kinds = _without_missing_rounds(launch.recipe, kinds)
-    namespaces = {launch.recipe: runpy.run_path(str(launch.recipe))}
-    needs_judge = judge is None and "judge" not in namespaces[launch.recipe]
+    execute = cache(lambda file: runpy.run_path(str(file)))  # a judge has the file of the reward model
+    needs_judge = judge is None and "judge" not in execute(launch.recipe)
     files = find_siblings(launch.recipe, [*kinds, *(["reward"] if needs_judge or {*ONLINE} & {*kinds} else [])])
     files |= {"judge": files["reward"]} if needs_judge else {}
-    for file in {*files.values()} - {launch.recipe}:
-        namespaces[file] = runpy.run_path(str(file))
     recipes: dict[str, Recipe] = {}
     known_by: set[str] = set()
     for kind, file in files.items():
-        known = {entry.name for part in argument_classes(namespaces[file]) for entry in fields(part)}
-        prefixes = ("", kind, "reward" if kind == "judge" else kind)
-        taken = [(name, values) for name, values in given if _is_for(name, prefixes, known)]
+        namespace = execute(file)
+        known = {entry.name for part in argument_classes(namespace) for entry in fields(part)}
+        known |= {f"{prefix}.{key}" for prefix in (kind, "reward" if kind == "judge" else kind) for key in known}
+        taken = [(name, values) for name, values in given if name in known]
         known_by |= {name for name, _ in taken}
         own = [word for name, values in taken for word in (f"--{name.rpartition('.')[2]}", *values)]
         if kind != "dpo":  # all start from the same model
             own += ["--model_name_or_path", str(recipes["dpo"].model_args.model_name_or_path)]
         if kind in ONLINE and "max_pair_length" in known and (longest := recipes["dpo"].training_args.max_length):
             own += ["--max_pair_length", str(longest)]
-        parsed = parse_namespace(namespaces[file], file, profile=launch.profile, flags=own)
-        recipes[kind] = Recipe(kind, namespaces[file], replace(launch, recipe=file, flags=tuple(own)), *parsed)
+        parsed = parse_namespace(namespace, file, profile=launch.profile, flags=own)
+        recipes[kind] = Recipe(kind, namespace, replace(launch, recipe=file, flags=tuple(own)), *parsed)
     if unknown := [name for name, _ in given if name not in known_by]:
         raise RecipeError(
             f"--{unknown[0]} is a setting of none of the recipes {', '.join(files)}. To give one recipe a setting, "
@@ -166,11 +165,6 @@ def _check_call(methods: Sequence[str], given: Sequence[tuple[str, list[str]]]) 
         if key in RESERVED and name not in FREE:
             raise RecipeError(f"--{name} is for the comparison to set. Give {RESERVED[key]}.")
     return kinds
-
-
-def _is_for(name: str, prefixes: Sequence[str], known: set[str]) -> bool:
-    prefix, _, key = name.rpartition(".")
-    return prefix in prefixes and key in known
 
 
 def plan_stages(
@@ -214,6 +208,5 @@ def plan_stages(
 
 def is_done(stage: Stage) -> bool:
     """Returns True if the folder holds this stage, finished, with the same settings of all stages that it needs."""
-    if stage.kind == "sft":
-        return stage.launch.is_done(stage.folder)
-    return stage.launch.is_done(stage.folder) and read_json(stage.folder / "stage.json").get("key") == stage.key()
+    is_same = stage.kind == "sft" or stage.read("stage.json").get("key") == stage.key()
+    return is_same and stage.launch.is_done(stage.folder)

@@ -1,11 +1,8 @@
 """Writes the report of a comparison: a page, the same in Markdown, and the plots."""
 
-from collections.abc import Mapping, Sequence
-from math import isfinite
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from matplotlib.ticker import MaxNLocator
 
 from dpo_recipes.compare.plan import NAMES
 from dpo_recipes.evaluate.measures import MEASURES, RATES
@@ -25,14 +22,7 @@ def write_report(folder: Path, results: Mapping[str, Any]) -> list[Path]:
     looks = {model["label"]: LOOKS[model["algorithm"]] for model in results["models"]}
     plots = {name: plot for name, plot in PLOTS.items() if all(name in model for model in results["models"])}
     data = {**results, "measures": MEASURES, "rates": RATES, "names": NAMES, "looks": looks, "plots": plots}
-    data["scale"] = scale
     templates = {f"report.{kind}": (f"comparison.{kind}.jinja", data) for kind in ("html", "md")}
     for across, (name, title) in plots.items():
         templates[name] = ("frontier.svg.jinja", {**data, "across": across, "title": title, "alone": True})
     return [page.write_page(folder / name, page.TEMPLATES / made_by, on) for name, (made_by, on) in templates.items()]
-
-
-def scale(values: Sequence[float]) -> list[float]:
-    """Round numbers at equal distances, from at most the least value to at least the greatest finite one."""
-    finite = list(filter(isfinite, values)) or [0.0]
-    return list(MaxNLocator(4, steps=(1, 2, 2.5, 5, 10)).tick_values(min(finite), max(finite)))

@@ -10,26 +10,15 @@ from dpo_recipes import estimates
 from dpo_recipes.compare.budget import answers_scored
 from dpo_recipes.compare.plan import ALGORITHMS, NAMES, ONLINE, Stage
 from dpo_recipes.evaluate.measures import against, of_model
-from dpo_recipes.files import read_json
 from dpo_recipes.terminal import duration
-
-COSTS = {
-    "seconds": "seconds",
-    "gpu_hours": "GPU hours",
-    "memory_mib": "peak memory, MiB",
-    "samples": "samples",
-    "tokens": "tokens",
-}
 
 
 def stage_cost(stage: Stage) -> dict[str, Any]:
     """Time, memory and samples of a finished stage. The time of a resumed run is scaled up from its last part."""
-    settings, done = (read_json(stage.folder / name) for name in ("settings.json", "done.json"))
+    settings, done = stage.read("settings.json"), stage.read("done.json")
     updates, since = done["updates"], done["updates"] - done["resumed_from_update"]
     seconds = (done["train_seconds"] or 0.0) * updates / max(1, since)
     on_gpu = "peak_gpu_memory_mib" in done
-    if stage.kind == "rounds":  # which sum up their own seconds and tokens
-        since = updates
     return {
         "seconds": seconds,
         "gpu_hours": seconds / 3600 * int(done["hardware"].partition(" x ")[0]) if on_gpu else None,
@@ -45,20 +34,14 @@ def model_cost(costs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     Args:
         costs: For each seed the costs of its stages. The algorithm's own is the last, and its samples alone count.
     """
-    mean: dict[str, Any] = {"memory_mib": max(cost["memory_mib"] for seed in costs for cost in seed)}
-    mean["samples"] = sum(seed[-1]["samples"] for seed in costs) / len(costs)
-    for name in ("seconds", "gpu_hours", "tokens"):
-        known = all(cost[name] is not None for seed in costs for cost in seed)
-        mean[name] = sum(sum(cost[name] for cost in seed) for seed in costs) / len(costs) if known else None
-    return {name: mean[name] for name in COSTS}
+    found = {name: [cost[name] for seed in costs for cost in seed] for name in costs[0][0]}
+    mean = {name: None if None in values else sum(values) / len(costs) for name, values in found.items()}
+    samples = sum(seed[-1]["samples"] for seed in costs) / len(costs)
+    return mean | {"memory_mib": max(found["memory_mib"]), "samples": samples}
 
 
 def collect(
-    stages: Sequence[Stage],
-    runs: Mapping[str, Mapping[str, Any]],
-    costs: Mapping[str, Mapping[str, Any]],
-    *,
-    betas: Sequence[str],
+    stages: Sequence[Stage], runs: Mapping[str, Any], costs: Mapping[str, Any], *, betas: Sequence[str]
 ) -> dict[str, Any]:
     """Measures of each model and its rates against others, with the numbers that these are made of.
 
@@ -73,16 +56,19 @@ def collect(
     for kind, beta in itertools.product(ALGORITHMS, betas):
         of = {int(stage.seed or 0): stage for stage in stages if (stage.kind, stage.beta) == (kind, beta)}
         if of:
-            spent = [[costs[part.name] for part in stage.chain()] for stage in of.values()]
+            # The SFT model is trained for all; a reward model for this stage alone.
+            spent = [[costs[part.name] for part in (*one.needs, one) if part.kind != "sft"] for one in of.values()]
             names = {seed: stage.name for seed, stage in of.items()}
             models.append(_model(kind, beta, names, runs) | {"cost": model_cost(spent)})
     # With several betas, even prompts choose the beta, and odd prompts compare the chosen models.
     chosen_by, compared_by = (slice(None, None, 2), slice(1, None, 2)) if len(betas) > 1 else (slice(None), slice(None))
-    best = {kind: _best(kind, models, runs, rows=chosen_by) for kind in ALGORITHMS}
-    duels = [
-        _compare(one, other, runs, rows=compared_by)
-        for one, other in itertools.combinations(filter(None, best.values()), 2)
-    ]
+
+    def reward(model: Mapping[str, Any]) -> float:
+        return float(np.mean([runs[name]["judge"][chosen_by] for name in model["names"].values()]))
+
+    by_algorithm = itertools.groupby(models[1:], key=lambda model: model["algorithm"])
+    best = [max(of_betas, key=reward) for _, of_betas in by_algorithm]
+    duels = [_compare(one, other, runs, rows=compared_by) for one, other in itertools.combinations(best, 2)]
     return {
         "models": models,
         "duels": _corrected([duel for duel in duels if duel["seeds"]]),
@@ -96,17 +82,6 @@ def _model(kind: str, beta: str | None, names: Mapping[int, str], runs: Mapping[
     label = NAMES[kind] + (f", beta {beta}" if beta else "")
     measured = of_model([runs[name] for name in names.values()], [runs[f"sft-{seed}"] for seed in names])
     return {"algorithm": kind, "beta": beta, "label": label, "names": dict(names), **measured}
-
-
-def _best(
-    kind: str, models: Sequence[Mapping[str, Any]], runs: Mapping[str, Any], *, rows: slice
-) -> Mapping[str, Any] | None:
-    """The model of an algorithm with the highest judge's reward on the given prompts."""
-
-    def reward(model: Mapping[str, Any]) -> float:
-        return float(np.mean([runs[name]["judge"][rows] for name in model["names"].values()]))
-
-    return max((model for model in models if model["algorithm"] == kind), key=reward, default=None)
 
 
 def _compare(

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 
 from dpo_recipes.compare.plan import Stage, is_done
-from dpo_recipes.files import read_json, write_json
+from dpo_recipes.files import write_json
 from dpo_recipes.launch.sweep import STOPPED
 from dpo_recipes.manifest import claim
 from dpo_recipes.terminal import say
@@ -62,7 +62,7 @@ def _run(stage: Stage, clock: Clock) -> int:
         return 0
     since, launch = time.monotonic(), stage.launch
     if stage.kind != "sft":  # the launcher goes on with SFT by itself
-        key, held = stage.key(), read_json(stage.folder / "stage.json").get("key")
+        key, held = stage.key(), stage.read("stage.json").get("key")
         launch = launch.going_on(anew=held != key, keep=held is None)  # None: not a run of a comparison
         if held or not stage.folder.exists():
             claim(stage.folder, "stage.json")  # a stage that is made anew keeps it

@@ -8,8 +8,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +49,8 @@ def doctor(options: argparse.Namespace) -> int:
     launch = prepare("quickstart", profile=options.profile)
     title = f"dpo-recipes {__version__}: doctor, {time.strftime('%Y-%m-%d')}"
     parts = []
-    for part in examine(launch, options, partial(_progress, started)):
-        _clear()
+    for part in examine(launch, options, lambda text: _progress(f"[{time.monotonic() - started:4.0f} s] {text}")):
+        _progress("")
         say(scrub(on_screen(part)) + "\n", always=bool(part.findings))
         parts.append(part)
     found = sum(len(part.findings) for part in parts)
@@ -63,28 +61,20 @@ def doctor(options: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
-def _progress(started: float, text: str) -> None:
-    if is_quiet():
-        return
-    _clear()
-    line = f"[{time.monotonic() - started:4.0f} s] {text}"
-    sys.stderr.write(line if sys.stderr.isatty() else f"{line}\n")
+def _progress(text: str) -> None:
+    """Replaces the line of progress in a terminal; elsewhere each text has a line of its own, and none is empty."""
+    if sys.stderr.isatty() and not is_quiet():
+        sys.stderr.write(f"\r\033[K{text}")
+    elif text and not is_quiet():
+        sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
-def _clear() -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write("\r\033[K")
-        sys.stderr.flush()
-
-
-@contextmanager
-def _quiet(folder: str, *, use_cpu: bool) -> Iterator[None]:
+def _restrain_libraries(folder: str, *, use_cpu: bool) -> None:
     """Lets the libraries see at most one card, keeps their caches in a folder, and silences their warnings and bars."""
     import datasets
     import transformers
 
-    before, own = dict(os.environ), datasets.config.HF_DATASETS_CACHE
     cards = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if use_cpu else cards[0]  # with several cards TRL would use DataParallel
     os.environ |= {"HF_DATASETS_CACHE": f"{folder}/datasets", "XDG_CACHE_HOME": f"{folder}/cache"}
@@ -93,14 +83,7 @@ def _quiet(folder: str, *, use_cpu: bool) -> Iterator[None]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-        datasets.config.HF_DATASETS_CACHE = own
-        os.environ.clear()
-        os.environ |= before
+    warnings.simplefilter("ignore")
 
 
 def examine(launch: Launch, options: argparse.Namespace, show: Callable[[str], None]) -> Iterator[Part]:
@@ -137,7 +120,8 @@ def _compute(launch: Launch, options: argparse.Namespace, show: Callable[[str], 
     names = options.model.split(",") if options.model else ["tiny" if quick else "qwen2.5-1.5b"]
     if unknown := [name for name in names if name not in SIZES]:
         raise RecipeError(f"--model {unknown[0]} is not known. Name one of {', '.join(SIZES)}.")
-    with tempfile.TemporaryDirectory(prefix="dpo-recipes-doctor-") as folder, _quiet(folder, use_cpu=use_cpu):
+    with tempfile.TemporaryDirectory(prefix="dpo-recipes-doctor-") as folder:
+        _restrain_libraries(folder, use_cpu=use_cpu)
         architectures = ["llama"] if quick else list(ARCHITECTURES)
         yield check_compute(dtype, use_cpu=use_cpu, architectures=architectures, say=show)
         yield check_speed(

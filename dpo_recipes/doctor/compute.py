@@ -4,20 +4,20 @@ The equivalence tests use the same tiny trainers.
 """
 
 import copy
+import itertools
 import math
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from dpo_recipes.doctor.report import Finding, Part
@@ -54,13 +54,11 @@ SLACK = (1.5, 0.005)
 """Our 16-bit gradients may be SLACK[0] times as far from float32 as plain TRL's, plus SLACK[1]."""
 
 
-def tiny(model_type: str, *, dtype: torch.dtype = torch.float32, head_bias: bool = False, **changes: Any) -> Any:
+def tiny(model_type: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A random model of an architecture whose biases and norms differ from the identity."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**ARCHITECTURES.get(model_type, TINY), **changes})
     model = AutoModelForCausalLM.from_config(config)
-    if head_bias:
-        model.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size)
     stir(model, scale=0.1, seed=0)
     return model.to(dtype)
 
@@ -74,14 +72,6 @@ def stir(model: Any, *, scale: float = 0.05, seed: int = 1) -> None:
                 parameter.add_(torch.randn_like(parameter) * scale)
 
 
-def in_4_bits(model: Any) -> Any:
-    """The model with 4-bit weights and float32 products."""
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.float32)
-
-
 def lora(model: Any, **settings: Any) -> LoraConfig:
     """LoRA settings for every linear layer except the head."""
     kinds = ("Linear", "Conv1D", "Linear4bit")
@@ -90,21 +80,13 @@ def lora(model: Any, **settings: Any) -> LoraConfig:
     return LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=model.config.model_type == "gpt2", **settings)
 
 
-def examples(
-    lengths: Sequence[tuple[int, int, int]], *, seed: int = 0, same_start: int = 0
-) -> list[dict[str, list[int]]]:
+def examples(lengths: Sequence[tuple[int, int, int]], *, seed: int = 0) -> list[dict[str, list[int]]]:
     """Tokenised pairs with the given lengths of prompt, chosen and rejected."""
-    draw = random.Random(seed)
-
-    def tokens(n: int) -> list[int]:
-        return [draw.randrange(2, WORDS) for _ in range(n)]
-
-    pairs = []
-    for p, c, r in lengths:
-        start = tokens(min(same_start, c, r))
-        chosen, rejected = (start + tokens(n - len(start)) for n in (c, r))
-        pairs.append({"prompt_ids": tokens(p), "chosen_ids": chosen, "rejected_ids": rejected})
-    return pairs
+    draw, sides = random.Random(seed), ("chosen_ids", "rejected_ids", "prompt_ids")
+    return [
+        {side: [draw.randrange(2, WORDS) for _ in range(n)] for side, n in zip(sides, (c, r, p), strict=True)}
+        for p, c, r in lengths
+    ]
 
 
 BATCH = examples([(9, 5, 12), (3, 14, 2), (17, 1, 7), (6, 8, 8)])
@@ -118,33 +100,24 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def build(kind: type, model: Any, method: str, folder: str | Path, **settings: Any) -> Any:
-    """A trainer of a copy of the model. Trainers with equal arguments differ only in their class."""
-    given = ("ref_model", "peft_config", "callbacks")
-    keywords: dict[str, Any] = {name: settings.pop(name) for name in given if name in settings}
-    if kind is not DPOTrainer:
-        keywords["shared_prefix"] = settings.pop("shared_prefix", "true")
-    rows = settings.pop("rows", None) or ROWS
-    model = copy.deepcopy(model)
-    if method == "full" and not settings.get("precompute_ref_log_probs"):
-        keywords.setdefault("ref_model", copy.deepcopy(model))
-    elif method == "LoRA from LoRA (ref)":
-        torch.manual_seed(0)
-        model = get_peft_model(model, lora(model))
-        stir(model, seed=2)
-    elif method != "full":
-        head = "embed_out" if model.config.model_type == "gpt_neox" else "lm_head"
-        saved: dict[str, Any] = {"modules_to_save": [head]} if method.endswith("_to_save") else {}
-        keywords.setdefault("peft_config", lora(model, **saved))
+def build(kind: type, model: Any, arguments: Mapping[str, Any], rows: Sequence[Any] = ROWS, **settings: Any) -> Any:
+    """A trainer of a copy of the model. Trainers with equal arguments differ only in their class.
+
+    Args:
+        kind: DPOTrainer or a class derived from it.
+        model: A model of `tiny`.
+        arguments: Further ones of the trainer, such as its reference model.
+        rows: Pairs of text, from which the trainer makes its dataset.
+        settings: Of DPOConfig.
+    """
     tiny_run: dict[str, Any] = dict(activation_checkpointing=False, max_length=64, per_device_train_batch_size=4)
-    tiny_run |= dict(beta=0.5, use_cpu=True, bf16=False) | settings
-    tiny_run |= dict(output_dir=str(folder), report_to="none", disable_tqdm=True)
+    tiny_run |= dict(beta=0.5, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True)
     trainer = kind(
-        model=model,
-        args=DPOConfig(**tiny_run),
+        model=copy.deepcopy(model),
+        args=DPOConfig(**tiny_run | settings),
         train_dataset=Dataset.from_list(rows),
         processing_class=character_tokenizer(),
-        **keywords,
+        **arguments,
     )
     add_guards(trainer, reference_is_start=False)
     stir(trainer.model)
@@ -193,18 +166,22 @@ def gradient_errors(architecture: str, method: str, dtype: torch.dtype, *, use_c
         - `TRL`, `ours`: distances of plain TRL and of SharedPrefixDPOTrainer in `dtype`, unless it is float32
     """
     model = tiny(architecture).to(dtype).float()  # the same weights in both dtypes
-    errors: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        plain = build(DPOTrainer, model, method, folder, use_cpu=use_cpu)
+
+        def trainer(kind: type, **settings: Any) -> Any:
+            arguments = {"ref_model": copy.deepcopy(model)} if method == "full" else {"peft_config": lora(model)}
+            arguments |= {} if kind is DPOTrainer else {"shared_prefix": "true"}
+            return build(kind, model, arguments, output_dir=folder, use_cpu=use_cpu, **settings)
+
+        plain = trainer(DPOTrainer)
         start = {name: w.detach().clone() for name, w in plain.model.named_parameters() if w.requires_grad}
         exact = gradients(plain, BATCH, start)
-        ours = build(SharedPrefixDPOTrainer, model, method, folder, use_cpu=use_cpu)
-        errors["ours, float32"] = distance(exact, gradients(ours, BATCH, start))
+        errors = {"ours, float32": distance(exact, gradients(trainer(SharedPrefixDPOTrainer), BATCH, start))}
         if dtype != torch.float32:
-            rounded = model.to(dtype) if method != "full" else model
-            mixed = dict(use_cpu=use_cpu, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16)
+            model = model.to(dtype) if method != "full" else model
+            mixed = dict(bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16)
             for name, kind in (("TRL", DPOTrainer), ("ours", SharedPrefixDPOTrainer)):
-                errors[name] = distance(exact, gradients(build(kind, rounded, method, folder, **mixed), BATCH, start))
+                errors[name] = distance(exact, gradients(trainer(kind, **mixed), BATCH, start))
     return errors
 
 
@@ -262,26 +239,28 @@ def check_compute(
     update = "Install the pinned torch and a driver that fits it, then run the doctor again."
     shared = "Train with --shared_prefix false, which is plain TRL, and report this table as an issue."
     four = "Run: pip install -c constraints.txt bitsandbytes; or train without --load_in_4bit."
-    checks: list[tuple[str, torch.dtype, Callable[[], float], str]] = [
-        ("matrix product", torch.float32, partial(product_error, torch.float32, device), update),
-        ("matrix product", low, partial(product_error, low, device), update),
-        ("4-bit layer, forward and backward", low, partial(four_bit_error, low, device), four),
-        ("packed attention", dtype, partial(attention_error, dtype, device, window=None), shared),
-        ("packed attention, window of 32", dtype, partial(attention_error, dtype, device, window=32), shared),
+
+    def one_line(error: Callable[..., float], kind: torch.dtype, **options: Any) -> Callable[[], Iterable[Line]]:
+        return lambda: [(kind, error(kind, device, **options), LIMITS[kind], None)]
+
+    checks = [
+        ("matrix product", update, one_line(product_error, torch.float32)),
+        ("matrix product", update, one_line(product_error, low)),
+        ("4-bit layer, forward and backward", four, one_line(four_bit_error, low)),
+        ("packed attention", shared, one_line(attention_error, dtype, window=None)),
+        ("packed attention, window of 32", shared, one_line(attention_error, dtype, window=32)),
     ]
+    for names in itertools.product(architectures, ("LoRA", "full")):
+        lines = partial(_trainer_lines, *names, dtype, use_cpu=use_cpu)
+        checks.append((f"shared prompts, {', '.join(names)}", shared, lines))
     part = Part(f"Does it compute ({device})", ["what", "error", "limit", "TRL's own", ""])
     part.note = (
         "An error is ||x - x'|| / ||x||, where x is computed more exactly: in float64 for products and attention, "
         "with dequantised float32 weights for 4 bits, as plain TRL's float32 loss and gradients for a trainer."
     )
-    for name, kind, check, remedy in checks:
+    for name, remedy, lines_of in checks:
         say(name)
-        _add(part, name, remedy, lambda check=check, kind=kind: [(kind, check(), LIMITS[kind], None)])  # type: ignore[misc]
-    for architecture in architectures:
-        for method in ("LoRA", "full"):
-            name = f"shared prompts, {architecture}, {method}"
-            say(name)
-            _add(part, name, shared, partial(_trainer_lines, architecture, method, dtype, use_cpu=use_cpu))
+        _add(part, name, remedy, lines_of)
     return part
 
 

@@ -3,14 +3,13 @@
 The models learn nothing useful. A miniature run shows that a recipe goes from its data to its page on this machine.
 """
 
-import json
 import runpy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.files import write_text
+from dpo_recipes.files import write_jsonl
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ 'Bot: ' + m['content'] + eos_token }}"
@@ -86,11 +85,9 @@ def tiny_reward_model(folder: Path, model: Path) -> Path:
 
 def write_rows(folder: Path) -> dict[str, Path]:
     """Writes rows in published schemas; returns the jsonl files by the dataset adapter that reads them."""
-    written: dict[str, list[str]] = {}
-    for index in range(ROWS):
-        for adapter, rows in _rows(index).items():
-            written.setdefault(adapter, []).extend(json.dumps(row) + "\n" for row in rows)
-    return {adapter: write_text(folder / f"{adapter}.jsonl", "".join(lines)) for adapter, lines in written.items()}
+    questions = [_rows(index) for index in range(ROWS)]
+    written = {adapter: [row for rows in questions for row in rows[adapter]] for adapter in questions[0]}
+    return {adapter: write_jsonl(folder / f"{adapter}.jsonl", rows) for adapter, rows in written.items()}
 
 
 def _rows(index: int) -> dict[str, list[dict[str, Any]]]:
@@ -160,9 +157,7 @@ def miniature_flags(recipe: Path, folder: Path) -> list[str]:
     start = playground.build_model(folder) if in_playground else tiny_model(folder / "model")
     kinds = argument_classes(names)
     if any(issubclass(kind, OnlineArguments) for kind in kinds):
-        known = {
-            entry.name for kind in kinds for entry in fields(kind)
-        }  # PPO and RLOO have no rounds, and rounds no rollouts
+        known = {entry.name for kind in kinds for entry in fields(kind)}  # rounds have no rollouts, PPO has no rounds
         flags |= {name: value for name, value in ONLINE.items() if name in known}
     if "model_name_or_path" in settings:
         flags["model_name_or_path"] = start

@@ -57,19 +57,14 @@ def scrub(text: str) -> str:
 
 def on_screen(part: Part) -> str:
     """The part as an aligned table, with its findings below."""
-    lines = [part.header, *part.rows] if any(part.header) else part.rows
-    widths = [max(len(line[column]) for line in lines) for column in range(len(part.header))]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in part.rows]
+    lines = [part.header, *part.rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    header, *table = ("  ".join(map(str.ljust, line, widths)) for line in lines)
     height = -(-len(table) // part.fold)
-    rows = ["    ".join(table[start::height]).rstrip() for start in range(height)]
-    if any(part.header):
-        header = "  ".join(cell.ljust(width) for cell, width in zip(part.header, widths, strict=True))
-        rows.insert(0, "    ".join([header] * part.fold).rstrip())
-    return "\n".join([part.title, *(f"  {line}" for line in rows), *_findings(part, "  ")])
-
-
-def _findings(part: Part, indent: str) -> list[str]:
-    return [f"{indent}! {finding.what}. {finding.remedy}" for finding in part.findings]
+    rows = [[header] * part.fold] if any(part.header) else []
+    rows += [table[start::height] for start in range(height)]
+    shown = [f"  {'    '.join(row)}".rstrip() for row in rows]
+    return "\n".join([part.title, *shown, *(f"  ! {finding.what}. {finding.remedy}" for finding in part.findings)])
 
 
 def as_markdown(parts: Sequence[Part], title: str) -> str:
@@ -85,18 +80,13 @@ def as_markdown(parts: Sequence[Part], title: str) -> str:
 
 def write_report(file: Path, parts: Sequence[Part], title: str) -> list[Path]:
     """Writes the scrubbed parts as Markdown to `file` and as JSON next to it; returns the two files."""
-    clean = [_scrubbed(asdict(part)) for part in parts]
-    again = [Part(**{**part, "findings": [Finding(**finding) for finding in part["findings"]]}) for part in clean]
-    markdown = write_text(file, as_markdown(again, title))
-    return [markdown, write_json(file.with_suffix(".json"), {"title": title, "parts": clean})]
+    held = {"title": title, "parts": [_scrubbed(asdict(part)) for part in parts]}
+    return [write_text(file, scrub(as_markdown(parts, title))), write_json(file.with_suffix(".json"), held)]
 
 
 def _scrubbed(value: Any) -> Any:
-    match value:
-        case str():
-            return scrub(value)
-        case list():
-            return [_scrubbed(entry) for entry in value]
-        case dict():
-            return {name: _scrubbed(entry) for name, entry in value.items()}
-    return value
+    if isinstance(value, dict):
+        return {name: _scrubbed(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_scrubbed(entry) for entry in value]
+    return scrub(value) if isinstance(value, str) else value

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from datasets import Dataset
@@ -37,14 +38,8 @@ TRL, OURS = "plain TRL", "shared prompts"
 def draw_lengths(pairs: int, *, seed: int) -> list[tuple[int, int, int]]:
     """Tokens of prompt, chosen and rejected of each pair, drawn independently from the lengths in hh-rlhf."""
     draw = random.Random(seed)
-
-    def one(side: str) -> int:
-        at, table = draw.random(), LENGTHS[side]
-        upper = next(index for index, quantile in enumerate(QUANTILES) if at < quantile)
-        low, high = QUANTILES[upper - 1 : upper + 1]
-        return round(table[upper - 1] + (table[upper] - table[upper - 1]) * (at - low) / (high - low))
-
-    drawn = [(one("prompt"), one("chosen"), one("rejected")) for _ in range(pairs)]
+    tables = [LENGTHS[side] for side in ("prompt", "chosen", "rejected")]
+    drawn = [[round(np.interp(draw.random(), QUANTILES, table)) for table in tables] for _ in range(pairs)]
     return [(min(p, MAX_LENGTH - max(c, r)), c, r) for p, c, r in drawn]
 
 

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,6 @@ from dpo_recipes.terminal import say
 
 BATCH = 16  # answers, or completions of pairs, at a time
 Scorer = Callable[[Sequence[Text], Sequence[str]], NDArray[np.float64]]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """The way in which answers are sampled, the same for every model."""
-
-    temperature: float
-    max_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -77,7 +69,7 @@ def answer_all(
     *,
     prompts: Sequence[Text],
     pairs: Dataset,
-    sampling: Sampling,
+    sampling: Mapping[str, Any],
     folder: Path,
     trust_remote_code: bool = False,
 ) -> dict[str, dict[str, Any]]:
@@ -91,7 +83,7 @@ def answer_all(
         start: The reference model, which all others were trained from.
         prompts: Prompts that `draw_prompts` returned.
         pairs: Held-out pairs.
-        sampling: The same for all models.
+        sampling: `temperature` and `max_new_tokens`, the same for all models.
         folder: Keeps each model's answers.
         trust_remote_code: Whether code that comes with a model may run.
 
@@ -100,22 +92,23 @@ def answer_all(
         model that sampled them and under the reference model, and `scored`, the number of tokens in these log-probs)
         and `chosen` and `rejected`, log-probs of the pairs' completions, with `chosen_tokens` and `rejected_tokens`.
     """
-    asked = hashlib.sha256(json.dumps([start, prompts, pairs[:], asdict(sampling)]).encode()).hexdigest()
+    asked = hashlib.sha256(json.dumps([start, prompts, pairs[:], sampling]).encode()).hexdigest()
     keys = {entry.name: f"{asked[:16]}-{entry.seed}-{entry.made_by}" for entry in entries}
     found = {entry.name: read_json(folder / f"{entry.name}.json") for entry in entries}
     missing = [entry for entry in entries if found[entry.name].get("key") != keys[entry.name]]
     if not missing:
         return found
-    reference = open_reference(start, [entry.model for entry in entries], trust_remote_code=trust_remote_code)
-    base, tokenizer = reference.model, reference.tokenizer
+    # The reference model has the dtype and the 4 bits that the first LoRA adapter was trained on.
+    trained = next(filter(read_adapter, (entry.model for entry in entries)), start)
+    base, tokenizer = open_model(trained, base=start, trust_remote_code=trust_remote_code)
+    base = base.unload() if isinstance(base, PeftModel) else base
     ids = _pair_ids(pairs, tokenizer)
+    measured: dict[str, Any] = dict(temperature=sampling["temperature"], batch_size=BATCH)
     for number, entry in enumerate(missing, start=1):
         say(f"Answers of {entry.name}, {number} of {len(missing)}.")
-        with reference.opened(entry.model) as (model, _):
+        with _opened(entry.model, base, start, trust_remote_code=trust_remote_code) as model:
             of_pairs = _pair_logps(model, ids, name=entry.model)
-            options = asdict(sampling) | {"seed": entry.seed, "batch_size": BATCH}
-            measured: dict[str, Any] = dict(temperature=sampling.temperature, batch_size=BATCH)
-            sampled = sample_tokens(model, tokenizer, prompts, **options)
+            sampled = sample_tokens(model, tokenizer, prompts, **sampling, seed=entry.seed, batch_size=BATCH)
             policy = answer_logps(model, sampled, **measured)
         of_start = policy if entry.model == start else answer_logps(base, sampled, **measured)
         answers = [
@@ -127,33 +120,19 @@ def answer_all(
     return found
 
 
-@dataclass
-class Reference:
-    """The reference model in memory, on which each LoRA adapter is put in turn."""
-
-    name: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    trust_remote_code: bool  # whether code that comes with a model may run
-
-    @contextmanager
-    def opened(self, name: str) -> Iterator[tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]]:
-        """A model and its tokenizer: the reference model itself, with a LoRA adapter in this block, or a full model."""
-        if name == self.name:
-            yield self.model, self.tokenizer
-        elif read_adapter(name):
-            tuned = put_adapter(self.model, name)
-            yield tuned, self.tokenizer
-            tuned.unload()
-        else:
-            yield open_model(name, trust_remote_code=self.trust_remote_code)
-
-
-def open_reference(name: str, tuned: Sequence[str], *, trust_remote_code: bool) -> Reference:
-    """The reference model, in the dtype and the 4 bits that the first LoRA adapter was trained on."""
-    trained = next(filter(read_adapter, tuned), None)
-    model, tokenizer = open_model(trained or name, base=name, trust_remote_code=trust_remote_code)
-    return Reference(name, model.unload() if isinstance(model, PeftModel) else model, tokenizer, trust_remote_code)
+@contextmanager
+def _opened(
+    name: str, base: PreTrainedModel, start: str, *, trust_remote_code: bool
+) -> Iterator[PreTrainedModel | PeftModel]:
+    """The reference model `base` itself if the name is `start`, with a LoRA adapter in this block, or a full model."""
+    if name == start:
+        yield base
+    elif read_adapter(name):
+        tuned = put_adapter(base, name)
+        yield tuned
+        tuned.unload()
+    else:
+        yield open_model(name, trust_remote_code=trust_remote_code)[0]
 
 
 def _pair_ids(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[PairIds]:

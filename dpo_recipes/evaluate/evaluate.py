@@ -5,9 +5,7 @@ import runpy
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +18,23 @@ from trl import RewardConfig
 from dpo_recipes.dataset_adapters.adapting import row_names
 from dpo_recipes.dataset_adapters.ledger import HELD_OUT, Ledger
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.evaluate.answers import Entry, Sampling, answer_all, draw_prompts
+from dpo_recipes.evaluate.answers import Entry, answer_all, draw_prompts
 from dpo_recipes.evaluate.judges import open_judge
 from dpo_recipes.evaluate.pairwise import Judged, expected_cost
-from dpo_recipes.evaluate.report import write_report
+from dpo_recipes.evaluate.report import origin, write_report
 from dpo_recipes.evaluate.results import SIDES, answer_pairs, judging, measures, preference, verdict
 from dpo_recipes.files import MANIFEST, check_writable, read_json
 from dpo_recipes.flags import grouped
 from dpo_recipes.loading import keep_part, prompt_hashes
 from dpo_recipes.machine import hardware
 from dpo_recipes.manifest import claim
-from dpo_recipes.models.open import (
-    changes_layers,
-    check_weights,
-    find_start,
-    identify,
-    read_adapter,
-    run_settings,
-)
+from dpo_recipes.models.open import changes_layers, check_weights, find_start, identify, read_adapter, run_settings
 from dpo_recipes.models.rewards import Text
 from dpo_recipes.preflight.findings import in_words
 from dpo_recipes.preflight.inspect import dataset_recipe, parse_namespace
 from dpo_recipes.preflight.prepare import measure_pairs
 from dpo_recipes.recipe import DONE_FILE, load_tokenizer
-from dpo_recipes.runs.model_card import LIBRARIES, weights_hash
+from dpo_recipes.runs.model_card import weights_hash
 from dpo_recipes.terminal import say
 
 OF_ROWS = ("columns", "max_length")  # settings of a run that suit other data as well
@@ -119,7 +110,7 @@ def evaluate(
     if referee and referee.scorer is None:
         _confirm(expected_cost(endpoint, asked, max_new_tokens=max_new_tokens), yes=yes)
     hashes = {side: weights_hash(model) for side, model in subject.models.items()}
-    sampling = Sampling(temperature, max_new_tokens)
+    sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     options: dict[str, Any] = dict(pairs=subject.pairs, sampling=sampling, trust_remote_code=subject.trust_remote_code)
     entries = _entries(subject.models, hashes, seed)
     found = answer_all(entries, subject.start, prompts=asked, folder=kept / "answers", **options)
@@ -131,7 +122,7 @@ def evaluate(
         **_about(subject),
         "verdict": verdict(found, judgement["win_rate"], greedy=greedy),
         "judge": referee.name if referee else None,
-        "sampling": asdict(sampling) | {"seed": seed},
+        "sampling": sampling | {"seed": seed},
         "prompts": len(asked),
         "hashes": hashes,
         "warnings": _warnings(subject, judge, judged, hashes),
@@ -309,10 +300,9 @@ def _about(subject: Subject) -> dict[str, Any]:
     """The models, the data and the machine of the results."""
     return {
         **{key: getattr(subject, key) for key in ("name", "model", "start", "dataset", "beta")},
-        "made": datetime.now(UTC).isoformat(timespec="minutes"),
         "pairs": len(subject.pairs),
         "hardware": hardware(torch.device(torch.accelerator.current_accelerator() or "cpu")),
-        "versions": [f"{library} {version(library)}" for library in LIBRARIES],
+        **origin(),
     }
 
 

@@ -133,9 +133,10 @@ def _spent(endpoint: Endpoint, replies: Sequence[Mapping[str, Any]]) -> dict[str
     return {"tokens": dict(zip(("read", "written"), tokens, strict=True)), "cost": cost}
 
 
-def share(hits: NDArray[np.bool_]) -> dict[str, Any] | None:
-    """The share of hits with its Wilson interval; None where there is nothing to count."""
-    return asdict(wilson(float(hits.sum()), len(hits))) if len(hits) else None
+def share(hits: NDArray[Any]) -> dict[str, Any] | None:
+    """The share of hits that are known, with its Wilson interval; None where there is nothing to count."""
+    known = hits[~np.isnan(hits)]
+    return asdict(wilson(float(known.sum()), len(known))) if len(known) else None
 
 
 def _ask_missing(

@@ -3,6 +3,8 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,15 @@ from dpo_recipes.files import write_json, write_jsonl, write_text
 from dpo_recipes.pages.markdown import fence, inline
 from dpo_recipes.recipe import DONE_FILE
 from dpo_recipes.runs.curves import table
-from dpo_recipes.runs.model_card import BEGIN, END
+from dpo_recipes.runs.model_card import BEGIN, END, LIBRARIES
 from dpo_recipes.runs.page import write_run_page
 from dpo_recipes.terminal import say
+
+
+def origin() -> dict[str, Any]:
+    """The time and the versions of the libraries, for the results of this moment."""
+    versions = [f"{library} {version(library)}" for library in LIBRARIES]
+    return {"made": datetime.now(UTC).isoformat(timespec="minutes"), "versions": versions}
 
 
 def write_report(folder: Path, results: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> Path:
@@ -25,12 +33,10 @@ def write_report(folder: Path, results: Mapping[str, Any], answers: Sequence[Map
     shown, words = table(("", *SIDES), _rows(results)), results["verdict"]["sentence"]
     if (folder / "README.md").exists() and (folder / DONE_FILE).exists():
         _put_into_card(folder / "README.md", results, words, shown)
-    warnings = [f"WARNING: {warning}" for warning in results["warnings"]]
-    files = f"{path}, beside it eval.jsonl (the answers) and {page.name}"
-    say("\n".join(["", shown, "(95 % intervals)", ""]))
-    for warning in warnings:
-        say(warning, always=True)
-    say(f"{files}\n")
+    say(f"\n{shown}\n(95 % intervals)\n")
+    for warning in results["warnings"]:
+        say(f"WARNING: {warning}", always=True)
+    say(f"{path}, beside it eval.jsonl (the answers) and {page.name}\n")
     say(words, always=True)
     return path
 

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from dpo_recipes import estimates
 from dpo_recipes.errors import RecipeError
-from dpo_recipes.estimates import Estimate, wilson
+from dpo_recipes.estimates import Estimate, over_prompts, wilson
 from dpo_recipes.evaluate.answers import Scorer
 from dpo_recipes.evaluate.judges import Judge
 from dpo_recipes.evaluate.measures import MEASURES, columns, of_model
-from dpo_recipes.evaluate.pairwise import Judged
+from dpo_recipes.evaluate.pairwise import Judged, share
 from dpo_recipes.models.likelihood import PreferenceLogps
 from dpo_recipes.models.rewards import calibration
 from dpo_recipes.runs.before_after import accuracies
@@ -55,21 +55,15 @@ def judging(found: Mapping[str, Any], pairs: Dataset, judge: Judge | None, judge
     }
 
 
-def _as_labelled(pairs: Dataset, scorer: Scorer) -> Estimate | None:
+def _as_labelled(pairs: Dataset, scorer: Scorer) -> dict[str, Any] | None:
     """Share of the held-out pairs that the judge ranks as their labels do, among the pairs that it can rank."""
     sides = [*pairs["chosen"], *pairs["rejected"]]
     texts = [side if isinstance(side, str) else side[0]["content"] for side in sides]
-    won = estimates.wins(*np.split(scorer([*pairs["prompt"]] * 2, texts), 2))
-    won = won[~np.isnan(won)]
-    return wilson(float(won.sum()), len(won)) if len(won) else None
+    return share(estimates.wins(*np.split(scorer([*pairs["prompt"]] * 2, texts), 2)))
 
 
 def _estimate(statistic: estimates.Statistic, *arrays: NDArray[np.float64]) -> Estimate:
-    return _of(estimates.estimate(statistic, [arrays], resamples=estimates.RESAMPLES_OF_FITS))
-
-
-def _of(estimated: Mapping[str, Any]) -> Estimate:
-    return Estimate(*(estimated[key] for key in ("mean", "low", "high", "n")))
+    return over_prompts(estimates.estimate(statistic, [arrays], resamples=estimates.RESAMPLES_OF_FITS))
 
 
 def verdict(found: Mapping[str, Any], rate: Estimate | None, *, greedy: bool) -> dict[str, str]:
@@ -142,7 +136,7 @@ def measures(found: Mapping[str, Any], judged: Judged | None, *, greedy: bool) -
     measured = {side: of_model([numbers[side]], [numbers["before"]]) for side in SIDES}
     left_out = {"preference_accuracy", *(["kl"] if greedy else [])}  # `preference` says more of the first
     kept = {
-        name: {side: _of(measured[side][name]) for side in SIDES if (name, side) != ("kl", "before")}
+        name: {side: over_prompts(measured[side][name]) for side in SIDES if (name, side) != ("kl", "before")}
         for name in MEASURES
         if name in measured["after"] and name not in left_out
     }

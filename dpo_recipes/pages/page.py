@@ -31,7 +31,7 @@ def fill(template: Path, data: Mapping[str, Any], filters: Mapping[str, Callable
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update({"number": number, "ticks": ticks, "time": time, **(filters or {})})
+    environment.filters.update({"number": number, "ticks": ticks, "scale": scale, "time": time, **(filters or {})})
     return environment.get_template(template.name).render(data)
 
 
@@ -45,7 +45,13 @@ def ticks(estimates: Iterable[Mapping[str, float]]) -> list[float]:
     names = ("low", "high", "seeds_low", "seeds_high")
     ends = [0.0, *(end for each in estimates for name in names if isfinite(end := each.get(name) or 0.0))]
     most = 1.0 if min(ends) == 0 and max(ends) <= 1 else max(ends)
-    return list(MaxNLocator(4, steps=(1, 2, 2.5, 5, 10)).tick_values(min(ends), most))
+    return scale([min(ends), most])
+
+
+def scale(values: Iterable[float]) -> list[float]:
+    """Round numbers at equal distances, from at most the least value to at least the greatest finite one."""
+    finite = list(filter(isfinite, values)) or [0.0]
+    return list(MaxNLocator(4, steps=(1, 2, 2.5, 5, 10)).tick_values(min(finite), max(finite)))
 
 
 def time(seconds: float | None) -> str:

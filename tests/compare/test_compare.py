@@ -539,7 +539,9 @@ def turn(text):
 def answered(two_models, folder, **changes):
     start, run, pairs = two_models
     entries = [answers.Entry("sft-0", start, 0, "a"), answers.Entry("dpo-0", run, 0, "b")]
-    given = dict(prompts=PROMPTS, pairs=pairs, sampling=answers.Sampling(1.0, 8), folder=folder) | changes
+    given = (
+        dict(prompts=PROMPTS, pairs=pairs, sampling={"temperature": 1.0, "max_new_tokens": 8}, folder=folder) | changes
+    )
     return answers.answer_all(entries, start, **given)
 
 
@@ -551,7 +553,7 @@ def test_answers_are_the_same_with_and_without_an_interruption(two_models, tmp_p
     kept = (tmp_path / "whole" / "dpo-0.json").stat().st_mtime_ns
     assert answered(two_models, tmp_path / "whole") == whole
     assert (tmp_path / "whole" / "dpo-0.json").stat().st_mtime_ns == kept  # not asked again
-    other = answered(two_models, tmp_path / "whole", sampling=answers.Sampling(1.0, 4))
+    other = answered(two_models, tmp_path / "whole", sampling={"temperature": 1.0, "max_new_tokens": 4})
     assert max(answer["tokens"] for answer in other["dpo-0"]["answers"]) <= 4
 
 

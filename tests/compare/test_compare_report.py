@@ -19,9 +19,10 @@ from scipy.optimize import minimize
 from dpo_recipes import estimates
 from dpo_recipes.compare import results as made
 from dpo_recipes.compare.plan import Stage
-from dpo_recipes.compare.report import LOOKS, scale, write_report
+from dpo_recipes.compare.report import LOOKS, write_report
 from dpo_recipes.evaluate.measures import MEASURES, SHARES
 from dpo_recipes.launch.launch import Launch
+from dpo_recipes.pages.page import scale
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>{{ 7 * 7 }} | a | b"
 MINUS = "\N{MINUS SIGN}"

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import DPOTrainer
 
-from dpo_recipes.doctor.compute import ARCHITECTURES, BATCH, ROWS, build, examples, in_4_bits, tiny
+from dpo_recipes.doctor import compute
+from dpo_recipes.doctor.compute import ARCHITECTURES, BATCH, ROWS, lora, stir, tiny
 from dpo_recipes.shared_prefix.trainer import PLAN, SharedPrefixDPOTrainer
-
-__all__ = ["ROWS", "examples"]  # with the others, what the tests take from here
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "shared_prefix.md"
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -107,6 +108,42 @@ def model_for(model_type, method, dtype=torch.float32):
     if method == "LoRA on 4 bits":
         return in_4_bits(tiny(model_type))
     return tiny(model_type, dtype=dtype, **(dict(tie_word_embeddings=False) if method.endswith("_to_save") else {}))
+
+
+def examples(lengths, *, same_start=0, **options):
+    """The doctor's tokenised pairs, whose completions begin with the same tokens."""
+    pairs = compute.examples(lengths, **options)
+    for pair in pairs:
+        same = min(same_start, len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+        pair["rejected_ids"][:same] = pair["chosen_ids"][:same]
+    return pairs
+
+
+def in_4_bits(model):
+    """The model with 4-bit weights and float32 products."""
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.float32)
+
+
+def build(kind, model, method, folder, *, shared_prefix="true", rows=ROWS, **settings):
+    """The doctor's trainer of a copy of the model, by one of METHODS."""
+    given = ("ref_model", "peft_config", "callbacks")
+    arguments = {name: settings.pop(name) for name in given if name in settings}
+    if kind is not DPOTrainer:
+        arguments["shared_prefix"] = shared_prefix
+    if method == "full" and not settings.get("precompute_ref_log_probs"):
+        arguments.setdefault("ref_model", copy.deepcopy(model))
+    elif method == "LoRA from LoRA (ref)":
+        torch.manual_seed(0)
+        model = get_peft_model(copy.deepcopy(model), lora(model))
+        stir(model, seed=2)
+    elif method != "full":
+        head = "embed_out" if model.config.model_type == "gpt_neox" else "lm_head"
+        saved = {"modules_to_save": [head]} if method.endswith("_to_save") else {}
+        arguments.setdefault("peft_config", lora(model, **saved))
+    return compute.build(kind, model, arguments, rows, output_dir=str(folder), **settings)
 
 
 def settings_of(loss):
