@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOG := build/install.log
-MOST_LINES := layer=6920 commands=5631 ground=383 doctor=915
+MOST_LINES := layer=6747 commands=5426 ground=382 doctor=856
 
 # .venv is stale if its Python does not run, or if it was moved: console scripts and the editable install hold its path.
 ifneq ($(shell $(BIN)/python -S -c 0 2>/dev/null && cat $(STAMP) 2>/dev/null),$(shell pwd -P))
