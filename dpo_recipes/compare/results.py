@@ -105,7 +105,10 @@ def _is_noise(pair: Mapping[str, Any]) -> bool:
 
 
 def verdict(results: Mapping[str, Any]) -> list[str]:
-    """A headline of one line, then sentences on who won, whether that is more than noise, and at what cost."""
+    """A headline of one line, then paragraphs on who won, whether that is more than noise, and at what cost.
+
+    If there are several pairs of contenders, the last paragraphs are one for each pair.
+    """
     said = []
     if failed := results["failed"]:
         said.append(f"This is a part of the comparison, as some stages failed: {', '.join(failed)}.")
@@ -113,11 +116,11 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
     models, pairs = {model["label"]: model for model in results["models"]}, results["duels"] or results["against_start"]
     said.insert(0, ("With reservations: " if said else "") + _headline(models, pairs))
     temperature = results["sampling"]["temperature"]
-    said += [_ranking(pairs)] if len(results["duels"]) > 1 else []
-    said += [_in_words(pair, models[pair["one"]], models[pair["other"]], temperature) for pair in pairs]
+    in_words = [_in_words(pair, models[pair["one"]], models[pair["other"]], temperature) for pair in pairs]
     if results["duels"]:
         rates = [f"{pair['one']} {_percent(pair['win_rate']['mean'])}" for pair in results["against_start"]]
-        said.append(f"Against the reference model: {'; '.join(rates)} of the prompts.")
+        in_words.append(f"Against the reference model: {'; '.join(rates)} of the prompts.")
+    said += [_ranking(pairs), in_words[-1], *in_words[:-1]] if len(results["duels"]) > 1 else in_words
     return said if pairs else [*said, "No model was trained, so that there is nothing to compare."]
 
 
@@ -142,8 +145,8 @@ def _ranking(pairs: Sequence[Mapping[str, Any]]) -> str:
             open_.append(f"{ahead} and {behind}")
         else:
             over.append(f"{ahead} over {behind}")
-    won = f"Better than noise: {'; '.join(over)}." if over else "Nobody is better than noise."
-    rest = f" Not told apart: {'; '.join(open_)}." if open_ else ""
+    won = f"Better by more than noise: {'; '.join(over)}." if over else "No contender is better by more than noise."
+    rest = f" Not told apart: {'; '.join(open_)}." if over and open_ else ""
     return f"{won}{rest} All {len(pairs)} pairs were compared, at 95 % with Holm's correction for their number."
 
 

@@ -312,6 +312,8 @@ def test_contenders_are_ranked_only_where_holms_correction_allows_it():
     assert "Not told apart: " in ranking
     assert "All 3 pairs were compared, at 95 % with Holm's correction" in ranking
     assert results["verdict"][0] == "No clear winner"
+    assert results["verdict"][2].startswith("Against the reference model: ")
+    assert len(results["verdict"]) == 6, "a paragraph for each pair comes last"
     p_values = [duel["win_rate"]["p_value"] for duel in results["duels"]]
     assert [duel["p_value"] for duel in results["duels"]] == pytest.approx(estimates.holm(p_values))
     assert max(p_values) > 0.05 > min(p_values)
