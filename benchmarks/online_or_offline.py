@@ -42,7 +42,7 @@ CONTENDERS = ("offline DPO", "1 round", "2 rounds", "4 rounds", "PPO", "RLOO", "
 COLOURS = ("#1f82c0", "#9d3df2", "#9d3df2", "#9d3df2", "#d55e00", "#009e73", "#009e73")
 LINES = ("-", "-", "--", ":", "-", "-", "--")
 GRID = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)  # nats
-ROLLOUT = 64  # answers; of "RLOO by 16" 16
+ROLLOUTS = {"PPO": 64, "RLOO": 64, "RLOO by 16": 16}  # answers
 POINTS = 4  # checkpoints of a run, about
 
 
@@ -50,7 +50,8 @@ def flags(contender: str, samples: int) -> tuple[str, dict[str, Any]]:
     """The recipe of a contender, and its settings for so many samples: pairs that it sees, or answers that it samples.
 
     Offline DPO sees its pairs once. A pair of a round is the best and the worst of four answers, and is seen four
-    times, so that all kinds of DPO make about as many updates. RLOO makes one update a rollout; by 16 it makes as many.
+    times, so that all kinds of DPO make about as many updates. RLOO makes one update a rollout, and so, by 16 answers a
+    rollout, as many as DPO. PPO makes eight.
     """
     if contender == "offline DPO":
         updates = samples // 16
@@ -60,13 +61,12 @@ def flags(contender: str, samples: int) -> tuple[str, dict[str, Any]]:
         updates = 4 * -(-prompts // rounds // 16)
         more = {"num_rounds": rounds, "num_prompts": prompts, "num_train_epochs": 4}
         return "quickstart_rounds", more | {"save_steps": -(-updates * rounds // POINTS)}
-    rollout = 16 if contender == "RLOO by 16" else ROLLOUT
+    rollout = ROLLOUTS[contender]
     rollouts = -(-samples // rollout)
-    updates, recipe = (8, "quickstart_ppo") if contender == "PPO" else (1, "quickstart_rloo")  # of a rollout
-    steps = {"max_steps": updates * rollouts, "save_steps": updates * -(-rollouts // POINTS)}
-    return recipe, steps | (
-        {"generation_batch_size": rollout, "pairs_per_update": rollout} if rollout < ROLLOUT else {}
-    )
+    if contender == "PPO":
+        return "quickstart_ppo", {"max_steps": 8 * rollouts, "save_steps": 8 * -(-rollouts // POINTS)}
+    settings = {"generation_batch_size": rollout, "pairs_per_update": rollout}
+    return "quickstart_rloo", settings | {"max_steps": rollouts, "save_steps": -(-rollouts // POINTS)}
 
 
 def train(contender: str, seed: int, samples: int, folder: Path) -> None:

@@ -96,8 +96,8 @@ def ask(endpoint: Endpoint, body: str, stopped: threading.Event) -> dict[str, An
         RefusedQuestionError: If this request is refused.
         RecipeError: If every request would be refused.
     """
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {_key()}"} if _key() else {})
-    request = urllib.request.Request(f"{endpoint.url}/chat/completions", data=body.encode(), headers=headers)
+    sent = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {_key()}"} if _key() else {})
+    request = urllib.request.Request(f"{endpoint.url}/chat/completions", data=body.encode(), headers=sent)
     secrets = [_key(), *secrets_in(dict(endpoint.options))]
     end = time.monotonic() + endpoint.deadline
     for attempt in range(TRIES):
